@@ -1,0 +1,122 @@
+# make          lists the targets
+# make test     is what must pass before a commit
+
+.POSIX:
+
+PYTHON ?= python3
+# Another index to take torch from, such as https://download.pytorch.org/whl/cpu
+TORCH_INDEX ?=
+# Test processes at a time. Results do not depend on it.
+JOBS ?= 2
+# Where `make gpu` writes.
+OUT ?= perf/results
+
+BIN = .venv/bin
+READY = .venv/ready
+# With one thread in each of JOBS processes torch's own threads do not fight over the cores.
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/pytest -q
+PARALLEL = -n $(JOBS)
+
+.PHONY: help setup demo test test-torch test-interpret test-static test-wheel quick compat \
+	lint format bench static gpu clean
+
+help:
+	@echo 'make demo      train and run the three example models; results in build/demo/'
+	@echo 'make test      everything that must pass before a commit: lint, the tiers that need no GPU, the wheel'
+	@echo 'make quick     lint and a fast part of the tests, for the inner loop'
+	@echo 'make compat    the compat subset on the oldest and the newest supported Triton'
+	@echo 'make lint      ruff and mypy          make format    rewrite the sources as ruff likes them'
+	@echo 'make bench     CPU benchmarks         make static    compile-time profile of the shipped kernels'
+	@echo 'make gpu       measure on this machine'"'"'s GPU with $$(PYTHON) as it is; OUT=folder for the results'
+	@echo 'make setup     only create .venv      make clean     remove all that make created'
+	@echo
+	@echo 'variables      PYTHON=python3  TORCH_INDEX=url (index for torch alone)  JOBS=2  OUT=perf/results'
+
+setup: $(READY)
+
+# A recipe for <folder>/ready finds its folder in $(@D).
+CHECK_PYTHON = \
+	{ $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+		|| { echo 'tritune needs Python 3.11 or newer; name one: make PYTHON=python3.11' >&2; exit 1; }; } && \
+	{ $(PYTHON) -c 'import ensurepip, venv' 2>/dev/null \
+		|| { echo '$(PYTHON) has no venv module; on Debian and Ubuntu: apt install python3-venv' >&2; exit 1; }; }
+INSTALL_TORCH = index='$(TORCH_INDEX)' && $(@D)/bin/pip install -q -c constraints.txt torch setuptools \
+	$${index:+--extra-index-url "$$index"}
+INSTALL = $(@D)/bin/pip install -q -c constraints.txt --no-build-isolation
+
+$(READY): pyproject.toml constraints.txt
+	@$(CHECK_PYTHON)
+	$(PYTHON) -m venv $(@D)
+	$(INSTALL_TORCH)
+	$(INSTALL) -e '.[dev]'
+	touch $@
+
+demo: $(READY)
+	mkdir -p build/demo
+	$(BIN)/python -m tritune demo --out build/demo
+
+test: lint test-torch test-interpret test-static test-wheel
+
+test-torch: $(READY)
+	$(PYTEST) -m torch $(PARALLEL) --ignore=tests/test_packaging.py
+
+test-interpret: $(READY)
+	$(PYTEST) -m interpret $(PARALLEL)
+
+test-static: $(READY)
+	$(PYTEST) -m static $(PARALLEL)
+
+test-wheel: $(READY)
+	$(PYTEST) -m torch tests/test_packaging.py
+
+quick: lint
+	$(PYTEST) -x -m 'torch and not slow' $(PARALLEL)
+	$(PYTEST) -x -m 'interpret and compat and not slow' $(PARALLEL)
+
+# torch's GPU build insists on its own triton; --no-deps puts another one beside it without an argument.
+compat: .venv-triton36/ready .venv-triton39/ready
+	for version in 36 39; do for tier in interpret static; do \
+		OMP_NUM_THREADS=1 .venv-triton$$version/bin/pytest -q -m "$$tier and compat" $(PARALLEL) || exit 1; \
+	done; done
+
+# Triton 3.6's interpreter fails on numpy >= 2.4 (loop bounds known only at run time).
+.venv-triton36/ready: pyproject.toml constraints.txt
+	@$(CHECK_PYTHON)
+	$(PYTHON) -m venv $(@D)
+	$(INSTALL_TORCH)
+	$(INSTALL) -e '.[test]'
+	$(@D)/bin/pip install -q --no-deps 'triton==3.6.0' 'numpy<2.4'
+	touch $@
+
+.venv-triton39/ready: pyproject.toml constraints.txt
+	@$(CHECK_PYTHON)
+	$(PYTHON) -m venv $(@D)
+	$(INSTALL_TORCH)
+	$(INSTALL) -e '.[test]'
+	$(@D)/bin/pip install -q --no-deps 'triton>=3.9,<3.10'
+	touch $@
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	rm -rf build/typecheck && mkdir -p build/typecheck/tritune
+	for path in src/tritune/* autotune kernels ops perf; do ln -s ../../../$$path build/typecheck/tritune; done
+	$(BIN)/mypy
+
+format: $(READY)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(READY)
+	$(PYTEST) perf/
+
+static: $(READY)
+	$(BIN)/python -m tritune bench static
+
+gpu:
+	PYTHONPATH=src $(PYTHON) -m tritune.perf.gpu --out $(OUT)
+
+clean:
+	rm -rf .venv .venv-triton36 .venv-triton39 build dist *.egg-info src/*.egg-info \
+		.pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,1 @@
+"""Config spaces, devices, cost model, store, search and tuner. Knows no kernel and no op."""

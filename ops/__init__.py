@@ -1,0 +1,1 @@
+"""Validators, schemas, autograd, CPU fallback, dispatch and the public functions."""

@@ -1,0 +1,1 @@
+"""Performance cases, peers, runner, verdicts, static and traffic suites, reports."""

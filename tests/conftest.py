@@ -1,0 +1,102 @@
+"""One process, one tier: which tests a process runs, and the state each of them starts from."""
+
+import importlib.util
+import os
+import random
+import re
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+
+TIERS = ("torch", "interpret", "static", "gpu")
+SEED = 20260101
+
+tier_key = pytest.StashKey[str]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    tier = choose_tier(config)
+    config.stash[tier_key] = tier
+    # Both are read when triton and tritune are first imported, which must not have happened yet.
+    assert not {"triton", "tritune"} & set(sys.modules), "imported before the tier was known"
+    cache = tempfile.TemporaryDirectory(prefix="tritune-tests-")
+    config.add_cleanup(cache.cleanup)
+    clear_environment()
+    os.environ["TRITUNE_CACHE_DIR"] = cache.name
+    if tier == "interpret":
+        os.environ["TRITON_INTERPRET"] = "1"
+    if importlib.util.find_spec("tritune") is None:
+        use_checkout()
+
+
+def choose_tier(config: pytest.Config) -> str:
+    """The one tier that ``-m`` names. Without one, tier ``torch`` narrowed by the expression."""
+    expression = config.option.markexpr
+    named = [tier for tier in TIERS if re.search(rf"\b{tier}\b", expression)]
+    if len(named) > 1:
+        raise pytest.UsageError(f"-m {expression!r} names the tiers {', '.join(named)}: run each in its own process")
+    if named:
+        return named[0]
+    config.option.markexpr = f"torch and ({expression})" if expression else "torch"
+    return "torch"
+
+
+def clear_environment() -> None:
+    """Forget the user's settings: no test may depend on them."""
+    for name in [name for name in os.environ if name.startswith("TRITUNE_")]:
+        del os.environ[name]
+    os.environ.pop("TRITON_INTERPRET", None)
+
+
+def use_checkout() -> None:
+    """Make ``import tritune`` work with nothing installed, here and in the processes that tests start."""
+    source = str(Path(__file__).resolve().parents[1] / "src")
+    sys.path.insert(0, source)
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [source, os.environ.get("PYTHONPATH")]))
+
+
+def pytest_report_header(config: pytest.Config) -> str:
+    spec = importlib.util.find_spec("tritune")
+    return f"tier: {config.stash[tier_key]}, tritune: {spec.origin if spec else 'missing'}"
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]):
+    untiered = [item.nodeid for item in items if not any(item.get_closest_marker(tier) for tier in TIERS)]
+    if untiered:
+        raise pytest.UsageError("no tier marker (one of " + ", ".join(TIERS) + ") on:\n  " + "\n  ".join(untiered))
+
+    yield  # pytest deselects by -k and -m
+
+    tier = config.stash[tier_key]
+    foreign = [item.nodeid for item in items if not item.get_closest_marker(tier)]
+    if foreign:
+        raise pytest.UsageError(f"-m {config.option.markexpr!r} selects tests without the marker {tier}: {foreign[0]}")
+    if tier == "gpu":
+        import torch
+
+        if not torch.cuda.is_available():
+            for item in items:
+                item.add_marker(pytest.mark.skip(reason="needs a GPU that torch.cuda can use"))
+
+
+@pytest.fixture(scope="session")
+def tier(pytestconfig: pytest.Config) -> str:
+    return pytestconfig.stash[tier_key]
+
+
+@pytest.fixture(scope="session")
+def device(tier: str) -> str:
+    return "cuda" if tier == "gpu" else "cpu"
+
+
+@pytest.fixture(autouse=True)
+def isolated(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A fixed seed and an empty tuned store for every test, whatever ran before it."""
+    import torch
+
+    random.seed(SEED)
+    torch.manual_seed(SEED)
+    monkeypatch.setenv("TRITUNE_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
