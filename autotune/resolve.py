@@ -1,0 +1,123 @@
+"""From a problem to a config at call time: a pure function of files, features and device, so all ranks agree.
+
+Order: an override in force (tests, the tuner) -> an exact entry -> the nearest entry -> the cost model; each time the
+user's store before the shipped one, and there this device before its siblings before its target. Nothing is measured.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+from . import store
+from .config import Config, Tunable
+from .device import DeviceSpec
+from .log import logger
+
+MAX_DISTANCE = 2.0  # in doublings, summed over the sizes: farther away an entry says nothing
+MEMO_LIMIT = 4096  # changing sizes must not grow the memo without end
+
+
+class Choice(NamedTuple):
+    """A config and where it came from.
+
+    Attributes:
+        source: ``"override"``, ``"user"``, ``"shipped"``, ``"sibling"``, ``"target"`` or ``"model"`` (nothing stored).
+        distance: 0.0 for an exact entry, else doublings between the sizes asked for and those stored.
+        note: one line for :func:`tritune.explain`, for example that the entry is from another Triton.
+        torch_us: time of torch's own operator in the same measurement, if the entry has it.
+        us: measured time of the config, if the entry has it.
+    """
+
+    config: Config
+    source: str
+    distance: float = 0.0
+    note: str = ""
+    us: float | None = None
+    torch_us: float | None = None
+
+
+_memo: dict[tuple[Any, ...], Choice] = {}
+_overrides: dict[str, Config] = {}
+
+
+@contextmanager
+def override(tunable: Tunable, config: Config) -> Iterator[None]:
+    """Runs a block with this config for every call of one kernel; for tests and for the tuner."""
+    previous = _overrides.get(tunable.name)
+    _overrides[tunable.name] = config
+    try:
+        yield
+    finally:
+        if previous is None:
+            del _overrides[tunable.name]
+        else:
+            _overrides[tunable.name] = previous
+
+
+def clear_memo() -> None:
+    """Forgets what was looked up; call after the store's files have changed."""
+    _memo.clear()
+    store.clear()
+
+
+def resolve(tunable: Tunable, problem: Any, device: DeviceSpec) -> Choice:
+    """The config that a call runs with. A problem seen before costs one dictionary lookup."""
+    if _overrides and tunable.name in _overrides:
+        return Choice(_overrides[tunable.name], "override")
+    key = (tunable.name, problem, device.slug)
+    choice = _memo.get(key)
+    if choice is None:
+        if len(_memo) >= MEMO_LIMIT:
+            _memo.clear()
+        choice = _memo[key] = _look_up(tunable, problem, device)
+        logger.debug("%s %s on %s: %s from %s", tunable.name, problem, device.slug, choice.config, choice.source)
+    return choice
+
+
+def _look_up(tunable: Tunable, problem: Any, device: DeviceSpec) -> Choice:
+    features = tunable.features(problem)
+    for limit in (0.0, MAX_DISTANCE):
+        for source, entries in store.layers(tunable.name, device):
+            near = [
+                (distance, entry)
+                for entry in entries
+                if (distance := _distance(features, entry.key)) <= limit
+                and entry.version == tunable.version
+                and tunable.accepts(problem, entry.config, device)
+            ]
+            if near:
+                distance, entry = min(near, key=lambda pair: pair[0])
+                return Choice(entry.config, source, distance, entry.staleness(), entry.us, entry.torch_us)
+    if os.environ.get("TRITUNE_ASSERT_TUNED") == "1":
+        raise RuntimeError(f"TRITUNE_ASSERT_TUNED=1, and no entry for {tunable.name} is near {features}")
+    return Choice(ranked(tunable, problem, device)[0][0], "model")
+
+
+def ranked(tunable: Tunable, problem: Any, device: DeviceSpec) -> list[tuple[Config, float]]:
+    """The declared configs that serve the problem with their predicted microseconds, best first."""
+    accepted = [config for config in tunable.configs if tunable.accepts(problem, config, device)]
+    if not accepted:
+        raise RuntimeError(f"no declared config of {tunable.name} serves {problem} on {device.slug}")
+    timed = [(config, tunable.estimate(problem, config, device).us) for config in accepted]
+    return sorted(timed, key=lambda pair: pair[1])  # stable: the declared order breaks ties
+
+
+def _distance(asked: dict[str, int | str], stored: dict[str, int | str]) -> float:
+    """Sum over the sizes of |log2(asked / stored)|; infinite where an exact feature differs."""
+    total = 0.0
+    if asked.keys() != stored.keys():
+        return math.inf
+    for name, value in asked.items():
+        other = stored[name]
+        if isinstance(value, str) or isinstance(other, str):
+            if value != other:
+                return math.inf
+        elif value != other:
+            if value <= 0 or other <= 0:
+                return math.inf
+            total += abs(math.log2(value / other))
+    return total

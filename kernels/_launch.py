@@ -1,0 +1,100 @@
+"""From a launch plan to a running kernel, or to a compiled one where there is no GPU.
+
+Each launcher builds a :class:`Launch`, a plain description of one kernel launch. ``run`` executes it; ``source``
+turns the same description into what ``triton.compile`` takes, so the static suite compiles exactly what would run.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from triton.compiler import ASTSource
+
+POINTER_TYPES = {
+    torch.float64: "*fp64",
+    torch.float32: "*fp32",
+    torch.float16: "*fp16",
+    torch.bfloat16: "*bf16",
+    torch.int64: "*i64",
+    torch.int32: "*i32",
+    torch.int16: "*i16",
+    torch.uint8: "*u8",
+}
+
+
+class Launch(NamedTuple):
+    """One kernel launch.
+
+    Attributes:
+        kernel: the ``@triton.jit`` function.
+        grid: number of programs; always one axis, because the others end at 65 535.
+        args: run-time arguments by name, in the kernel's order: tensors, ints, floats, ``None``.
+        constants: the constexpr arguments.
+        num_warps, num_stages: launch options.
+    """
+
+    kernel: Any
+    grid: int
+    args: dict[str, Any]
+    constants: dict[str, Any]
+    num_warps: int
+    num_stages: int
+
+    def run(self) -> None:
+        """Launches on the current stream. Contraction of ``a * b + c`` is asked for by name: its default may change."""
+        self.kernel[(self.grid,)](
+            **self.args,
+            **self.constants,
+            num_warps=self.num_warps,
+            num_stages=self.num_stages,
+            enable_fp_fusion=True,
+        )
+
+    def source(self) -> ASTSource:
+        """The kernel specialised for these arguments as the JIT would, for :func:`triton.compile`.
+
+        A tensor's storage counts as 16-byte aligned (torch's allocator gives more), also that of a meta tensor.
+        """
+        signature: dict[str, str] = {}
+        constants: dict[str, Any] = {}
+        attributes: dict[tuple[int, ...], list[list[Any]]] = {}
+        values = {**self.args, **self.constants}
+        for index, parameter in enumerate(self.kernel.params):
+            value = values[parameter.name]
+            if parameter.is_constexpr or value is None or (value == 1 and _specialises(parameter, value)):
+                signature[parameter.name] = "constexpr"
+                constants[parameter.name] = value
+                continue
+            signature[parameter.name] = parameter.annotation_type or _type_of(value)
+            aligned = isinstance(value, torch.Tensor) or (_specialises(parameter, value) and value % 16 == 0)
+            if aligned:
+                attributes[(index,)] = [["tt.divisibility", 16]]
+        return ASTSource(self.kernel, signature, constants, attributes)
+
+    def compile(self, target: Any) -> Any:
+        """Compiles for a ``triton.backends.compiler.GPUTarget``; needs no GPU."""
+        options = {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True}
+        return triton.compile(self.source(), target=target, options=options)
+
+
+def _specialises(parameter: Any, value: Any) -> bool:
+    return isinstance(value, int) and not parameter.do_not_specialize
+
+
+def _type_of(value: Any) -> str:
+    if isinstance(value, torch.Tensor):
+        return POINTER_TYPES[value.dtype]
+    if isinstance(value, float):
+        return "fp32"
+    return "i32" if -(2**31) <= value < 2**31 else "i64"
+
+
+def unit_divisor(limit: int, *numbers: int) -> int:
+    """Largest power of two, at most ``limit``, that divides every number: how many elements one load may take."""
+    divisor = limit
+    for number in numbers:
+        while number % divisor:
+            divisor //= 2
+    return divisor

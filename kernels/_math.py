@@ -1,0 +1,111 @@
+"""Device functions that several kernel families share."""
+
+import triton
+import triton.language as tl
+
+# The interpreter multiplies the raw bits of bf16 operands; there ``dot`` widens them first.
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+
+
+@triton.jit
+def dot(a, b, acc, PRECISION: tl.constexpr):
+    """``acc + a @ b`` with fp32 accumulation. PRECISION ("ieee", "tf32", "tf32x3") matters for fp32 operands only."""
+    if INTERPRETED:
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
+    else:
+        return tl.dot(a, b, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def tanh(x):
+    """Hyperbolic tangent in fp32. Near 0 the exponential form cancels, so a series serves |x| < 0.25."""
+    t = tl.exp(-2.0 * tl.abs(x))
+    large = (1.0 - t) / (1.0 + t)
+    x2 = x * x
+    small = x * (1.0 + x2 * (-1.0 / 3.0 + x2 * (2.0 / 15.0 + x2 * (-17.0 / 315.0 + x2 * (62.0 / 2835.0)))))
+    return tl.where(tl.abs(x) < 0.25, small, tl.where(x < 0, -large, large))
+
+
+@triton.jit
+def activate(z, ACTIVATION: tl.constexpr):
+    """The activation functions of ``torch.nn.functional`` in fp32; NaN in, NaN out."""
+    if ACTIVATION == "relu":
+        return tl.where(z <= 0.0, 0.0, z)
+    elif ACTIVATION == "relu6":
+        return tl.where(z <= 0.0, 0.0, tl.where(z >= 6.0, 6.0, z))
+    elif ACTIVATION == "leaky_relu":
+        return tl.where(z > 0.0, z, z * 0.01)
+    elif ACTIVATION == "sigmoid":
+        return 1.0 / (1.0 + tl.exp(-z))
+    elif ACTIVATION == "tanh":
+        return tanh(z)
+    elif ACTIVATION == "silu":
+        return z / (1.0 + tl.exp(-z))
+    elif ACTIVATION == "gelu":
+        return 0.5 * z * (1.0 + tl.erf(z * 0.7071067811865476))
+    elif ACTIVATION == "gelu_tanh":
+        return 0.5 * z * (1.0 + tanh(0.7978845608028654 * (z + 0.044715 * z * z * z)))
+    elif ACTIVATION == "hardsigmoid":
+        return _clip6(z + 3.0) * (1.0 / 6.0)
+    elif ACTIVATION == "hardswish":
+        return z * _clip6(z + 3.0) * (1.0 / 6.0)
+    else:
+        tl.static_assert(ACTIVATION == "none")
+        return z
+
+
+@triton.jit
+def _clip6(x):
+    return tl.where(x <= 0.0, 0.0, tl.where(x >= 6.0, 6.0, x))
+
+
+@triton.jit
+def activation_grad(saved, ACTIVATION: tl.constexpr):
+    """Derivative of the activation from what forward saved: the output where that is enough, else the input.
+
+    The edges are torch's: relu, relu6, leaky_relu, hardsigmoid and hardswish have the left or zero derivative there.
+    """
+    if ACTIVATION == "relu":
+        return tl.where(saved <= 0.0, 0.0, 1.0)
+    elif ACTIVATION == "relu6":
+        return tl.where((saved <= 0.0) | (saved >= 6.0), 0.0, 1.0)
+    elif ACTIVATION == "leaky_relu":
+        return tl.where(saved > 0.0, 1.0, 0.01)
+    elif ACTIVATION == "sigmoid":
+        return saved * (1.0 - saved)
+    elif ACTIVATION == "tanh":
+        return 1.0 - saved * saved
+    elif ACTIVATION == "silu":
+        sigmoid = 1.0 / (1.0 + tl.exp(-saved))
+        return sigmoid * (1.0 + saved * (1.0 - sigmoid))
+    elif ACTIVATION == "gelu":
+        cdf = 0.5 * (1.0 + tl.erf(saved * 0.7071067811865476))
+        return cdf + saved * 0.3989422804014327 * tl.exp(-0.5 * saved * saved)
+    elif ACTIVATION == "gelu_tanh":
+        t = tanh(0.7978845608028654 * (saved + 0.044715 * saved * saved * saved))
+        inner = 0.7978845608028654 * (1.0 + 0.134145 * saved * saved)
+        return 0.5 * (1.0 + t) + 0.5 * saved * (1.0 - t * t) * inner
+    elif ACTIVATION == "hardsigmoid":
+        return tl.where((saved > -3.0) & (saved < 3.0), 1.0 / 6.0, 0.0)
+    elif ACTIVATION == "hardswish":
+        return tl.where(saved < -3.0, 0.0, tl.where(saved <= 3.0, saved * (1.0 / 3.0) + 0.5, 1.0))
+    else:
+        tl.static_assert(ACTIVATION == "none")
+        return saved * 0.0 + 1.0
+
+
+@triton.jit
+def grouped_tile(pid, tiles_m, tiles_n, GROUP_M: tl.constexpr):
+    """Tile coordinates in an order that walks GROUP_M rows of tiles column by column, so operands stay in L2."""
+    span = GROUP_M * tiles_n
+    first = pid // span * GROUP_M
+    rows = tl.minimum(tiles_m - first, GROUP_M)
+    return first + pid % span % rows, pid % span // rows
+
+
+@triton.jit
+def pixel(index, P, Q):
+    """Splits a flat pixel index into image, row and column of a [N, P, Q] grid."""
+    image = index // (P * Q)
+    rest = index % (P * Q)
+    return image, rest // Q, rest % Q

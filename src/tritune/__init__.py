@@ -1,0 +1,33 @@
+"""tritune: PyTorch operators written as Triton kernels, tuned ahead of time, with a pure-PyTorch fallback.
+
+The folders ``kernels/ ops/ autotune/ perf/`` lie at the root of the repository and are subpackages of this one.
+An installed wheel holds them side by side; a bare checkout (``PYTHONPATH=src``) finds them through ``__path__``.
+"""
+
+from pathlib import Path as _Path
+
+_here = _Path(__file__).resolve().parent
+if not (_here / "ops").is_dir() and (_here.parents[1] / "ops").is_dir():
+    __path__.append(str(_here.parents[1]))
+
+from . import nn
+from ._version import __version__
+from .ops import (
+    Decision,
+    UnsupportedError,
+    conv2d,
+    explain,
+    max_pool2d,
+    use_backend,
+)
+
+__all__ = [
+    "Decision",
+    "UnsupportedError",
+    "__version__",
+    "conv2d",
+    "explain",
+    "max_pool2d",
+    "nn",
+    "use_backend",
+]
