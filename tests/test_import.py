@@ -1,0 +1,77 @@
+"""What ``import tritune`` costs and needs, each in a process of its own."""
+
+import re
+import subprocess
+import sys
+
+import pytest
+
+pytestmark = pytest.mark.torch
+
+
+def run_python(code: str, *options: str) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run([sys.executable, *options, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+def import_microseconds(log: str, module: str) -> int:
+    """A module's cumulative time in the output of ``-X importtime``."""
+    match = re.search(rf"\| +(\d+) \| {module}$", log, flags=re.MULTILINE)
+    assert match, f"{module} was not imported from the top level"
+    return int(match.group(1))
+
+
+@pytest.mark.slow
+def test_import_costs_at_most_a_tenth_of_torch() -> None:
+    # With torch loaded first, what tritune adds is its own line. Both lines come from one process, so a busy
+    # machine slows both; the least of several runs is what the machine can do.
+    logs = [run_python("import torch\nimport tritune", "-X", "importtime").stderr for _ in range(4)]
+    torch = min(import_microseconds(log, "torch") for log in logs)
+    tritune = min(import_microseconds(log, "tritune") for log in logs)
+    assert tritune <= 0.1 * torch
+
+
+def test_import_loads_nothing_heavy() -> None:
+    # Each of these costs more than tritune itself, or may be missing.
+    heavy = ["triton", "torch._dynamo", "torch._inductor", "matplotlib", "rich", "sklearn", "filelock"]
+    code = f"""
+import sys, torch
+before = set(sys.modules)
+import tritune
+print(*sorted((set(sys.modules) - before) & set({heavy})))
+print("triton" in sys.modules)
+"""
+    assert run_python(code).stdout.split("\n") == ["", "False", ""]
+
+
+def test_works_without_triton() -> None:
+    code = """
+import sys
+
+class NoTriton:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "triton":
+            raise ModuleNotFoundError("No module named 'triton'", name="triton")
+
+sys.meta_path.insert(0, NoTriton())
+import torch
+import tritune
+import tritune.cli
+
+x, w = torch.randn(2, 3, 8, 8, requires_grad=True), torch.randn(4, 3, 3, 3)
+y = tritune.max_pool2d(tritune.conv2d(x, w), 2)
+assert torch.equal(y, torch.nn.functional.max_pool2d(torch.nn.functional.conv2d(x, w), 2))
+y.sum().backward()
+assert x.grad.shape == x.shape
+
+try:
+    with tritune.use_backend("triton"):
+        tritune.conv2d(x, w)
+except tritune.UnsupportedError:
+    pass
+else:
+    raise AssertionError("no triton, and yet the triton backend ran")
+assert "triton" not in sys.modules
+"""
+    run_python(code)
