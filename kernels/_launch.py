@@ -63,7 +63,7 @@ class Launch(NamedTuple):
         values = {**self.args, **self.constants}
         for index, parameter in enumerate(self.kernel.params):
             value = values[parameter.name]
-            if parameter.is_constexpr or value is None or (value == 1 and _specialises(parameter, value)):
+            if parameter.is_constexpr or value is None or (_specialises(parameter, value) and value == 1):
                 signature[parameter.name] = "constexpr"
                 constants[parameter.name] = value
                 continue
@@ -98,3 +98,25 @@ def unit_divisor(limit: int, *numbers: int) -> int:
         while number % divisor:
             divisor //= 2
     return divisor
+
+
+def strides(t: torch.Tensor) -> list[int]:
+    """Strides with those of dimensions of size 1 set to 0: they are arbitrary, and no address depends on them."""
+    return [0 if size == 1 else stride for size, stride in zip(t.shape, t.stride(), strict=True)]
+
+
+def layout_strides(t: torch.Tensor, channels: int | None = None) -> tuple[int, bool, list[int]]:
+    """How a kernel reads a [N, C, H, W] tensor in place.
+
+    Args:
+        channels: length of the runs of channels that a program starts at (one group's); default: all.
+
+    Returns:
+        ``(vec, unit_c, strides)``. With ``unit_c`` neighbouring channels are neighbours in memory, every run of them
+        starts on a multiple of ``vec`` elements (at most 16 bytes), and ``strides`` count units of ``vec``.
+    """
+    raw = strides(t)
+    if t.shape[1] != 1 and raw[1] != 1:
+        return 1, False, raw
+    vec = unit_divisor(16 // t.dtype.itemsize, channels or t.shape[1], raw[0], raw[2], raw[3])
+    return vec, True, [stride // vec for stride in raw]

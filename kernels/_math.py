@@ -109,3 +109,16 @@ def pixel(index, P, Q):
     image = index // (P * Q)
     rest = index % (P * Q)
     return image, rest // Q, rest % Q
+
+
+@triton.jit
+def tile_offsets(
+    n, i, j, c, stride_n, stride_c, stride_h, stride_w, VEC: tl.constexpr, UNIT_C: tl.constexpr
+):  # fmt: skip
+    """Offsets [pixels (n, i, j), channels c] in a [N, C, H, W] tensor. With UNIT_C neighbouring channels are
+    neighbours in memory and strides count units of VEC elements, so the compiler sees aligned runs of channels."""
+    row = (n.to(tl.int64) * stride_n + i.to(tl.int64) * stride_h + j.to(tl.int64) * stride_w) * VEC
+    if UNIT_C:
+        return row[:, None] + c[None, :]
+    else:
+        return row[:, None] + (c.to(tl.int64) * stride_c)[None, :]

@@ -23,6 +23,10 @@ tiles of rows and columns and e bytes an element, is
     weight gradient  T_m * N*P*Q*R*S*C*e + T_n * N*P*Q*K*e + R*S*C*K*e
     split s > 1      + 8 * s * (size of the output) for the fp32 partial sums, written and read once
 
+Strides of a channels-last tensor come in units of its VEC elements (the widest load that all of them allow), and the
+kernel multiplies by the constant VEC: so the compiler sees that every row starts on a multiple of VEC and keeps 16-byte
+loads although strides are run-time values. A hint (``tl.multiple_of``) does the same until some folding drops it.
+
 Everything is deterministic: a split reduction writes partial sums that a second kernel adds in order. No atomics.
 """
 
@@ -39,8 +43,8 @@ from ..autotune import cost
 from ..autotune.config import Config, Estimate, Tunable, register
 from ..autotune.device import DeviceSpec, detect
 from ..autotune.resolve import resolve
-from ._launch import Launch, unit_divisor
-from ._math import activate, activation_grad, dot, grouped_tile, pixel
+from ._launch import Launch, layout_strides, strides
+from ._math import activate, activation_grad, dot, grouped_tile, pixel, tile_offsets
 
 SIZES = ["M", "N", "H", "W", "P", "Q", "splits"]
 
@@ -64,17 +68,6 @@ def _epilogue(
     tl.store(y_ptr + y_off, activate(acc, ACTIVATION).to(y_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
-def _output_offsets(m, k, P, Q, stride_n, stride_k, stride_p, stride_q, CHANNELS_LAST: tl.constexpr, VEC: tl.constexpr):
-    """Offsets of the tile [pixels m, channels k] in the output: [BLOCK_M, BLOCK_N]."""
-    n, p, q = pixel(m, P, Q)
-    row = n.to(tl.int64) * stride_n + p.to(tl.int64) * stride_p + q.to(tl.int64) * stride_q
-    if CHANNELS_LAST:
-        return tl.multiple_of(row, VEC)[:, None] + k[None, :]
-    else:
-        return row[:, None] + (k.to(tl.int64) * stride_k)[None, :]
-
-
 @triton.jit(do_not_specialize=[*SIZES, "stride_xn", "stride_xh", "stride_xw",
                                "stride_yn", "stride_yk", "stride_yp", "stride_yq"])  # fmt: skip
 def _conv2d_kernel(
@@ -85,7 +78,7 @@ def _conv2d_kernel(
     C: tl.constexpr, K: tl.constexpr, R: tl.constexpr, S: tl.constexpr, GROUPS: tl.constexpr,
     STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr, PAD_H: tl.constexpr, PAD_W: tl.constexpr,
     DIL_H: tl.constexpr, DIL_W: tl.constexpr,
-    X_VEC: tl.constexpr, Y_VEC: tl.constexpr, Y_CHANNELS_LAST: tl.constexpr,
+    X_VEC: tl.constexpr, Y_VEC: tl.constexpr, Y_UNIT_C: tl.constexpr,
     ACTIVATION: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
@@ -110,8 +103,8 @@ def _conv2d_kernel(
     n, p, q = pixel(offs_m, P, Q)
     h0 = p * STRIDE_H - PAD_H
     w0 = q * STRIDE_W - PAD_W
-    row = n.to(tl.int64) * stride_xn + h0.to(tl.int64) * stride_xh + w0.to(tl.int64) * stride_xw + group * C
-    row = tl.multiple_of(row, X_VEC)
+    row = n.to(tl.int64) * stride_xn + h0.to(tl.int64) * stride_xh + w0.to(tl.int64) * stride_xw
+    row = (row + group * (C // X_VEC)) * X_VEC
     w_row = (group * K + offs_n) * (R * S * C)
 
     per_split = tl.cdiv(STEPS, splits)
@@ -127,8 +120,8 @@ def _conv2d_kernel(
             mask_x = mask_m
             if PADDED:
                 mask_x &= (h0 + r >= 0) & (h0 + r < H) & (w0 + s >= 0) & (w0 + s < W)
-            x_off = tl.multiple_of(row + (r * stride_xh + s * stride_xw), X_VEC)[:, None]
-            x_off += (step % (C // BLOCK_K) * BLOCK_K + offs_k)[None, :]
+            x_row = row + (r * stride_xh + s * stride_xw) * X_VEC
+            x_off = x_row[:, None] + (step % (C // BLOCK_K) * BLOCK_K + offs_k)[None, :]
             x = tl.load(x_ptr + x_off, mask=mask_x[:, None], other=0.0)  # [BLOCK_M, BLOCK_K]
             w = tl.load(w_ptr + w_row[None, :] + k[:, None], mask=mask_n[None, :], other=0.0)  # [BLOCK_K, BLOCK_N]
         else:
@@ -142,7 +135,7 @@ def _conv2d_kernel(
                 mask_x &= (h >= 0) & (h < H)
                 col = w0[:, None] + s[None, :]
                 mask_x &= (col >= 0) & (col < W)
-            tap_off = tl.multiple_of(r * stride_xh + s * stride_xw, X_VEC) + k % C
+            tap_off = (r * stride_xh + s * stride_xw) * X_VEC + k % C
             x = tl.load(x_ptr + row[:, None] + tap_off[None, :], mask=mask_x, other=0.0)
             w = tl.load(w_ptr + w_row[None, :] + k[:, None], mask=mask_n[None, :] & mask_k[:, None], other=0.0)
         acc = dot(x, w, acc, PRECISION)
@@ -153,9 +146,7 @@ def _conv2d_kernel(
         row_off = (split.to(tl.int64) * M + offs_m) * (K * GROUPS)
         tl.store(partial_ptr + row_off[:, None] + channel[None, :], acc, mask=mask)
     else:
-        y_off = _output_offsets(
-            offs_m, channel, P, Q, stride_yn, stride_yk, stride_yp, stride_yq, Y_CHANNELS_LAST, Y_VEC
-        )
+        y_off = tile_offsets(n, p, q, channel, stride_yn, stride_yk, stride_yp, stride_yq, Y_VEC, Y_UNIT_C)
         _epilogue(acc, channel, y_off, mask, scale_ptr, bias_ptr, residual_ptr, y_ptr, z_ptr, mask_n, ACTIVATION)
 
 
@@ -164,7 +155,7 @@ def _conv2d_reduce_kernel(
     partial_ptr, scale_ptr, bias_ptr, residual_ptr, y_ptr, z_ptr,
     M, P, Q, splits,
     stride_yn: tl.int64, stride_yk: tl.int64, stride_yp: tl.int64, stride_yq: tl.int64,
-    K: tl.constexpr, Y_VEC: tl.constexpr, Y_CHANNELS_LAST: tl.constexpr, ACTIVATION: tl.constexpr,
+    K: tl.constexpr, Y_VEC: tl.constexpr, Y_UNIT_C: tl.constexpr, ACTIVATION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Adds the partial sums [splits, M, K] in order and runs the epilogue; K counts all groups."""
@@ -177,7 +168,8 @@ def _conv2d_reduce_kernel(
     for split in range(0, splits):
         row_off = (offs_m + tl.cast(split, tl.int64) * M) * K
         acc += tl.load(partial_ptr + row_off[:, None] + offs_n[None, :], mask=mask, other=0.0)
-    y_off = _output_offsets(offs_m, offs_n, P, Q, stride_yn, stride_yk, stride_yp, stride_yq, Y_CHANNELS_LAST, Y_VEC)
+    n, p, q = pixel(offs_m, P, Q)
+    y_off = tile_offsets(n, p, q, offs_n, stride_yn, stride_yk, stride_yp, stride_yq, Y_VEC, Y_UNIT_C)
     _epilogue(acc, offs_n, y_off, mask, scale_ptr, bias_ptr, residual_ptr, y_ptr, z_ptr, mask_n, ACTIVATION)
 
 
@@ -206,7 +198,7 @@ def _conv2d_input_grad_kernel(
     DIL_H: tl.constexpr, DIL_W: tl.constexpr,
     STEP_H: tl.constexpr, STEP_W: tl.constexpr,  # taps of one parity class lie STEP apart: STRIDE / gcd(STRIDE, DIL)
     STRIDE_WK: tl.constexpr, STRIDE_WT: tl.constexpr, STRIDE_WC: tl.constexpr,  # of the weights: channel, tap, channel
-    G_VEC: tl.constexpr, X_VEC: tl.constexpr, X_CHANNELS_LAST: tl.constexpr, PRECISION: tl.constexpr,
+    G_VEC: tl.constexpr, X_VEC: tl.constexpr, X_UNIT_C: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
     """A strided window touches an input pixel only with taps of its parity, so each of the STRIDE_H * STRIDE_W
@@ -243,8 +235,8 @@ def _conv2d_input_grad_kernel(
     q0 = (w_col + PAD_W - s0 * DIL_W) // STRIDE_W
     BACK_P: tl.constexpr = DIL_H * STEP_H // STRIDE_H
     BACK_Q: tl.constexpr = DIL_W * STEP_W // STRIDE_W
-    row = n.to(tl.int64) * stride_gn + p0.to(tl.int64) * stride_gp + q0.to(tl.int64) * stride_gq + group * K
-    row = tl.multiple_of(row, G_VEC)
+    row = n.to(tl.int64) * stride_gn + p0.to(tl.int64) * stride_gp + q0.to(tl.int64) * stride_gq
+    row = (row + group * (K // G_VEC)) * G_VEC
 
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     for step in range(0, taps_h * taps_w * CHUNKS):
@@ -255,7 +247,7 @@ def _conv2d_input_grad_kernel(
         p = p0 - tap_h * BACK_P
         q = q0 - tap_w * BACK_Q
         mask_g = mask_m & (p >= 0) & (p < P) & (q >= 0) & (q < Q)
-        g_off = tl.multiple_of(row - tap_h * BACK_P * stride_gp - tap_w * BACK_Q * stride_gq, G_VEC)
+        g_off = row - (tap_h * BACK_P * stride_gp + tap_w * BACK_Q * stride_gq) * G_VEC
         tap = (r0 + tap_h * STEP_H) * S + s0 + tap_w * STEP_W
         w_off = ((group * K + k) * STRIDE_WK)[:, None] + (tap * STRIDE_WT + offs_n * STRIDE_WC)[None, :]
         if K % BLOCK_K == 0:
@@ -266,12 +258,9 @@ def _conv2d_input_grad_kernel(
             w = tl.load(w_ptr + w_off, mask=mask_n[None, :] & mask_k[:, None], other=0.0)
         acc = dot(g, w, acc, PRECISION)
 
-    x_row = n.to(tl.int64) * stride_xn + h.to(tl.int64) * stride_xh + w_col.to(tl.int64) * stride_xw
-    channel = group * C + offs_n
-    if X_CHANNELS_LAST:
-        x_off = tl.multiple_of(x_row, X_VEC)[:, None] + channel[None, :]
-    else:
-        x_off = x_row[:, None] + (channel.to(tl.int64) * stride_xc)[None, :]
+    x_off = tile_offsets(
+        n, h, w_col, group * C + offs_n, stride_xn, stride_xc, stride_xh, stride_xw, X_VEC, X_UNIT_C
+    )
     tl.store(dx_ptr + x_off, acc.to(dx_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_n[None, :])
 
 
@@ -306,15 +295,16 @@ def _conv2d_weight_grad_kernel(
     mask_m = offs_m < K
     mask_n = offs_n < R * S * C
     if ONE_TAP:
-        tap = pid_n * BLOCK_N // C
+        tap = pid_n // (C // BLOCK_N)
         r = tap // S * DIL_H
         s = tap % S * DIL_W
-        c_off = pid_n * BLOCK_N % C + tl.arange(0, BLOCK_N) + group * C
+        c0 = pid_n % (C // BLOCK_N) * BLOCK_N
+        c_off = (group * (C // X_VEC)) * X_VEC + c0 + tl.arange(0, BLOCK_N)
     else:
         tap = offs_n // C
         r = tap // S * DIL_H
         s = tap % S * DIL_W
-        c_off = offs_n % C + group * C
+        c_off = offs_n % C + (group * (C // X_VEC)) * X_VEC
 
     steps = tl.cdiv(M, BLOCK_K)
     per_split = tl.cdiv(steps, splits)
@@ -325,8 +315,8 @@ def _conv2d_weight_grad_kernel(
         offs_p = step * BLOCK_K + tl.arange(0, BLOCK_K)
         mask_p = offs_p < M
         n, p, q = pixel(offs_p, P, Q)
-        g_row = n.to(tl.int64) * stride_gn + p.to(tl.int64) * stride_gp + q.to(tl.int64) * stride_gq + group * K
-        g_off = tl.multiple_of(g_row, G_VEC)[:, None] + offs_m[None, :]
+        g_row = n.to(tl.int64) * stride_gn + p.to(tl.int64) * stride_gp + q.to(tl.int64) * stride_gq
+        g_off = ((g_row + group * (K // G_VEC)) * G_VEC)[:, None] + offs_m[None, :]
         g = tl.load(g_ptr + g_off, mask=mask_p[:, None] & mask_m[None, :], other=0.0)  # [BLOCK_K, BLOCK_M]
         h0 = p * STRIDE_H - PAD_H
         w0 = q * STRIDE_W - PAD_W
@@ -335,7 +325,7 @@ def _conv2d_weight_grad_kernel(
             if PADDED:
                 mask_x &= (h0 + r >= 0) & (h0 + r < H) & (w0 + s >= 0) & (w0 + s < W)
             x_row = n.to(tl.int64) * stride_xn + (h0 + r).to(tl.int64) * stride_xh + (w0 + s).to(tl.int64) * stride_xw
-            x_off = tl.multiple_of(x_row, X_VEC)[:, None] + c_off[None, :]
+            x_off = (x_row * X_VEC)[:, None] + c_off[None, :]
             x = tl.load(x_ptr + x_off, mask=mask_x[:, None], other=0.0)  # [BLOCK_K, BLOCK_N]
         else:
             mask_x = mask_p[:, None] & mask_n[None, :]
@@ -345,13 +335,12 @@ def _conv2d_weight_grad_kernel(
                 col = w0[:, None] + s[None, :]
                 mask_x &= (col >= 0) & (col < W)
             x_row = n.to(tl.int64) * stride_xn + h0.to(tl.int64) * stride_xh + w0.to(tl.int64) * stride_xw
-            x_off = tl.multiple_of(x_row, X_VEC)[:, None]
-            x_off += (tl.multiple_of(r * stride_xh + s * stride_xw, X_VEC) + c_off)[None, :]
+            x_off = (x_row * X_VEC)[:, None] + ((r * stride_xh + s * stride_xw) * X_VEC + c_off)[None, :]
             x = tl.load(x_ptr + x_off, mask=mask_x, other=0.0)
         acc = dot(tl.trans(g), x, acc, PRECISION)
 
     if ONE_TAP:
-        column = tap * STRIDE_WT + (pid_n * BLOCK_N % C + tl.arange(0, BLOCK_N)) * STRIDE_WC
+        column = tap * STRIDE_WT + (c0 + tl.arange(0, BLOCK_N)) * STRIDE_WC
     else:
         column = tap * STRIDE_WT + offs_n % C * STRIDE_WC
     out_row = (split * GROUPS * K + group * K + offs_m).to(tl.int64) * (R * S * C)
@@ -377,8 +366,8 @@ def _conv2d_epilogue_grad_kernel(
     M, P, Q, splits,
     stride_yn: tl.int64, stride_yk: tl.int64, stride_yp: tl.int64, stride_yq: tl.int64,
     stride_zn: tl.int64, stride_zk: tl.int64, stride_zp: tl.int64, stride_zq: tl.int64,
-    K: tl.constexpr, Y_UNIT_K: tl.constexpr, Z_UNIT_K: tl.constexpr, Y_VEC: tl.constexpr, Z_VEC: tl.constexpr,
-    G_VEC: tl.constexpr, ACTIVATION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    K: tl.constexpr, Y_UNIT_C: tl.constexpr, Z_UNIT_C: tl.constexpr, Y_VEC: tl.constexpr, Z_VEC: tl.constexpr,
+    ACTIVATION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """g = dy * act'(saved), written channels last, and the bias gradient: column sums of g.
 
@@ -397,14 +386,15 @@ def _conv2d_epilogue_grad_kernel(
     for step in range(first, last):
         offs_m = step * BLOCK_M + tl.arange(0, BLOCK_M)
         mask = (offs_m < M)[:, None] & mask_n[None, :]
-        y_off = _output_offsets(offs_m, offs_n, P, Q, stride_yn, stride_yk, stride_yp, stride_yq, Y_UNIT_K, Y_VEC)
+        n, p, q = pixel(offs_m, P, Q)
+        y_off = tile_offsets(n, p, q, offs_n, stride_yn, stride_yk, stride_yp, stride_yq, Y_VEC, Y_UNIT_C)
         g = tl.load(dy_ptr + y_off, mask=mask, other=0.0).to(tl.float32)
         if saved_ptr is not None:
-            z_off = _output_offsets(offs_m, offs_n, P, Q, stride_zn, stride_zk, stride_zp, stride_zq, Z_UNIT_K, Z_VEC)
+            z_off = tile_offsets(n, p, q, offs_n, stride_zn, stride_zk, stride_zp, stride_zq, Z_VEC, Z_UNIT_C)
             saved = tl.load(saved_ptr + z_off, mask=mask, other=0.0).to(tl.float32)
             g = tl.where(mask, g * activation_grad(saved, ACTIVATION), 0.0)
         if g_ptr is not None:
-            g_off = tl.multiple_of(offs_m.to(tl.int64) * K, G_VEC)[:, None] + offs_n[None, :]
+            g_off = (offs_m.to(tl.int64) * K)[:, None] + offs_n[None, :]
             tl.store(g_ptr + g_off, g.to(g_ptr.dtype.element_ty), mask=mask)
         acc += g
     if partial_ptr is not None:
@@ -483,11 +473,6 @@ def problem_of(
     return Conv2dProblem(n, c, h, w, k // geometry.groups, r, s, *pq, geometry, dtype, precision, channels_last)
 
 
-def strides(t: torch.Tensor) -> list[int]:
-    """Strides with those of dimensions of size 1 set to 0: they are arbitrary, and no address depends on them."""
-    return [0 if size == 1 else stride for size, stride in zip(t.shape, t.stride(), strict=True)]
-
-
 def channels_last(t: torch.Tensor) -> torch.Tensor:
     """The tensor itself if neighbouring channels are neighbours in memory, else a channels-last copy."""
     return t if t.shape[1] == 1 or t.stride(1) == 1 else t.contiguous(memory_format=torch.channels_last)
@@ -522,19 +507,14 @@ def plan_forward(
 ) -> list[Launch]:  # fmt: skip
     """x channels last, w packed [K, R, S, C]; z and residual have y's strides."""
     groups = p.geometry.groups
-    xn, _, xh, xw = strides(x)
-    yn, yk, yp, yq = strides(y)
-    vec = 16 // p.itemsize
+    x_vec, _, (xn, _, xh, xw) = layout_strides(x, p.C)
+    y_vec, y_unit, (yn, yk, yp, yq) = layout_strides(y)
     tiles = cost.cdiv(p.pixels, config.BLOCK_M) * cost.cdiv(p.K, config.BLOCK_N)
     split = config.SPLIT_K
     partial = None
     if split > 1:
         partial = torch.empty((split, p.pixels, p.K * groups), dtype=torch.float32, device=x.device)
-    y_constants = {
-        "Y_VEC": unit_divisor(vec, p.K * groups, yn, yp, yq) if p.channels_last else 1,
-        "Y_CHANNELS_LAST": p.channels_last,
-        "ACTIVATION": activation,
-    }
+    y_constants = {"Y_VEC": y_vec, "Y_UNIT_C": y_unit, "ACTIVATION": activation}
     y_strides = {"stride_yn": yn, "stride_yk": yk, "stride_yp": yp, "stride_yq": yq}
     operands = {"scale_ptr": scale, "bias_ptr": bias, "residual_ptr": residual, "y_ptr": y, "z_ptr": z}
     main = Launch(
@@ -547,7 +527,7 @@ def plan_forward(
         },
         {
             "C": p.C, "K": p.K, "R": p.R, "S": p.S, "GROUPS": groups, **p.geometry.constants(),
-            "X_VEC": unit_divisor(vec, p.C, xn, xh, xw), **y_constants, "PRECISION": dot_precision(p),
+            "X_VEC": x_vec, **y_constants, "PRECISION": dot_precision(p),
             **_blocks(config),
         },
         config.num_warps,
@@ -572,9 +552,8 @@ def plan_input_grad(
 ) -> list[Launch]:  # fmt: skip
     """g channels last; w_strides are those of (output channel, tap, input channel) in w's storage."""
     geometry = p.geometry
-    gn, _, gp, gq = strides(g)
-    xn, xc, xh, xw = strides(dx)
-    vec = 16 // p.itemsize
+    g_vec, _, (gn, _, gp, gq) = layout_strides(g, p.K)
+    x_vec, x_unit, (xn, xc, xh, xw) = layout_strides(dx)
     rows, cols = cost.cdiv(p.H, geometry.stride_h), cost.cdiv(p.W, geometry.stride_w)
     tiles = cost.cdiv(p.N * rows * cols, config.BLOCK_M) * cost.cdiv(p.C, config.BLOCK_N)
     return [
@@ -592,9 +571,7 @@ def plan_input_grad(
                 "STEP_H": geometry.stride_h // math.gcd(geometry.stride_h, geometry.dil_h),
                 "STEP_W": geometry.stride_w // math.gcd(geometry.stride_w, geometry.dil_w),
                 "STRIDE_WK": w_strides[0], "STRIDE_WT": w_strides[1], "STRIDE_WC": w_strides[2],
-                "G_VEC": unit_divisor(vec, p.K, gn, gp, gq),
-                "X_VEC": unit_divisor(vec, p.C * geometry.groups, xn, xh, xw) if p.channels_last else 1,
-                "X_CHANNELS_LAST": p.channels_last, "PRECISION": dot_precision(p), **_blocks(config),
+                "G_VEC": g_vec, "X_VEC": x_vec, "X_UNIT_C": x_unit, "PRECISION": dot_precision(p), **_blocks(config),
             },
             config.num_warps,
             config.num_stages,
@@ -607,9 +584,8 @@ def plan_weight_grad(
 ) -> list[Launch]:
     """x and g channels last; dw [K, C, R, S] contiguous or channels last (``p.channels_last``)."""
     groups = p.geometry.groups
-    xn, _, xh, xw = strides(x)
-    gn, _, gp, gq = strides(g)
-    vec = 16 // p.itemsize
+    x_vec, _, (xn, _, xh, xw) = layout_strides(x, p.C)
+    g_vec, _, (gn, _, gp, gq) = layout_strides(g, p.K)
     taps, split = p.R * p.S, config.SPLIT_K
     tiles = cost.cdiv(p.K, config.BLOCK_M) * cost.cdiv(taps * p.C, config.BLOCK_N)
     out = dw
@@ -627,7 +603,7 @@ def plan_weight_grad(
         {
             "C": p.C, "K": p.K, "R": p.R, "S": p.S, "GROUPS": groups, **p.geometry.constants(),
             "STRIDE_WT": p.C if p.channels_last else 1, "STRIDE_WC": 1 if p.channels_last else taps,
-            "X_VEC": unit_divisor(vec, p.C, xn, xh, xw), "G_VEC": unit_divisor(vec, p.K, gn, gp, gq),
+            "X_VEC": x_vec, "G_VEC": g_vec,
             "PRECISION": dot_precision(p), **_blocks(config),
         },
         config.num_warps,
@@ -667,10 +643,8 @@ def plan_epilogue_grad(
     p: EpilogueProblem, config: Config, dy: torch.Tensor, saved: torch.Tensor | None, g: torch.Tensor | None,
     bias_grad: torch.Tensor | None, activation: str,
 ) -> list[Launch]:  # fmt: skip
-    vec = 16 // dy.dtype.itemsize
-    yn, yk, yp, yq = strides(dy)
-    zn, zk, zp, zq = strides(saved) if saved is not None else (0, 0, 0, 0)
-    y_unit, z_unit = yk == 1, zk == 1
+    y_vec, y_unit, (yn, yk, yp, yq) = layout_strides(dy)
+    z_vec, z_unit, (zn, zk, zp, zq) = layout_strides(dy if saved is None else saved)
     split = max(1, min(config.SPLIT_M, cost.cdiv(p.M, config.BLOCK_M)))
     partial = None
     if bias_grad is not None:
@@ -685,10 +659,9 @@ def plan_epilogue_grad(
             "stride_zn": zn, "stride_zk": zk, "stride_zp": zp, "stride_zq": zq,
         },
         {
-            "K": p.K, "Y_UNIT_K": y_unit, "Z_UNIT_K": z_unit,
-            "Y_VEC": unit_divisor(vec, p.K, yn, yp, yq) if y_unit else 1,
-            "Z_VEC": unit_divisor(vec, p.K, zn, zp, zq) if z_unit else 1,
-            "G_VEC": unit_divisor(vec, p.K), "ACTIVATION": activation,
+            "K": p.K, "Y_UNIT_C": y_unit, "Z_UNIT_C": z_unit,
+            "Y_VEC": y_vec, "Z_VEC": z_vec,
+            "ACTIVATION": activation,
             "BLOCK_M": config.BLOCK_M, "BLOCK_N": config.BLOCK_N,
         },
         config.num_warps,
@@ -732,6 +705,8 @@ _TILES = (
     (64, 64, 32, 4, 2),
     (32, 32, 32, 4, 2),
     (64, 64, 16, 4, 2),
+    (128, 16, 16, 4, 3),
+    (32, 16, 16, 4, 2),  # serves every shape
 )
 FORWARD_CONFIGS = tuple(
     _gemm_config(*tile, GROUP_M=8, SPLIT_K=split)
