@@ -107,3 +107,6 @@ def isolated(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Monke
     random.seed(SEED)
     torch.manual_seed(SEED)
     monkeypatch.setenv("TRITUNE_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
+    lookups = sys.modules.get("tritune.autotune.resolve")  # tests of the sources and the archives never import it
+    if lookups:
+        lookups.clear_memo()
