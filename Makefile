@@ -114,7 +114,7 @@ static: $(READY)
 	$(BIN)/python -m tritune bench static
 
 gpu:
-	PYTHONPATH=src $(PYTHON) -m tritune.perf.gpu --out $(OUT)
+	PYTHONPATH=src$${PYTHONPATH:+:$$PYTHONPATH} $(PYTHON) -m tritune.perf.gpu --out $(OUT)
 
 clean:
 	rm -rf .venv .venv-triton36 .venv-triton39 build dist *.egg-info src/*.egg-info \
