@@ -78,7 +78,7 @@ def check_conv2d(
         _check_tensor("conv2d", 3, "bias", bias)
     strides = _int_list("conv2d", 4, "stride", stride)
     mode = _padding_mode(padding)
-    paddings = _int_list("conv2d", 5, "padding", padding) if mode is None else (0, 0)
+    paddings = _int_list("conv2d", 5, "padding", padding) if mode is None else (0,)
     dilations = _int_list("conv2d", 6, "dilation", dilation)
     groups = _int("conv2d", 7, "groups", groups)
 
@@ -142,13 +142,13 @@ def check_max_pool2d(
         _pool_output_size(width, kernel[1], step[1], pad[1], dilate[1], ceil_mode),
     )
     _check_pool_shapes(shape, kernel, step, pad, dilate, output_size)
-    if input.dtype not in _POOL_DTYPES and not input.is_quantized:
+    if input.dtype not in _POOL_DTYPES and not _is_left_to_torch(input):
         raise NotImplementedError(_text_pool_dtype(input))
 
     has_empty_window = _may_have_empty_window(
         height, kernel[0], step[0], pad[0], dilate[0], ceil_mode
     ) or _may_have_empty_window(width, kernel[1], step[1], pad[1], dilate[1], ceil_mode)
-    if has_empty_window and return_indices and not (_is_symbolic(height) or _is_symbolic(width)):
+    if has_empty_window and return_indices and _is_static(height) and _is_static(width):
         raise RuntimeError(_text_empty_window((height, width), kernel, pad, dilate))
     return MaxPool2dArgs(kernel, step, pad, dilate, ceil_mode, output_size, has_empty_window)
 
@@ -245,6 +245,11 @@ def _text_item_overflow(fn: str, name: str, place: int) -> str:
     )
 
 
+def _is_left_to_torch(input: Tensor) -> bool:
+    """Quantised, sparse and MKL-DNN tensors: torch has kernels of its own, or says itself that it has none."""
+    return input.is_quantized or input.layout != torch.strided
+
+
 def _type_name(value: object) -> str:
     kind = type(value)
     return f"numpy.{kind.__name__}" if kind.__module__ == "numpy" else kind.__name__
@@ -308,14 +313,14 @@ def _check_conv_shapes(
     for name, values in (("stride", stride), ("padding", padding), ("dilation", dilation)):
         if len(values) not in (1, dims):
             raise RuntimeError(_text_conv_list(name, dims, values))
+    if dims != 2:  # conv2d itself passes two values for this one
+        raise RuntimeError(_text_conv_list("output_padding", dims, (0, 0)) + _text_weight_is_4d(kernel))
     if min(padding) < 0:
         raise RuntimeError(_text_negative_padding(padding))
     if min(stride) <= 0:
         raise RuntimeError(_text_conv_stride(stride))
     if min(dilation) < 0:
         raise RuntimeError(_text_negative_dilation(dilation))
-    if dims != 2:
-        raise RuntimeError(_text_conv_ndim_mismatch(shape, kernel))
     if kernel[0] < groups:
         raise RuntimeError(_text_too_few_filters(kernel, groups))
     if kernel[0] % groups != 0:
@@ -362,6 +367,8 @@ def _check_like_the_kernel(
     input: Tensor, weight: Tensor, bias: Tensor | None, shape: tuple[int, ...], args: Conv2dArgs
 ) -> None:
     """The checks of the kernel that torch would run on a CPU: order and texts differ between its two kernels."""
+    if _is_left_to_torch(input):
+        return
     dilation = args.dilation
     dilated = dilation != (1, 1)
     no_taps = weight.shape[2] == 0 or weight.shape[3] == 0
@@ -369,7 +376,7 @@ def _check_like_the_kernel(
     mixed_weight = weight.dtype != input.dtype
     mixed_bias = bias is not None and bias.dtype != input.dtype
     dtypes = _DILATED_CONV_DTYPES if dilated else _CONV_DTYPES
-    unsupported = input.dtype not in dtypes and not input.is_quantized
+    unsupported = input.dtype not in dtypes
     if not (no_taps or no_dilation or mixed_weight or mixed_bias or unsupported):
         return
 
@@ -493,6 +500,10 @@ def _text_conv_list(name: str, dims: int, values: tuple[int, ...]) -> str:
     )
 
 
+def _text_weight_is_4d(kernel: tuple[int, ...]) -> str:
+    return f": conv2d takes a 4-dimensional weight, but got one of size {list(kernel)}"
+
+
 def _text_same_broadcast(name: str, values: tuple[int, ...]) -> str:
     return f"{name} cannot broadcast to 2 dimensions: {name}={list(values)}"
 
@@ -565,21 +576,20 @@ def _text_no_pixels(shape: tuple[int, ...]) -> str:
 
 
 def _text_device(input: Tensor, name: str, other: Tensor) -> str:
-    where = f"input is on {input.device}, {name} is on {other.device}"
-    if {input.device.type, other.device.type} == {"cpu", "cuda"}:
-        same = f"Input type ({_tensor_type(input)}) and {name} type ({_tensor_type(other)}) should be the same"
-        if input.device.type == "cpu":
-            same += f" or input should be a MKLDNN tensor and {name} is a dense tensor"
-        return f"{same}: {where}"
-    return (
-        "Expected all tensors to be on the same device, "
-        f"but got {name} is on {other.device}, different from other tensors on {input.device}"
-    )
+    here, there = input.device, other.device
+    if {here.type, there.type} != {"cpu", "cuda"}:
+        return (
+            "Expected all tensors to be on the same device, "
+            f"but got {name} is on {there}, different from other tensors on {here}"
+        )
+    types = f"({_tensor_type(input, here.type)}) and {name} type ({_tensor_type(other, there.type)})"
+    mkldnn = f" or input should be a MKLDNN tensor and {name} is a dense tensor" if here.type == "cpu" else ""
+    return f"Input type {types} should be the same{mkldnn}: input is on {here}, {name} is on {there}"
 
 
 def _text_onednn_dtype(input: Tensor, name: str, other: Tensor) -> str:
     return (
-        f"Input type ({_tensor_type(input, 'cpu')}) and {name} type ({_tensor_type(other, 'cpu')}) should be the same "
+        f"Input type ({_tensor_type(input)}) and {name} type ({_tensor_type(other)}) should be the same "
         f"or input should be a MKLDNN tensor and {name} is a dense tensor"
     )
 
@@ -667,9 +677,18 @@ def _may_have_empty_window(size: int, kernel: int, stride: int, padding: int, di
     slack = stride - 1 if ceil_mode else 0
     if padding == 0 or dilation == 1 or dilation * (2 - kernel) + 2 * padding - 2 + slack < 0:
         return False
-    if _is_symbolic(size):
+    if not _is_static(size):
         return True  # cannot be known without a guard
     return dilation > size and any(start % dilation >= size for start in range(-padding, 0, stride))
+
+
+def _is_static(size: int) -> bool:
+    # Dynamo shows a symbolic size as an int; the import is slow and needed by nobody else.
+    if not torch.compiler.is_dynamo_compiling() and not _is_symbolic(size):
+        return True
+    from torch.fx.experimental.symbolic_shapes import has_static_value
+
+    return has_static_value(size)
 
 
 def _text_pool_input_ndim(input: Tensor) -> str:
@@ -734,9 +753,12 @@ _NOT_AN_INDEX = frozenset(_FLOATING | _COMPLEX | {torch.bool})
 _NAMES = {
     torch.uint8: ("Byte", "unsigned char"),
     torch.int8: ("Char", "signed char"),
-    torch.int16: ("Short", "short"),
+    torch.int16: ("Short", "short int"),
     torch.int32: ("Int", "int"),
     torch.int64: ("Long", "long int"),
+    torch.uint16: ("UInt16", "short unsigned int"),
+    torch.uint32: ("UInt32", "unsigned int"),
+    torch.uint64: ("UInt64", "long unsigned int"),
     torch.float16: ("Half", "c10::Half"),
     torch.float32: ("Float", "float"),
     torch.float64: ("Double", "double"),
@@ -760,13 +782,12 @@ def _cpp_name(tensor: Tensor) -> str:
 def _names(tensor: Tensor) -> tuple[str, str]:
     if tensor.dtype in _NAMES:
         return _NAMES[tensor.dtype]
-    name = str(tensor.dtype).removeprefix("torch.")  # float8_e5m2 is Float8_e5m2 there, uint16 UInt16
-    name = name.replace("uint", "UInt") if name.startswith("uint") else name.capitalize()
+    name = str(tensor.dtype).removeprefix("torch.").capitalize()  # float8_e5m2 is Float8_e5m2 there
     return name, f"c10::{name}"
 
 
-def _tensor_type(tensor: Tensor, device: str | None = None) -> str:
-    device = device or tensor.device.type
+def _tensor_type(tensor: Tensor, device: str = "cpu") -> str:
+    """Where only dtypes differ the CPU's names serve all devices: one fault, one text."""
     name = _scalar_name(tensor)
     if tensor.dtype in _LEGACY_TENSOR_TYPES:
         return f"torch.{name}Tensor" if device == "cpu" else f"torch.{device}.{name}Tensor"
