@@ -1,1 +1,7 @@
-"""Validators, schemas, autograd, CPU fallback, dispatch and the public functions."""
+"""Operators: validation, schemas, autograd, dispatch and the torch fallback. Kernels are imported where they run."""
+
+from ._dispatch import Decision, UnsupportedError, explain, record, use_backend
+from .conv import conv2d
+from .pool import max_pool2d
+
+__all__ = ["Decision", "UnsupportedError", "conv2d", "explain", "max_pool2d", "record", "use_backend"]

@@ -1,0 +1,258 @@
+"""Which backend serves a call, and why: the choice is made once, in forward, and kept for backward."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ContextDecorator, contextmanager
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+
+from ..autotune.device import DeviceSpec, detect
+from ..autotune.log import logger
+from ..autotune.resolve import Choice
+
+BACKENDS = ("auto", "triton", "torch")
+KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+class UnsupportedError(NotImplementedError):
+    """Raised under ``use_backend("triton")`` for a call that no kernel covers; the message names the argument."""
+
+
+def _checked(name: str, origin: str) -> str:
+    if name not in BACKENDS:
+        raise ValueError(f"{origin} must be one of {', '.join(BACKENDS)}, got {name!r}")
+    return name
+
+
+DEFAULT_BACKEND = _checked(os.environ.get("TRITUNE_BACKEND") or "auto", "TRITUNE_BACKEND")
+# Triton reads the variable when its kernels are defined, so it must be set before they are imported.
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+class _State(threading.local):
+    backend = DEFAULT_BACKEND
+    recorder: list[Decision] | None = None
+
+
+_state = _State()
+
+
+class use_backend(ContextDecorator):  # noqa: N801  # a context manager, named like torch.no_grad
+    """Chooses the backend for the calls of a block or function, in this thread.
+
+    Args:
+        name: ``"auto"`` runs whatever is known to be fastest, ``"torch"`` only torch's operators, ``"triton"`` only
+            our kernels: what they do not cover raises :class:`UnsupportedError`. The backward of a call runs where
+            its forward ran, also in another thread and after the block.
+
+    Example::
+
+        with tritune.use_backend("triton"):
+            y = tritune.conv2d(x, w)
+
+    With ``TRITON_INTERPRET=1`` set before the import, ``"triton"`` runs CPU tensors too, slowly, in the interpreter.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = _checked(name, "backend")
+        self.previous: list[str] = []
+
+    def _recreate_cm(self) -> use_backend:
+        return use_backend(self.name)
+
+    def __enter__(self) -> use_backend:
+        self.previous.append(_state.backend)
+        _state.backend = self.name
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        _state.backend = self.previous.pop()
+
+
+def current_backend() -> str:
+    return _state.backend
+
+
+# --- what the kernels cover ------------------------------------------------------------------------------------------
+
+
+@cache
+def _triton_installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def in_transform() -> bool:
+    """Is a functorch transform or a forward-AD level open? There only torch's composites have derivatives."""
+    return torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0
+
+
+def is_plain(tensor: torch.Tensor) -> bool:
+    """Is this a tensor whose storage a kernel may read, or one that stands for such a tensor while tracing?"""
+    kind = type(tensor)
+    if kind is torch.Tensor or kind is torch.nn.Parameter:
+        return tensor.layout is torch.strided
+    from torch._subclasses.fake_tensor import FakeTensor
+    from torch._subclasses.functional_tensor import FunctionalTensor
+
+    return kind in (FakeTensor, FunctionalTensor)
+
+
+def uncovered(tensors: Sequence[torch.Tensor], dtypes: tuple[torch.dtype, ...] = KERNEL_DTYPES) -> str | None:
+    """Why no kernel can serve a call on these tensors; ``None`` if one can. The first tensor decides the device."""
+    first = tensors[0]
+    kind = first.device.type
+    if kind == "cpu" and not INTERPRETED:
+        return "input is on the CPU, where torch serves (TRITON_INTERPRET=1 interprets the kernels there)"
+    if kind not in ("cpu", "cuda"):
+        return f"input is on device {kind!r}"
+    if not _triton_installed():
+        return "triton is not installed (pip install 'tritune[triton]')"
+    for tensor in tensors:
+        if not torch.compiler.is_compiling() and not is_plain(tensor):
+            return f"an argument is a {type(tensor).__name__}, {tensor.layout}: not a plain strided tensor"
+        if tensor.dtype not in dtypes:
+            return f"dtype {tensor.dtype} has no kernel"
+    if in_transform():
+        return "a torch.func transform or forward-mode AD is active"
+    if kind == "cuda":
+        return _old_gpu(first.device)
+    return None
+
+
+def _old_gpu(device: torch.device) -> str | None:
+    if torch.cuda.is_available() and torch.version.hip is None and torch.cuda.get_device_capability(device)[0] < 8:
+        return "the GPU is older than compute capability 8.0"
+    return None
+
+
+# --- the decision ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What a call runs, and why.
+
+    Attributes:
+        op: public name, for example ``"conv2d"``.
+        backend: ``"triton"`` or ``"torch"``.
+        because: one sentence.
+        kernels: of the Triton backend: name and config of each kernel, with the source of the config.
+        rejected: why the other backend was not taken.
+    """
+
+    op: str
+    backend: str
+    because: str
+    kernels: tuple[tuple[str, Choice], ...] = ()
+    rejected: str = ""
+
+    def __str__(self) -> str:
+        lines = [f"{self.op}: {self.backend}: {self.because}"]
+        for name, choice in self.kernels:
+            distance = f", {choice.distance:.1f} doublings away" if choice.distance else ""
+            note = f" ({choice.note})" if choice.note else ""
+            lines.append(f"  {name}: {choice.config}  [{choice.source}{distance}]{note}")
+        if self.rejected:
+            other = "torch" if self.backend == "triton" else "triton"
+            lines.append(f"  not {other}: {self.rejected}")
+        return "\n".join(lines)
+
+
+def choose(
+    op: str,
+    tensors: Sequence[torch.Tensor],
+    rule: Callable[[DeviceSpec], tuple[bool, str]],
+    kernels: Callable[[DeviceSpec], tuple[tuple[str, Choice], ...]],
+    reason: str | None = None,
+) -> str:
+    """The backend of one call: ``"triton"`` or ``"torch"``.
+
+    Args:
+        tensors: all tensor arguments, the input first.
+        rule: for ``"auto"``, asked only if the kernels cover the call: do they win on this device, and why (not)?
+        kernels: name and config of the kernels that would run, asked only when somebody wants the explanation.
+        reason: why this op's kernels do not cover the call, beyond what :func:`uncovered` knows.
+    """
+    backend = _state.backend
+    if backend == "torch":
+        chosen, because, rejected = "torch", 'use_backend("torch") is in force', ""
+    else:
+        reason = uncovered(tensors) or reason
+        if reason is not None:
+            if backend == "triton":
+                raise UnsupportedError(f'{op}: use_backend("triton") is in force, but no kernel covers the call: {reason}')
+            chosen, because, rejected = "torch", "no kernel covers the call", reason
+            _log_fallback(op, reason)
+        elif backend == "triton":
+            chosen, because, rejected = "triton", 'use_backend("triton") is in force', ""
+        elif torch.compiler.is_compiling():
+            chosen, because, rejected = "torch", "the compiler fuses torch's operators itself", ""
+        else:
+            wins, why = rule(detect(tensors[0].device))
+            chosen, because, rejected = ("triton" if wins else "torch"), why, ""
+    if _state.recorder is not None:
+        used = kernels(detect(tensors[0].device)) if chosen == "triton" else ()
+        _state.recorder.append(Decision(op, chosen, because, used, rejected))
+    return chosen
+
+
+def runs_kernels(backend: str, tensor: torch.Tensor) -> bool:
+    """Inside an operator, which is told its backend: is this a call for the kernels?
+
+    Strictness is the public function's. An operator that was exported for the kernels runs on torch where there is no
+    GPU; one that is called directly with ``"auto"`` follows :class:`use_backend`.
+    """
+    if backend == "auto":
+        backend = current_backend()
+    return backend == "triton" and (tensor.device.type == "cuda" or INTERPRETED)
+
+
+_logged: set[tuple[str, str]] = set()
+
+
+def _log_fallback(op: str, reason: str) -> None:
+    if torch.compiler.is_compiling() or (op, reason) in _logged:
+        return
+    _logged.add((op, reason))
+    logger.info("%s runs on torch: %s", op, reason)
+
+
+@contextmanager
+def record() -> Iterator[list[Decision]]:
+    """Collects the decision of every call in the block, in this thread."""
+    previous, decisions = _state.recorder, []
+    _state.recorder = decisions
+    try:
+        yield decisions
+    finally:
+        _state.recorder = previous
+
+
+def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Decision | list[Decision]:
+    """Says what ``fn(*args, **kwargs)`` would run, without running it.
+
+    ``fn`` may be an operator of this package (the result is its :class:`Decision`) or any function, module or model
+    that calls some (a list, in call order). The call happens on fake tensors: nothing is computed or allocated.
+
+    Example::
+
+        >>> print(tritune.explain(tritune.max_pool2d, torch.randn(1, 8, 4, 4), 2))
+        max_pool2d: torch: no kernel covers the call
+          not triton: input is on the CPU, where torch serves (TRITON_INTERPRET=1 interprets the kernels there)
+    """
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.utils._pytree import tree_map_only
+
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode, record() as decisions:
+        fake_args, fake_kwargs = tree_map_only(torch.Tensor, mode.from_tensor, (args, kwargs))
+        fn(*fake_args, **fake_kwargs)
+    if getattr(fn, "__module__", "").startswith(f"{__package__}.") and len(decisions) == 1:
+        return decisions[0]
+    return decisions
