@@ -100,7 +100,7 @@ def check_conv2d(
             paddings, pad_extra, shape = _same_padding(shape, kernel, strides, dilations, groups)
         elif mode != "valid":
             raise RuntimeError(_text_padding_string(mode))
-    _check_conv_shapes(shape, kernel, bias, strides, paddings, dilations, groups)
+    _check_conv_shapes(shape, kernel, bias, strides, paddings, dilations, groups, mode)
     args = Conv2dArgs(_pair(strides), _pair(paddings), _pair(dilations), groups, pad_extra)
     _check_conv_operands(input, weight, bias, shape, args)
     _check_epilogue(input, weight, shape, args, activation, residual, scale, precision)
@@ -276,7 +276,7 @@ def _same_padding(
     if groups <= 0:
         raise RuntimeError(_text_groups(groups))
     if dims != 2:
-        raise RuntimeError(_text_conv_ndim_mismatch(shape, kernel))
+        raise RuntimeError(_text_conv_ndim_mismatch(shape, kernel, ""))
     if len(stride) not in (1, 2):
         raise RuntimeError(_text_same_broadcast("stride", stride))
     if len(dilation) not in (1, 2):
@@ -304,6 +304,7 @@ def _check_conv_shapes(
     padding: tuple[int, ...],
     dilation: tuple[int, ...],
     groups: int,
+    mode: str | None,
 ) -> None:
     dims = len(kernel) - 2
     if dims < 1:
@@ -313,7 +314,7 @@ def _check_conv_shapes(
     for name, values in (("stride", stride), ("padding", padding), ("dilation", dilation)):
         if len(values) not in (1, dims):
             raise RuntimeError(_text_conv_list(name, dims, values))
-    if dims != 2:  # conv2d itself passes two values for this one
+    if dims != 2 and mode is None:  # conv2d itself passes two values for this one
         raise RuntimeError(_text_conv_list("output_padding", dims, (0, 0)) + _text_weight_is_4d(kernel))
     if min(padding) < 0:
         raise RuntimeError(_text_negative_padding(padding))
@@ -321,6 +322,8 @@ def _check_conv_shapes(
         raise RuntimeError(_text_conv_stride(stride))
     if min(dilation) < 0:
         raise RuntimeError(_text_negative_dilation(dilation))
+    if dims != 2:
+        raise RuntimeError(_text_conv_ndim_mismatch(shape, kernel, " "))
     if kernel[0] < groups:
         raise RuntimeError(_text_too_few_filters(kernel, groups))
     if kernel[0] % groups != 0:
@@ -524,9 +527,9 @@ def _text_negative_dilation(dilation: tuple[int, ...]) -> str:
     return f"dilation should be greater than zero, but got {list(dilation)}"
 
 
-def _text_conv_ndim_mismatch(shape: tuple[int, ...], kernel: tuple[int, ...]) -> str:
+def _text_conv_ndim_mismatch(shape: tuple[int, ...], kernel: tuple[int, ...], space: str) -> str:
     return (
-        f"Expected {len(kernel)}-dimensional input for {len(kernel)}-dimensional weight{list(kernel)}, "
+        f"Expected {len(kernel)}-dimensional input for {len(kernel)}-dimensional weight{space}{list(kernel)}, "
         f"but got {len(shape)}-dimensional input of size {list(shape)} instead"
     )
 
