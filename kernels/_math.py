@@ -17,6 +17,15 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def column_sum(x):
+    """Sum over rows in fp32. A GPU adds in a tree, the interpreter one by one: there fp64 keeps the tree's accuracy."""
+    if INTERPRETED:
+        return tl.sum(x.to(tl.float64), axis=0).to(tl.float32)
+    else:
+        return tl.sum(x, axis=0)
+
+
+@triton.jit
 def tanh(x):
     """Hyperbolic tangent in fp32. Near 0 the exponential form cancels, so a series serves |x| < 0.25."""
     t = tl.exp(-2.0 * tl.abs(x))
@@ -63,7 +72,7 @@ def _clip6(x):
 def activation_grad(saved, ACTIVATION: tl.constexpr):
     """Derivative of the activation from what forward saved: the output where that is enough, else the input.
 
-    The edges are torch's: relu, relu6, leaky_relu, hardsigmoid and hardswish have the left or zero derivative there.
+    Where the derivative jumps the value is that of torch 2.13 on the CPU.
     """
     if ACTIVATION == "relu":
         return tl.where(saved <= 0.0, 0.0, 1.0)
@@ -88,7 +97,7 @@ def activation_grad(saved, ACTIVATION: tl.constexpr):
     elif ACTIVATION == "hardsigmoid":
         return tl.where((saved > -3.0) & (saved < 3.0), 1.0 / 6.0, 0.0)
     elif ACTIVATION == "hardswish":
-        return tl.where(saved < -3.0, 0.0, tl.where(saved <= 3.0, saved * (1.0 / 3.0) + 0.5, 1.0))
+        return tl.where(saved <= -3.0, 0.0, tl.where(saved < 3.0, saved * (1.0 / 3.0) + 0.5, 1.0))
     else:
         tl.static_assert(ACTIVATION == "none")
         return saved * 0.0 + 1.0

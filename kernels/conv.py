@@ -44,7 +44,7 @@ from ..autotune.config import Config, Estimate, Tunable, register
 from ..autotune.device import DeviceSpec, detect
 from ..autotune.resolve import resolve
 from ._launch import Launch, layout_strides, strides
-from ._math import activate, activation_grad, dot, grouped_tile, pixel, tile_offsets
+from ._math import activate, activation_grad, column_sum, dot, grouped_tile, pixel, tile_offsets
 
 SIZES = ["M", "N", "H", "W", "P", "Q", "splits"]
 
@@ -398,7 +398,7 @@ def _conv2d_epilogue_grad_kernel(
             tl.store(g_ptr + g_off, g.to(g_ptr.dtype.element_ty), mask=mask)
         acc += g
     if partial_ptr is not None:
-        tl.store(partial_ptr + split * K + offs_n, tl.sum(acc, axis=0), mask=mask_n)
+        tl.store(partial_ptr + split * K + offs_n, column_sum(acc), mask=mask_n)
 
 
 # --- launchers -------------------------------------------------------------------------------------------------------

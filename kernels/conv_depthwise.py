@@ -28,7 +28,7 @@ from ..autotune.config import Config, Estimate, Tunable, register
 from ..autotune.device import DeviceSpec, detect
 from ..autotune.resolve import resolve
 from ._launch import Launch, layout_strides, strides
-from ._math import pixel, tile_offsets
+from ._math import column_sum, pixel, tile_offsets
 from .conv import Conv2dProblem, Geometry, _epilogue, _features, contiguous, empty_output, problem_of, sum_splits
 
 SIZES = ["M", "N", "H", "W", "P", "Q", "splits"]
@@ -152,7 +152,7 @@ def _depthwise_weight_grad_kernel(
         g = tl.load(g_ptr + g_off, mask=mask_m[:, None] & mask_k[None, :], other=0.0)
         acc += x.to(tl.float32) * g.to(tl.float32)
     out = (split.to(tl.int64) * K + k) * (R * S) + tap
-    tl.store(partial_ptr + out, tl.sum(acc, axis=0), mask=mask_k)
+    tl.store(partial_ptr + out, column_sum(acc), mask=mask_k)
 
 
 # --- launchers -------------------------------------------------------------------------------------------------------

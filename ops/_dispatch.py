@@ -192,6 +192,8 @@ def choose(
             _log_fallback(op, reason)
         elif backend == "triton":
             chosen, because, rejected = "triton", 'use_backend("triton") is in force', ""
+        elif tensors[0].device.type == "cpu":
+            chosen, because, rejected = "torch", "the interpreter is never taken unasked", ""
         elif torch.compiler.is_compiling():
             chosen, because, rejected = "torch", "the compiler fuses torch's operators itself", ""
         else:

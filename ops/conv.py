@@ -247,8 +247,8 @@ def _derivative(saved: Tensor, activation: str) -> Tensor:
         return 0.5 * (1 + t) + 0.5 * saved * (1 - t * t) * 0.7978845608028654 * (1 + 0.134145 * saved * saved)
     if activation == "hardsigmoid":
         return ((saved > -3) & (saved < 3)).to(saved.dtype) / 6
-    inner = torch.where(saved <= 3, saved / 3 + 0.5, 1.0)
-    return torch.where(saved < -3, 0.0, inner).to(saved.dtype)  # hardswish
+    inner = torch.where(saved < 3, saved / 3 + 0.5, 1.0)
+    return torch.where(saved <= -3, 0.0, inner).to(saved.dtype)  # hardswish
 
 
 # --- operators -------------------------------------------------------------------------------------------------------

@@ -1,0 +1,312 @@
+"""conv2d on every backend: values, gradients, layouts, epilogues, edge cases."""
+
+from __future__ import annotations
+
+import itertools
+import warnings
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+import tritune
+from harness import Case, backend_of, check, poisoned
+from torch import Tensor
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+ACTIVATIONS = {
+    "relu": torch.relu, "relu6": F.relu6, "leaky_relu": F.leaky_relu, "silu": F.silu, "gelu": F.gelu,
+    "gelu_tanh": lambda z: F.gelu(z, approximate="tanh"), "hardswish": F.hardswish, "hardsigmoid": F.hardsigmoid,
+    "sigmoid": torch.sigmoid, "tanh": torch.tanh,
+}  # fmt: skip
+
+every_backend = [pytest.mark.torch, pytest.mark.interpret, pytest.mark.gpu]
+kernels_only = [pytest.mark.interpret, pytest.mark.gpu]
+
+
+def reference(input: Tensor, weight: Tensor, bias: Tensor | None = None, *args: Any, **kwargs: Any) -> Tensor:
+    """conv2d by torch's operators, every step on its own."""
+    activation, residual, scale = (kwargs.pop(name, None) for name in ("activation", "residual", "scale"))
+    z = F.conv2d(input, weight, None if scale is not None else bias, *args, **kwargs)
+    if scale is not None:
+        z = z * scale.view(-1, 1, 1)
+        z = z if bias is None else z + bias.view(-1, 1, 1)
+    if residual is not None:
+        z = z + residual
+    return z if activation is None else ACTIVATIONS[activation](z)
+
+
+def case(id: str, x: tuple[int, ...], w: tuple[int, ...], *extra: str, **kwargs: Any) -> Case:
+    """``extra`` names further tensor arguments: bias, scale, residual."""
+    shapes = {"input": x, "weight": w}
+    geometry = {name: value for name, value in kwargs.items() if name not in ("activation", "precision")}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch tells that padding="same" may copy
+        y = F.conv2d(torch.empty(x, device="meta"), torch.empty(w, device="meta"), **geometry).shape
+    shapes |= {name: tuple(y) if name == "residual" else (w[0],) for name in extra}
+    return Case(id, tritune.conv2d, reference, shapes, kwargs)
+
+
+# Sizes do not divide the blocks. One case per path: dense, parity classes, small channels, groups, depthwise.
+CASES = [
+    case("3x3", (2, 16, 9, 7), (24, 16, 3, 3), "bias", padding=1),
+    case("3x3-wide", (1, 80, 6, 5), (72, 80, 3, 3), padding=1),
+    case("1x1", (2, 40, 7, 5), (24, 40, 1, 1), "bias"),
+    case("1x1-stride2", (1, 32, 9, 9), (16, 32, 1, 1), stride=2),
+    case("stem-7x7-stride2", (1, 3, 17, 15), (16, 3, 7, 7), "bias", stride=2, padding=3),
+    case("patch-4x4-stride4", (1, 3, 16, 12), (24, 3, 4, 4), "bias", stride=4),
+    case("channels-5", (2, 5, 8, 8), (7, 5, 3, 3), padding=1),
+    case("rectangular", (2, 8, 10, 9), (12, 8, 3, 2), "bias", stride=(2, 3), padding=(2, 1), dilation=(1, 2)),
+    case("stride-and-dilation-share-a-factor", (1, 16, 13, 12), (16, 16, 3, 3), stride=(4, 2), padding=1, dilation=2),
+    case("stride-beyond-window", (1, 16, 11, 10), (8, 16, 2, 1), stride=3),
+    case("groups", (2, 20, 8, 7), (30, 4, 3, 3), "bias", padding=1, groups=5),
+    case("groups-of-16", (1, 32, 7, 7), (32, 16, 3, 3), padding=1, groups=2),
+    case("same-even-kernel", (1, 8, 7, 6), (8, 8, 2, 4), "bias", padding="same"),
+    case("valid", (1, 8, 7, 6), (8, 8, 3, 3), padding="valid"),
+    case("one-pixel", (3, 16, 1, 1), (16, 16, 3, 3), "bias", padding=1),
+    case("one-channel", (2, 1, 9, 9), (1, 1, 3, 3), "bias", padding=1),
+    case("depthwise", (2, 20, 9, 7), (20, 1, 3, 3), "bias", padding=1, groups=20),
+    case("depthwise-multiplier", (1, 8, 10, 9), (16, 1, 5, 3), stride=2, padding=(2, 1), dilation=(1, 2), groups=8),
+    case("unbatched", (8, 9, 7), (8, 8, 3, 3), "bias", "residual", padding=1, activation="relu"),
+    case("epilogue", (2, 16, 7, 6), (24, 16, 3, 3), "bias", "scale", "residual", padding=1, activation="relu"),
+    case("epilogue-saves-input", (2, 16, 7, 6), (24, 16, 1, 1), "bias", "scale", "residual", activation="silu"),
+    case("epilogue-depthwise", (2, 24, 7, 6), (24, 1, 3, 3), "bias", "scale", "residual", padding=1, groups=24,
+         activation="silu"),
+]  # fmt: skip
+# One case per kernel: these run on other versions of Triton too.
+COMPAT = ("3x3", "depthwise", "epilogue")
+
+
+def parameters() -> list[Any]:
+    rows = []
+    for one, dtype, layout in itertools.product(CASES, DTYPES, ("nchw", "nhwc")):
+        marks = [pytest.mark.compat] if one.id in COMPAT and layout == "nhwc" else []
+        rows.append(pytest.param(one, dtype, layout, id=f"{one.id}-{str(dtype)[6:]}-{layout}", marks=marks))
+    return rows
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even")
+class TestCases:
+    pytestmark = every_backend
+
+    @pytest.mark.parametrize("case, dtype, layout", parameters())
+    def test_forward_and_gradients(self, case, dtype, layout, device, tier):
+        check(case, dtype, layout, device, backend_of(tier))
+
+    @pytest.mark.parametrize("case", CASES[:1] + CASES[10:11] + CASES[16:17], ids=lambda case: case.id)
+    def test_strided_views_are_read_in_place(self, case, device, tier):
+        check(case, torch.float32, "strided", device, backend_of(tier))
+
+    @pytest.mark.parametrize("activation", ACTIVATIONS)
+    def test_activations(self, activation, device, tier):
+        one = case(activation, (2, 16, 5, 3), (16, 16, 1, 1), "bias", activation=activation)
+        check(one, torch.float32, "nhwc", device, backend_of(tier))
+
+    @pytest.mark.parametrize("activation", ["relu", "relu6", "leaky_relu", "hardswish", "hardsigmoid"])
+    @pytest.mark.parametrize("dtype", DTYPES)
+    def test_derivative_at_the_kinks_is_torchs(self, activation, dtype, device, tier):
+        # An identity convolution, so the activation sees these values exactly: where the derivative jumps, no
+        # tolerance could compare results that were rounded to either side.
+        kinks = torch.tensor([-6.0, -3.0, -0.0, 0.0, 3.0, 6.0], dtype=torch.float64)
+        if activation == "hardswish" and not torch.__version__.startswith("2.13"):
+            kinks += 1.0  # at -3 and 3 older versions of torch differ from the yardstick
+        x = torch.cat([kinks, kinks - 0.0625, kinks + 0.0625]).to(dtype).to(device).view(1, 1, 3, 6)
+        x = x.expand(1, 16, 3, 6).contiguous()
+        weight = torch.eye(16, dtype=dtype, device=device).view(16, 16, 1, 1)
+        wanted = x.clone().requires_grad_()
+        ACTIVATIONS[activation](wanted).sum().backward()
+        with tritune.use_backend(backend_of(tier)):
+            x.requires_grad_()
+            tritune.conv2d(x, weight, activation=activation).sum().backward()
+        torch.testing.assert_close(x.grad, wanted.grad, rtol=2 * torch.finfo(dtype).eps, atol=0)
+
+
+class TestBranches:
+    """Paths that only a certain config, option or layout takes."""
+
+    pytestmark = kernels_only
+
+    @pytest.mark.parametrize("splits", [2, 3])
+    @pytest.mark.parametrize("id", ["3x3-wide", "groups", "epilogue-saves-input"])
+    def test_split_reduction(self, id, splits, device):
+        from tritune.autotune.config import Config
+        from tritune.autotune.resolve import override
+        from tritune.kernels import conv
+
+        tile = {"BLOCK_M": 32, "BLOCK_N": 16, "BLOCK_K": 16, "num_warps": 4, "num_stages": 2}
+        (one,) = (case for case in CASES if case.id == id)
+        with (
+            override(conv.FORWARD, Config(**tile, GROUP_M=2, SPLIT_K=splits)),
+            override(conv.WEIGHT_GRAD, Config(**tile, SPLIT_K=splits)),
+            override(conv.EPILOGUE_GRAD, Config(BLOCK_M=16, BLOCK_N=16, SPLIT_M=splits, num_warps=4, num_stages=2)),
+        ):
+            for layout in ("nhwc", "nchw"):
+                check(one, torch.float32, layout, device, "triton")
+
+    @pytest.mark.parametrize("tile", [(32, 16, 16), (64, 32, 32), (16, 64, 64)], ids=str)
+    def test_tiles(self, tile, device):
+        from tritune.autotune.config import Config
+        from tritune.autotune.resolve import override
+        from tritune.kernels import conv
+
+        m, n, k = tile
+        config = Config(BLOCK_M=m, BLOCK_N=n, BLOCK_K=k, GROUP_M=3, SPLIT_K=1, num_warps=4, num_stages=2)
+        weight_config = Config(BLOCK_M=m, BLOCK_N=n, BLOCK_K=k, SPLIT_K=1, num_warps=4, num_stages=2)
+        grad_config = Config(BLOCK_M=m, BLOCK_N=n, BLOCK_K=k, GROUP_M=3, num_warps=4, num_stages=2)
+        with (
+            override(conv.FORWARD, config),
+            override(conv.INPUT_GRAD, grad_config),
+            override(conv.WEIGHT_GRAD, weight_config),
+        ):
+            # 64 channels: a reduction tile inside one tap; 24: one that spans taps.
+            for channels in (64, 24):
+                one = case("tiles", (1, channels, 7, 6), (40, channels, 3, 3), "bias", padding=1)
+                check(one, torch.bfloat16, "nhwc", device, "triton")
+
+    @pytest.mark.parametrize("precision", ["ieee", "tf32", "tf32x3"])
+    def test_precisions(self, precision, device):
+        if device == "cpu" or precision == "ieee":  # the interpreter always multiplies in full precision
+            one = case(precision, (2, 16, 6, 5), (16, 16, 3, 3), padding=1)
+            one.kwargs["precision"] = precision
+            check(Case(one.id, tritune.conv2d, _ignoring_precision, one.shapes, one.kwargs),
+                  torch.float32, "nhwc", device, "triton")  # fmt: skip
+            return
+        x, w = torch.randn(4, 64, 14, 14, device=device), torch.randn(64, 64, 3, 3, device=device)
+        exact = F.conv2d(x.double().cpu(), w.double().cpu(), padding=1)
+        with tritune.use_backend("triton"):
+            y = tritune.conv2d(x, w, padding=1, precision=precision).double().cpu()
+        error = ((y - exact).abs().max() / exact.abs().max()).item()
+        assert error < {"tf32": 2e-3, "tf32x3": 3e-6}[precision]
+
+    def test_gradient_with_stride_zero(self, device):
+        x, w = torch.randn(2, 8, 5, 5, device=device, requires_grad=True), torch.randn(8, 8, 3, 3, device=device)
+        with tritune.use_backend("triton"), poisoned():
+            tritune.conv2d(x, w).sum().backward()  # the incoming gradient is one expanded element
+        (wanted,) = torch.autograd.grad(F.conv2d(x, w).sum(), x)
+        torch.testing.assert_close(x.grad, wanted, rtol=1e-5, atol=1e-5)
+
+    def test_unneeded_gradients_are_not_computed(self, device, monkeypatch):
+        from tritune.kernels import conv
+
+        for name in ("run_input_grad", "run_epilogue_grad"):
+            monkeypatch.setattr(conv, name, lambda *a, name=name, **k: pytest.fail(f"{name} ran"))
+        x = torch.randn(1, 8, 5, 5, device=device)
+        w = torch.randn(8, 8, 3, 3, device=device, requires_grad=True)
+        with tritune.use_backend("triton"):
+            tritune.conv2d(x, w).sum().backward()
+        assert w.grad is not None
+
+    @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy, inside the interpreter
+    def test_nan_and_infinity_propagate_as_in_torch(self, device):
+        x = torch.randn(1, 4, 6, 6, device=device)
+        x[0, 0, 1, 1], x[0, 1, 4, 4] = float("nan"), float("inf")
+        w = torch.randn(4, 4, 3, 3, device=device)
+        w[2, 3, 0, 0] = float("inf")  # meets the padding: 0 * inf
+        with tritune.use_backend("triton"):
+            y = tritune.conv2d(x, w, padding=1)
+            relu = tritune.conv2d(x, w, padding=1, activation="relu")
+        wanted = F.conv2d(x.cpu(), w.cpu(), padding=1)
+        torch.testing.assert_close(y.cpu(), wanted, equal_nan=True, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(relu.cpu(), wanted.relu(), equal_nan=True, rtol=1e-4, atol=1e-4)
+
+    @pytest.mark.parametrize("dtype", DTYPES)
+    def test_fp16_range_is_used_in_fp32(self, dtype, device):
+        x = torch.full((1, 64, 3, 3), 40.0, device=device, dtype=dtype)
+        w = torch.full((16, 64, 1, 1), 40.0, device=device, dtype=dtype)
+        scale = torch.full((16,), 0.01, device=device, dtype=dtype)  # 102 400 passes fp16's limit before the scale
+        with tritune.use_backend("triton"):
+            y = tritune.conv2d(x, w, scale=scale)
+        assert (y.float() - 1024).abs().max() < 8
+
+
+def _ignoring_precision(*args: Any, precision: str | None = None, **kwargs: Any) -> Tensor:
+    return reference(*args, **kwargs)
+
+
+class TestEmpty:
+    pytestmark = every_backend
+
+    def test_empty_batch(self, device, tier):
+        x = torch.randn(0, 8, 5, 5, device=device, requires_grad=True)
+        w = torch.randn(4, 8, 3, 3, device=device, requires_grad=True)
+        b = torch.randn(4, device=device, requires_grad=True)
+        with tritune.use_backend(backend_of(tier)):
+            y = tritune.conv2d(x, w, b, activation="relu")
+            y.sum().backward()
+        assert y.shape == (0, 4, 3, 3)
+        assert x.grad.shape == x.shape
+        assert w.grad.shape == w.shape and not w.grad.any()
+        assert not b.grad.any()
+
+    def test_no_gradient_into_integer_or_frozen_arguments(self, device, tier):
+        x, w = torch.randn(1, 4, 5, 5, device=device), torch.randn(4, 4, 3, 3, device=device)
+        with tritune.use_backend(backend_of(tier)):
+            assert not tritune.conv2d(x, w).requires_grad
+            with torch.no_grad():
+                assert not tritune.conv2d(x.requires_grad_(), w).requires_grad
+            with torch.inference_mode():
+                assert tritune.conv2d(x, w).is_inference()
+
+
+@pytest.mark.gpu
+class TestLarge:
+    def test_offsets_beyond_2_31(self, device):
+        # Three images of 2**30 elements: the last lies beyond what 32 bits address.
+        x = torch.zeros(3, 64, 4096, 4096, device=device, dtype=torch.float16).to(memory_format=torch.channels_last)
+        x[2, :, -3:, -3:] = torch.randn(64, 3, 3, device=device, dtype=torch.float16)
+        w = torch.randn(16, 64, 3, 3, device=device, dtype=torch.float16)
+        with tritune.use_backend("triton"):
+            y = tritune.conv2d(x, w)
+        wanted = F.conv2d(x[2:, :, -3:, -3:].float(), w.float())
+        torch.testing.assert_close(y[2:, :, -1:, -1:].float(), wanted, rtol=2e-3, atol=2e-2)
+
+    @pytest.mark.parametrize("warps", [4, 8])
+    @pytest.mark.parametrize("shape", [(8, 64, 56, 56, 64, 3), (4, 96, 28, 28, 128, 5), (4, 256, 14, 14, 256, 3)])
+    def test_flat_loop_over_taps_is_compiled_right(self, shape, warps, device):
+        # A loop like this one was once miscompiled with eight warps (pytorch/pytorch issue 173068).
+        from tritune.autotune.config import Config
+        from tritune.autotune.resolve import override
+        from tritune.kernels import conv
+
+        n, c, h, w, k, r = shape
+        config = Config(BLOCK_M=128, BLOCK_N=64, BLOCK_K=32, GROUP_M=8, SPLIT_K=1, num_warps=warps, num_stages=3)
+        one = case("large", (n, c, h, w), (k, c, r, r), "bias", padding=r // 2)
+        with override(conv.FORWARD, config):
+            for dtype in (torch.float16, torch.bfloat16):
+                check(one, dtype, "nhwc", device, "triton")
+
+    def test_cuda_graph(self, device):
+        x, w = torch.randn(4, 32, 28, 28, device=device), torch.randn(64, 32, 3, 3, device=device)
+        with tritune.use_backend("triton"):
+            tritune.conv2d(x, w, padding=1, activation="relu")
+            torch.cuda.synchronize()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                y = tritune.conv2d(x, w, padding=1, activation="relu")
+            x.copy_(torch.randn_like(x))
+            graph.replay()
+            torch.cuda.synchronize()
+            assert torch.equal(y, tritune.conv2d(x, w, padding=1, activation="relu"))
+
+
+@pytest.mark.static
+class TestCompiles:
+    def test_changing_sizes_compile_once(self):
+        """N, H and W are run-time values: none of them, 1 and multiples of 16 included, makes another binary."""
+        from tritune.kernels import conv, conv_depthwise
+
+        geometry = conv.Geometry(1, 1, 1, 1, 1, 1, 1)
+        depthwise = geometry._replace(groups=24)
+        for module, c, k, groups in ((conv, 24, 40, geometry), (conv_depthwise, 1, 1, depthwise)):
+            for tunable in (module.FORWARD, module.INPUT_GRAD, module.WEIGHT_GRAD):
+                config = next(c for c in tunable.configs if c.get("SPLIT_K", 1) == 1)
+                binaries = set()
+                for n, h, w in ((1, 1, 1), (2, 7, 9), (16, 32, 48), (1, 16, 1), (3, 1, 17), (64, 64, 64)):
+                    problem = conv.Conv2dProblem(n, c, h, w, k, 3, 3, h, w, groups, torch.bfloat16, "16")
+                    binaries.add(tuple(_specialisation(launch) for launch in tunable.launches(problem, config)))
+                assert len(binaries) == 1, tunable.name
+
+
+def _specialisation(launch: Any) -> str:
+    source = launch.source()
+    return repr((sorted(source.signature.items()), sorted(source.constants.items()), sorted(source.attrs.items())))
