@@ -138,8 +138,8 @@ def check_max_pool2d(
         raise RuntimeError(_text_pool_input_ndim(input))
     height, width = shape[-2:]
     output_size = (
-        _pool_output_size(height, kernel[0], step[0], pad[0], dilate[0], ceil_mode),
-        _pool_output_size(width, kernel[1], step[1], pad[1], dilate[1], ceil_mode),
+        pool_output_size(height, kernel[0], step[0], pad[0], dilate[0], ceil_mode),
+        pool_output_size(width, kernel[1], step[1], pad[1], dilate[1], ceil_mode),
     )
     _check_pool_shapes(shape, kernel, step, pad, dilate, output_size)
     if input.dtype not in _POOL_DTYPES and not _is_left_to_torch(input):
@@ -635,7 +635,7 @@ def _pool_pair(name: str, values: tuple[int, ...], rule: str) -> Pair:
     return (first, last)
 
 
-def _pool_output_size(size: int, kernel: int, stride: int, padding: int, dilation: int, ceil_mode: bool) -> int:
+def pool_output_size(size: int, kernel: int, stride: int, padding: int, dilation: int, ceil_mode: bool) -> int:
     if stride == 0:
         raise RuntimeError("stride should not be zero")
     if padding < 0:

@@ -114,12 +114,13 @@ def uncovered(tensors: Sequence[torch.Tensor], dtypes: tuple[torch.dtype, ...] =
         return f"input is on device {kind!r}"
     if not _triton_installed():
         return "triton is not installed (pip install 'tritune[triton]')"
+    compiling = torch.compiler.is_compiling()
     for tensor in tensors:
-        if not torch.compiler.is_compiling() and not is_plain(tensor):
+        if not compiling and not is_plain(tensor):
             return f"an argument is a {type(tensor).__name__}, {tensor.layout}: not a plain strided tensor"
         if tensor.dtype not in dtypes:
             return f"dtype {tensor.dtype} has no kernel"
-    if in_transform():
+    if not compiling and in_transform():
         return "a torch.func transform or forward-mode AD is active"
     if kind == "cuda":
         return _old_gpu(first.device)

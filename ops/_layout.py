@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 
@@ -28,15 +30,14 @@ def memory_format(channels_last: bool) -> torch.memory_format:
     return torch.channels_last if channels_last else torch.contiguous_format
 
 
-def autocast(tensors: tuple[torch.Tensor | None, ...]) -> tuple[torch.Tensor | None, ...]:
-    """Casts to the autocast dtype what torch's own list would for a convolution; differentiable."""
-    kind = tensors[0].device.type  # type: ignore[union-attr]
-    if not torch.is_autocast_enabled(kind):
-        return tensors
+def autocast(*arguments: Any) -> tuple[Any, ...]:
+    """Casts floating-point tensors to the autocast dtype where one is in force, as torch does for a convolution."""
+    kind = arguments[0].device.type if isinstance(arguments[0], torch.Tensor) else "none"
+    if kind not in ("cpu", "cuda") or not torch.is_autocast_enabled(kind):
+        return arguments
     low = torch.get_autocast_dtype(kind)
-    return tuple(
-        t.to(low)
-        if t is not None and t.is_floating_point() and t.dtype is not torch.float64 and t.device.type == kind
-        else t
-        for t in tensors
-    )
+    return tuple(t.to(low) if isinstance(t, torch.Tensor) and _is_cast(t, kind) else t for t in arguments)
+
+
+def _is_cast(t: torch.Tensor, kind: str) -> bool:
+    return t.is_floating_point() and t.dtype is not torch.float64 and t.device.type == kind

@@ -67,8 +67,7 @@ def conv2d(
         >>> tritune.conv2d(x, w, padding=1, activation="relu").shape
         torch.Size([8, 64, 32, 32])
     """
-    if isinstance(input, Tensor) and torch.is_autocast_enabled(input.device.type):
-        input, weight, bias, residual, scale = autocast((input, weight, bias, residual, scale))
+    input, weight, bias, residual, scale = autocast(input, weight, bias, residual, scale)
     args = _checks.check_conv2d(
         input, weight, bias, stride, padding, dilation, groups,
         activation=activation, residual=residual, scale=scale, precision=precision,

@@ -135,7 +135,9 @@ def _auto_rule(problem: Any, device: DeviceSpec, needs_grad: bool) -> tuple[bool
 def _composite(input: Tensor, args: _checks.MaxPool2dArgs, return_indices: bool) -> Any:
     window = (args.kernel_size, args.stride, args.padding, args.dilation)
     if args.has_empty_window:
-        return _pool_of_padded(input, *window, args.output_size)[0]
+        y, h, w = _pool_of_padded(input, *window, args.output_size)
+        # The indices only of a compiled call, whose sizes may turn out to have no such window.
+        return (y, h * input.shape[-1] + w) if return_indices else y
     return F.max_pool2d(input, *window, args.ceil_mode, return_indices=return_indices)
 
 
@@ -171,7 +173,7 @@ def _output_size(
     input: Tensor, kernel_size: Any, stride: Any, padding: Any, dilation: Any, ceil_mode: bool
 ) -> Pair:  # fmt: skip
     return tuple(
-        _checks._pool_output_size(*sizes, ceil_mode)
+        _checks.pool_output_size(*sizes, ceil_mode)
         for sizes in zip(input.shape[2:], kernel_size, stride, padding, dilation, strict=True)
     )  # type: ignore[return-value]
 

@@ -1,0 +1,327 @@
+"""Derivatives of every order, functional transforms, and everyday torch, by value."""
+
+from __future__ import annotations
+
+import copy
+import io
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+import tritune
+from harness import backend_of
+from torch.autograd import forward_ad, gradcheck, gradgradcheck
+from torch.library import opcheck
+
+ops = torch.ops.tritune
+ACTIVATIONS = ("none", "relu", "relu6", "leaky_relu", "silu", "gelu", "gelu_tanh", "hardswish", "hardsigmoid",
+               "sigmoid", "tanh")  # fmt: skip
+GEOMETRY = ((2, 1), (1, 1), (1, 1), 2)
+WINDOWS = [((3, 2), (2, 1), (1, 1), (1, 1), False), ((2, 2), (2, 2), (0, 0), (1, 1), True)]
+EMPTY_WINDOW = ((2, 2), (1, 1), (1, 1), (8, 8), False)
+
+
+def tensors(dtype: torch.dtype, device: str = "cpu") -> list[torch.Tensor]:
+    """input, weight, bias, scale, residual for GEOMETRY."""
+    shapes = ((2, 4, 7, 6), (6, 2, 3, 3), (6,), (6,), (2, 6, 4, 6))
+    return [torch.randn(shape, dtype=dtype, device=device, requires_grad=True) for shape in shapes]
+
+
+@pytest.mark.torch
+class TestOperators:
+    """Called directly, an operator is opaque to autograd: what runs below it is not recorded, with kernels or not. So
+    these checks see our formulas, in float64."""
+
+    @pytest.mark.parametrize("activation", ACTIVATIONS)
+    def test_gradients_of_conv2d(self, activation):
+        def conv2d(*args: Any) -> Any:
+            return ops.conv2d(*args, *GEOMETRY, activation, "ieee", "auto")
+
+        args = tensors(torch.float64)
+        assert gradcheck(conv2d, args, fast_mode=True)
+        assert gradgradcheck(conv2d, args, fast_mode=True)
+
+    @pytest.mark.parametrize("window", [*WINDOWS, EMPTY_WINDOW], ids=str)
+    def test_gradients_of_max_pool2d(self, window):
+        x = torch.randn(2, 3, 8, 8, dtype=torch.float64, requires_grad=True)
+        for op in (ops.max_pool2d, lambda *args: ops.max_pool2d_with_offsets(*args)[0]):
+            assert gradcheck(lambda x, op=op: op(x, *window, "auto"), x)
+            assert gradgradcheck(lambda x, op=op: op(x, *window, "auto"), x)
+
+    @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+    @pytest.mark.parametrize("activation", ["none", "relu", "silu"])
+    def test_opcheck_conv2d(self, activation, layout):
+        x, w, *rest = (t.detach() for t in tensors(torch.float32))
+        x = x.to(memory_format=layout).requires_grad_()
+        args = (x, w.requires_grad_(), *(t.requires_grad_() for t in rest), *GEOMETRY, activation, "ieee", "auto")
+        opcheck(ops.conv2d.default, args)
+        opcheck(ops.conv2d_saving_input.default, args)
+
+    @pytest.mark.parametrize("channels_last", [False, True])
+    def test_opcheck_gradients_of_conv2d(self, channels_last):
+        x, w, _, _, g = tensors(torch.float32)
+        options = (*GEOMETRY, "ieee", "auto")
+        opcheck(ops.conv2d_input_grad.default, (g, w, 7, 6, channels_last, *options))
+        opcheck(ops.conv2d_weight_grad.default, (x, g, 3, 3, channels_last, *options))
+        opcheck(ops.conv2d_bias_grad.default, (g, "auto"))
+        for need_bias in (False, True):
+            opcheck(ops.conv2d_epilogue_grad.default, (g, g.detach().clone(), "silu", need_bias, "auto"))
+
+    @pytest.mark.parametrize("window", [*WINDOWS, EMPTY_WINDOW], ids=str)
+    def test_opcheck_max_pool2d(self, window):
+        x = torch.randn(2, 3, 8, 8, requires_grad=True)
+        for op in (ops.max_pool2d, ops.max_pool2d_with_offsets, ops.max_pool2d_with_indices):
+            opcheck(op.default, (x, *window, "auto"))
+        y, offsets = ops.max_pool2d_with_offsets(x, *window, "auto")
+        dy = torch.randn_like(y).requires_grad_()
+        opcheck(ops.max_pool2d_backward.default, (dy, offsets.detach(), 8, 8, False, *window[:4], "auto"))
+
+    def test_every_operator_is_checked(self):
+        """A new operator must join the tests above."""
+        names = {name for name in dir(ops) if name.startswith(("conv2d", "max_pool2d"))}
+        registered = {schema.name.split("::")[1] for schema in torch._C._jit_get_all_schemas()
+                      if schema.name.startswith("tritune::")}  # fmt: skip
+        assert registered == {
+            "conv2d", "conv2d_saving_input", "conv2d_epilogue_grad", "conv2d_bias_grad", "conv2d_input_grad",
+            "conv2d_weight_grad", "max_pool2d", "max_pool2d_with_offsets", "max_pool2d_with_indices",
+            "max_pool2d_backward",
+        }  # fmt: skip
+        assert names <= registered
+
+
+@pytest.mark.interpret
+@pytest.mark.gpu
+class TestSecondDerivativeOfKernels:
+    """Against torch's composite in float64: a backward op without a derivative of its own would be off silently."""
+
+    @pytest.mark.parametrize("activation", ["none", "relu", "silu"])
+    def test_conv2d(self, activation, device):
+        def second(fn: Any, args: list[torch.Tensor]) -> list[torch.Tensor]:
+            y = fn(*args)
+            first = torch.autograd.grad((y * y).sum(), args, create_graph=True)
+            return list(torch.autograd.grad(sum((g * g).sum() for g in first), args))
+
+        def ours(x: Any, w: Any, b: Any, s: Any, r: Any) -> Any:
+            with tritune.use_backend("triton"):
+                name = None if activation == "none" else activation
+                return tritune.conv2d(x, w, b, *GEOMETRY, activation=name, scale=s, residual=r)
+
+        def composite(x: Any, w: Any, b: Any, s: Any, r: Any) -> Any:
+            z = F.conv2d(x, w, None, *GEOMETRY) * s.view(-1, 1, 1) + b.view(-1, 1, 1) + r
+            return {"none": lambda z: z, "relu": torch.relu, "silu": F.silu}[activation](z)
+
+        args = tensors(torch.float32, device)
+        exact = second(composite, [t.detach().double().cpu().requires_grad_() for t in args])
+        for got, wanted in zip(second(ours, args), exact, strict=True):
+            error = (got.double().cpu() - wanted).abs().max() / wanted.abs().max()
+            assert error < 1e-5
+
+    def test_max_pool2d(self, device):
+        x = torch.randn(1, 4, 7, 7, device=device, requires_grad=True)
+        results = []
+        for fn in (tritune.max_pool2d, F.max_pool2d):
+            with tritune.use_backend("triton"):
+                (first,) = torch.autograd.grad((fn(x, 3, 2, 1) ** 3).sum(), x, create_graph=True)
+            results.append(torch.autograd.grad((first**2).sum(), x)[0])
+        torch.testing.assert_close(*results)
+
+
+def calls(device: str) -> list[Any]:
+    x, w = torch.randn(2, 4, 6, 6, device=device), torch.randn(4, 4, 3, 3, device=device)
+    return [
+        (lambda x: tritune.conv2d(x, w, padding=1, activation="gelu"),
+         lambda x: F.gelu(F.conv2d(x, w, padding=1)), x),
+        (lambda x: tritune.max_pool2d(x, 2), lambda x: F.max_pool2d(x, 2), x),
+    ]  # fmt: skip
+
+
+@pytest.mark.torch
+@pytest.mark.interpret
+@pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # torch itself, on the first jvp
+class TestTransforms:
+    """Under a transform or an open forward-AD level the opaque operators would drop derivatives: jvp would be 0."""
+
+    def test_jvp(self, device):
+        for ours, theirs, x in calls(device):
+            tangent = torch.randn_like(x)
+            got, wanted = torch.func.jvp(ours, (x,), (tangent,)), torch.func.jvp(theirs, (x,), (tangent,))
+            torch.testing.assert_close(got, wanted)
+            assert got[1].abs().sum() > 0
+
+    def test_dual_level(self, device):
+        for ours, theirs, x in calls(device):
+            tangent = torch.randn_like(x)
+            with forward_ad.dual_level():
+                dual = forward_ad.make_dual(x, tangent)
+                got = forward_ad.unpack_dual(ours(dual)).tangent
+                wanted = forward_ad.unpack_dual(theirs(dual)).tangent
+                torch.testing.assert_close(got, wanted)
+
+    def test_grad(self, device):
+        for ours, theirs, x in calls(device):
+            got = torch.func.grad(lambda x, fn=ours: fn(x).square().sum())(x)
+            torch.testing.assert_close(got, torch.func.grad(lambda x, fn=theirs: fn(x).square().sum())(x))
+
+    def test_per_sample_gradients(self, device):
+        for ours, theirs, x in calls(device):
+            def loss(sample: Any, fn: Any) -> Any:
+                return fn(sample.unsqueeze(0)).square().sum()
+
+            got = torch.func.vmap(torch.func.grad(loss), in_dims=(0, None))(x, ours)
+            torch.testing.assert_close(got, torch.func.vmap(torch.func.grad(loss), in_dims=(0, None))(x, theirs))
+
+
+@pytest.mark.interpret
+@pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
+def test_kernels_refuse_transforms(device):
+    for ours, _, x in calls(device):
+        with tritune.use_backend("triton"):
+            with pytest.raises(tritune.UnsupportedError, match="transform"):
+                torch.func.jvp(ours, (x,), (x,))
+            with pytest.raises(tritune.UnsupportedError, match="transform"):
+                torch.func.grad(lambda x, fn=ours: fn(x).sum())(x)
+            with forward_ad.dual_level(), pytest.raises(tritune.UnsupportedError, match="transform"):
+                ours(forward_ad.make_dual(x, x))
+
+
+@pytest.mark.torch
+@pytest.mark.interpret
+@pytest.mark.gpu
+class TestEverydayTorch:
+    @pytest.fixture(autouse=True)
+    def backend(self, tier):
+        with tritune.use_backend(backend_of(tier)):
+            yield
+
+    def test_checkpoint(self, device):
+        for ours, _, x in calls(device):
+            plain, again = x.clone().requires_grad_(), x.clone().requires_grad_()
+            ours(plain).square().sum().backward()
+            torch.utils.checkpoint.checkpoint(ours, again, use_reentrant=False).square().sum().backward()
+            torch.testing.assert_close(again.grad, plain.grad)
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    def test_autocast(self, dtype, device):
+        x = torch.randn(2, 8, 6, 6, device=device, requires_grad=True)
+        w = torch.randn(8, 8, 3, 3, device=device, requires_grad=True)
+        b = torch.randn(8, device=device, requires_grad=True)
+        with torch.autocast(device, dtype=dtype):
+            y = tritune.conv2d(x, w, b, activation="relu")
+            wanted = F.conv2d(x, w, b).relu()
+            pooled = tritune.max_pool2d(x, 2)
+        assert y.dtype == dtype and pooled.dtype == F.max_pool2d(x, 2).dtype == torch.float32
+        y.float().sum().backward()
+        assert x.grad.dtype == w.grad.dtype == b.grad.dtype == torch.float32
+        tolerance = 4 * torch.finfo(dtype).eps
+        torch.testing.assert_close(y, wanted, rtol=tolerance, atol=tolerance * wanted.abs().max().item())
+
+    def test_deterministic_mode(self, device):
+        torch.use_deterministic_algorithms(True)
+        try:
+            for ours, _, x in calls(device):
+                x = x.requires_grad_()
+                first, second = (torch.autograd.grad(ours(x).square().sum(), x)[0] for _ in range(2))
+                assert torch.equal(first, second)
+        finally:
+            torch.use_deterministic_algorithms(False)
+
+    def test_tensor_and_module_hooks(self, device):
+        seen = []
+        layer = tritune.nn.Conv2d(4, 4, 3).to(device)
+        layer.register_forward_hook(lambda *_: seen.append("forward"))
+        layer.register_full_backward_hook(lambda *_: seen.append("backward"))
+        x = torch.randn(1, 4, 6, 6, device=device, requires_grad=True)
+        x.register_hook(lambda g: seen.append("tensor") or 2 * g)
+        layer(x).sum().backward()
+        assert sorted(seen) == ["backward", "forward", "tensor"]
+
+    def test_in_place_change_of_a_saved_tensor_is_noticed(self, device):
+        x = torch.randn(1, 4, 6, 6, device=device, requires_grad=True)
+        w = torch.randn(4, 4, 3, 3, device=device, requires_grad=True)
+        y = tritune.conv2d(x, w)
+        with torch.no_grad():
+            w.add_(1)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            y.sum().backward()
+
+    def test_gradient_is_freed_after_backward(self, device):
+        x = torch.randn(1, 4, 6, 6, device=device, requires_grad=True)
+        y = tritune.conv2d(x, torch.randn(4, 4, 3, 3, device=device)).sum()
+        y.backward()
+        with pytest.raises(RuntimeError, match="second time"):
+            y.backward()
+
+
+@pytest.mark.torch
+class TestModules:
+    PAIRS = [
+        (lambda nn, **k: nn.Conv2d(4, 6, 3, **k), [{}, {"stride": 2, "padding": 1, "bias": False}, {"groups": 2},
+         {"padding": "same", "dilation": 2}, *({"padding": 1, "padding_mode": mode} for mode in ("reflect", "replicate", "circular"))]),
+        (lambda nn, **k: nn.MaxPool2d(3, **k), [{}, {"stride": 2, "padding": 1}, {"ceil_mode": True, "return_indices": True}]),
+    ]  # fmt: skip
+
+    @pytest.mark.parametrize("build, options", [(build, k) for build, rows in PAIRS for k in rows])
+    def test_same_as_torch(self, build, options):
+        theirs, ours = build(torch.nn, **options), build(tritune.nn, **options)
+        assert list(ours.state_dict()) == list(theirs.state_dict())
+        ours.load_state_dict(theirs.state_dict())
+        theirs.load_state_dict(ours.state_dict())
+        x = torch.randn(2, 4, 9, 9)
+        torch.testing.assert_close(ours(x), theirs(x))
+        for clone in (copy.deepcopy(ours), round_trip(ours)):
+            torch.testing.assert_close(clone(x), theirs(x))
+        assert repr(ours) == repr(theirs)
+
+    def test_fused_options(self):
+        layer = tritune.nn.Conv2d(4, 6, 3, activation="relu", precision="ieee")
+        x, residual = torch.randn(1, 4, 5, 5), torch.randn(1, 6, 3, 3)
+        wanted = (F.conv2d(x, layer.weight, layer.bias) + residual).relu()
+        torch.testing.assert_close(layer(x, residual), wanted)
+        assert "activation='relu', precision='ieee'" in repr(layer)
+
+    def test_unknown_activation_is_rejected(self):
+        with pytest.raises(ValueError, match="activation='sigmod'"):
+            tritune.nn.Conv2d(4, 4, 3, activation="sigmod")(torch.randn(1, 4, 5, 5))
+
+
+def round_trip(module: torch.nn.Module) -> torch.nn.Module:
+    buffer = io.BytesIO()
+    torch.save(module, buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=False)  # type: ignore[no-any-return]
+
+
+@pytest.mark.torch
+@pytest.mark.interpret
+@pytest.mark.gpu
+class TestTorchsOwnSamples:
+    """The operator samples that torch tests itself with."""
+
+    @pytest.mark.parametrize("name", ["nn.functional.conv2d", "nn.functional.max_pool2d"])
+    @pytest.mark.parametrize("requires_grad", [False, True])
+    @pytest.mark.filterwarnings("ignore")
+    def test_samples(self, name, requires_grad, device, tier):
+        from torch.testing._internal.common_methods_invocations import op_db
+
+        (info,) = (info for info in op_db if info.name == name and not info.variant_test_name)
+        ours = getattr(tritune, name.rsplit(".", 1)[1])
+        samples = list(info.sample_inputs(device, torch.float32, requires_grad=requires_grad))
+        # max_pool2d has more than a thousand; the interpreter takes its time.
+        step = {"torch": 1, "gpu": 5, "interpret": 41}[tier] if len(samples) > 100 else 1
+        chosen = samples[::step]
+        assert len(chosen) > 5
+        for sample in chosen:
+            wanted = info.op(sample.input, *sample.args, **sample.kwargs)
+            with tritune.use_backend(backend_of(tier)):
+                got = ours(sample.input, *sample.args, **sample.kwargs)
+            torch.testing.assert_close(got, wanted)
+            if requires_grad:
+                leaves = [t for t in (sample.input, *sample.args) if isinstance(t, torch.Tensor) and t.requires_grad]
+                got, wanted = (y[0] if isinstance(y, tuple) else y for y in (got, wanted))
+                dy = torch.randn_like(wanted)
+                pairs = zip(torch.autograd.grad(got, leaves, dy), torch.autograd.grad(wanted, leaves, dy), strict=True)
+                for ours_grad, theirs_grad in pairs:
+                    torch.testing.assert_close(ours_grad, theirs_grad, rtol=1e-4, atol=1e-4)

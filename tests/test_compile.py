@@ -1,0 +1,180 @@
+"""torch.compile, torch.export, fake and meta tensors."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+import tritune
+from harness import backend_of
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+tiers = [pytest.mark.torch, pytest.mark.interpret, pytest.mark.gpu]
+
+
+class Net(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = tritune.nn.Conv2d(3, 8, 3, padding=1, activation="relu")
+        self.pool = tritune.nn.MaxPool2d(2)
+        self.conv2 = tritune.nn.Conv2d(8, 8, 1, activation="silu")
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.conv2(self.pool(self.conv1(x)))
+
+
+class Recorder:
+    """A compiler backend that runs the graph as it is and remembers the operators of the differentiated graphs."""
+
+    def __init__(self) -> None:
+        self.graphs = 0
+        self.ops: set[str] = set()
+
+    def __call__(self, graph: Any, inputs: Any) -> Any:
+        from torch._dynamo.backends.common import aot_autograd
+        from torch._functorch.aot_autograd import make_boxed_func
+
+        def remember(graph: Any, inputs: Any) -> Any:
+            self.ops |= {str(node.target) for node in graph.graph.nodes if node.op == "call_function"}
+            return make_boxed_func(graph.forward)
+
+        self.graphs += 1
+        return aot_autograd(fw_compiler=remember, bw_compiler=remember)(graph, inputs)
+
+
+@pytest.fixture(autouse=True)
+def fresh_dynamo():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*lru_cache:UserWarning")
+class TestCompile:
+    pytestmark = tiers
+
+    def test_training_in_one_graph(self, device, tier):
+        """Where torch serves, the compiler sees torch's operators and can fuse them; the kernels stay operators."""
+        net, recorder = Net().to(device), Recorder()
+        compiled = torch.compile(net, fullgraph=True, backend=recorder)
+        x = torch.randn(2, 3, 8, 8, device=device)
+        with tritune.use_backend(backend_of(tier)):
+            wanted = net(x)
+            wanted_grads = torch.autograd.grad(wanted.square().sum(), list(net.parameters()))
+            y = compiled(x)
+            grads = torch.autograd.grad(y.square().sum(), list(net.parameters()))
+        torch.testing.assert_close(y, wanted)
+        torch.testing.assert_close(grads, wanted_grads)
+        ours = {op for op in recorder.ops if op.startswith("tritune")}
+        if tier == "torch":
+            assert not ours and "aten.convolution.default" in recorder.ops
+        else:
+            assert {"tritune.conv2d.default", "tritune.conv2d_weight_grad.default"} <= ours or {
+                "tritune.conv2d.default", "tritune.conv2d_saving_input.default", "tritune.conv2d_weight_grad.default",
+                "tritune.max_pool2d_with_offsets.default", "tritune.max_pool2d_backward.default",
+            } <= ours, ours  # fmt: skip
+            assert "aten.convolution.default" not in recorder.ops
+
+    def test_auto_compiles_to_torch(self, device):
+        recorder = Recorder()
+        compiled = torch.compile(Net().to(device), fullgraph=True, backend=recorder)
+        with torch.no_grad():
+            compiled(torch.randn(2, 3, 8, 8, device=device).to(memory_format=torch.channels_last))
+        assert not {op for op in recorder.ops if op.startswith("tritune")}
+
+    def test_changing_sizes_compile_once(self, device, tier):
+        recorder = Recorder()
+        net = Net().to(device)
+        compiled = torch.compile(net, fullgraph=True, dynamic=True, backend=recorder)
+        with tritune.use_backend(backend_of(tier)), torch.no_grad():
+            for n, h, w in ((5, 8, 12), (3, 10, 6), (2, 6, 14)):
+                x = torch.randn(n, 3, h, w, device=device)
+                torch.testing.assert_close(compiled(x), net(x))
+        assert recorder.graphs == 1
+
+    def test_switching_the_backend_recompiles(self, device, tier):
+        if tier == "torch":
+            return
+        recorder = Recorder()
+        compiled = torch.compile(lambda x: tritune.max_pool2d(x, 2), fullgraph=True, backend=recorder)
+        x = torch.randn(1, 2, 4, 4, device=device)
+        compiled(x)
+        assert not {op for op in recorder.ops if op.startswith("tritune")}
+        with tritune.use_backend("triton"):
+            compiled(x)
+        assert {op for op in recorder.ops if op.startswith("tritune")}
+
+    def test_use_backend_inside(self, device, tier):
+        @torch.compile(fullgraph=True, backend=Recorder())
+        def fn(x: torch.Tensor) -> torch.Tensor:
+            with tritune.use_backend(backend_of(tier)):
+                return tritune.max_pool2d(x, 2)
+
+        x = torch.randn(1, 2, 4, 4, device=device)
+        assert torch.equal(fn(x), torch.nn.functional.max_pool2d(x, 2))
+
+    def test_errors_are_torchs_own(self, device):
+        compiled = torch.compile(lambda x, w: tritune.conv2d(x, w, padding=-1), fullgraph=True, backend="eager")
+        with pytest.raises(Exception, match="negative padding"):
+            compiled(torch.randn(1, 2, 4, 4, device=device), torch.randn(2, 2, 3, 3, device=device))
+
+
+LOAD_AND_RUN = """
+import sys, torch, tritune
+program = torch.export.load(sys.argv[1])
+x, wanted = torch.load(sys.argv[2])
+y = program.module()(x)
+torch.testing.assert_close(y, wanted)
+x = x.requires_grad_()
+program.module()(x).sum().backward()
+assert x.grad.abs().sum() > 0, "no gradient"
+print("ok", sorted({str(n.target) for n in program.graph.nodes if "tritune" in str(n.target)}))
+"""
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+class TestExport:
+    pytestmark = [pytest.mark.torch, pytest.mark.interpret]
+
+    def test_saved_and_loaded_in_a_fresh_process(self, tier, tmp_path, monkeypatch):
+        """Exported for the kernels, a program keeps our operators, and still runs where there is no GPU."""
+        net, x = Net().eval(), torch.randn(2, 3, 8, 8)
+        with tritune.use_backend(backend_of(tier)):
+            program = torch.export.export(net, (x,))
+        torch.export.save(program, tmp_path / "net.pt2")
+        torch.save((x, net(x).detach()), tmp_path / "data.pt")
+        monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+        done = subprocess.run(
+            [sys.executable, "-c", LOAD_AND_RUN, str(tmp_path / "net.pt2"), str(tmp_path / "data.pt")],
+            capture_output=True, text=True, timeout=300,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        assert ("tritune.conv2d.default" in done.stdout) == (tier == "interpret"), done.stdout
+
+
+@pytest.mark.torch
+class TestFake:
+    @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+    def test_cuda_tensors_without_a_gpu(self, layout):
+        """Shapes, dtypes and strides of the Triton path can be had on a laptop (without gradients: recording one for
+        a fake CUDA tensor ends the process in a CPU build of torch, also for torch's own operators)."""
+        with FakeTensorMode(), tritune.use_backend("triton"):
+            x = torch.empty(2, 8, 9, 7, device="cuda", dtype=torch.bfloat16)
+            x = x.to(memory_format=layout)
+            w = torch.empty(16, 8, 3, 3, device="cuda", dtype=torch.bfloat16)
+            y = tritune.conv2d(x, w, padding=1, activation="silu")
+            z = tritune.max_pool2d(y, 3, 2, 1)
+            assert z.device.type == "cuda" and z.shape == (2, 16, 5, 4) and z.dtype == torch.bfloat16
+            assert y.is_contiguous(memory_format=layout) and z.is_contiguous(memory_format=layout)
+
+    def test_meta_tensors(self):
+        x, w = torch.empty(2, 8, 9, 7, device="meta"), torch.empty(16, 8, 3, 3, device="meta")
+        assert tritune.conv2d(x, w, stride=2, activation="relu").shape == (2, 16, 4, 3)
+        assert tritune.max_pool2d(x, 3, 2, 1).shape == (2, 8, 5, 4)
+        _, offsets = torch.ops.tritune.max_pool2d_with_offsets(x, [3, 3], [2, 2], [1, 1], [1, 1], False, "auto")
+        assert offsets.dtype == torch.uint8
