@@ -20,6 +20,10 @@ from .log import logger
 MAX_DISTANCE = 2.0  # in doublings, summed over the sizes: farther away an entry says nothing
 MEMO_LIMIT = 4096  # changing sizes must not grow the memo without end
 
+if os.environ.get("TRITUNE_AUTOTUNE", "cached") != "cached":
+    # The call-time tuner is not written yet; saying so beats pretending.
+    logger.warning("TRITUNE_AUTOTUNE=%s: only 'cached' works in this version", os.environ["TRITUNE_AUTOTUNE"])
+
 
 class Choice(NamedTuple):
     """A config and where it came from.

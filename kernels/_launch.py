@@ -6,11 +6,16 @@ turns the same description into what ``triton.compile`` takes, so the static sui
 
 from __future__ import annotations
 
+import contextlib
+import threading
 from typing import Any, NamedTuple
 
 import torch
 import triton
 from triton.compiler import ASTSource
+
+# Triton's interpreter patches its own modules while a kernel runs, so it serves one thread at a time.
+_interpreter_lock = threading.RLock() if triton.knobs.runtime.interpret else contextlib.nullcontext()
 
 POINTER_TYPES = {
     torch.float64: "*fp64",
@@ -44,13 +49,14 @@ class Launch(NamedTuple):
 
     def run(self) -> None:
         """Launches on the current stream. Contraction of ``a * b + c`` is asked for by name: its default may change."""
-        self.kernel[(self.grid,)](
-            **self.args,
-            **self.constants,
-            num_warps=self.num_warps,
-            num_stages=self.num_stages,
-            enable_fp_fusion=True,
-        )
+        with _interpreter_lock:
+            self.kernel[(self.grid,)](
+                **self.args,
+                **self.constants,
+                num_warps=self.num_warps,
+                num_stages=self.num_stages,
+                enable_fp_fusion=True,
+            )
 
     def source(self) -> ASTSource:
         """The kernel specialised for these arguments as the JIT would, for :func:`triton.compile`.

@@ -1,0 +1,255 @@
+"""The choice of backend: where it holds, what it refuses, and how it explains itself."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+import tritune
+from tritune.ops import _dispatch
+
+
+@pytest.mark.torch
+class TestUseBackend:
+    def test_nests_and_restores(self):
+        with tritune.use_backend("torch"):
+            with tritune.use_backend("triton"):
+                assert _dispatch.current_backend() == "triton"
+            assert _dispatch.current_backend() == "torch"
+        assert _dispatch.current_backend() == "auto"
+
+    def test_restores_after_an_exception(self):
+        with pytest.raises(ZeroDivisionError), tritune.use_backend("torch"):
+            1 / 0  # noqa: B018
+        assert _dispatch.current_backend() == "auto"
+
+    def test_decorates_recursive_functions(self):
+        @tritune.use_backend("torch")
+        def depth(n: int) -> str:
+            return depth(n - 1) if n else _dispatch.current_backend()
+
+        assert depth(3) == "torch"
+        assert _dispatch.current_backend() == "auto"
+
+    def test_is_per_thread(self):
+        with tritune.use_backend("torch"), ThreadPoolExecutor(1) as pool:
+            assert pool.submit(_dispatch.current_backend).result() == "auto"
+
+    def test_unknown_name(self):
+        with pytest.raises(ValueError, match="auto, triton, torch"):
+            tritune.use_backend("cuda")
+
+    def test_environment_sets_the_default(self, tmp_path):
+        import subprocess
+
+        code = "from tritune.ops._dispatch import current_backend; print(current_backend())"
+        environment = {"TRITUNE_BACKEND": "torch", **_clean_environment()}
+        done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+        assert done.stdout.strip() == "torch", done.stderr
+        environment["TRITUNE_BACKEND"] = "cuda"
+        done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+        assert done.returncode != 0 and "TRITUNE_BACKEND must be one of auto, triton, torch" in done.stderr
+
+
+def _clean_environment() -> dict[str, str]:
+    import os
+
+    return {name: value for name, value in os.environ.items() if not name.startswith("TRITUNE_")}
+
+
+@pytest.mark.torch
+class TestRefusals:
+    def test_cpu_tensors_are_refused_by_name(self):
+        x, w = torch.randn(1, 2, 4, 4), torch.randn(2, 2, 3, 3)
+        with tritune.use_backend("triton"):
+            with pytest.raises(tritune.UnsupportedError, match="conv2d: .*CPU"):
+                tritune.conv2d(x, w)
+            with pytest.raises(NotImplementedError, match="max_pool2d: .*CPU"):
+                tritune.max_pool2d(x, 2)
+
+    def test_bad_input_is_rejected_before_the_backend_is_asked(self):
+        with tritune.use_backend("triton"), pytest.raises(RuntimeError, match="negative padding") as caught:
+            tritune.conv2d(torch.randn(1, 2, 4, 4), torch.randn(2, 2, 3, 3), padding=-1)
+        assert not isinstance(caught.value, tritune.UnsupportedError)
+
+
+@pytest.mark.interpret
+@pytest.mark.gpu
+class TestKernelsOnly:
+    def test_dtype_is_refused_by_name(self, device):
+        x = torch.randn(1, 2, 4, 4, dtype=torch.float64, device=device)
+        with tritune.use_backend("triton"), pytest.raises(tritune.UnsupportedError, match="float64"):
+            tritune.max_pool2d(x, 2)
+
+    def test_integers_run_on_torch_under_auto(self, device):
+        x = torch.arange(16, device=device).view(1, 1, 4, 4)
+        with tritune.use_backend("triton"), pytest.raises(tritune.UnsupportedError, match="int64"):
+            tritune.max_pool2d(x, 2)
+        if device == "cpu":
+            assert tritune.max_pool2d(x, 2).flatten().tolist() == [5, 7, 13, 15]
+
+    def test_unknown_subclasses_go_to_torch(self, device):
+        class Traced(torch.Tensor):
+            functions: list = []
+
+            @classmethod
+            def __torch_function__(cls, func, types, args=(), kwargs=None):
+                cls.functions.append(func)
+                return super().__torch_function__(func, types, args, kwargs or {})
+
+        x = torch.randn(1, 2, 4, 4, device=device).as_subclass(Traced)
+        y = tritune.max_pool2d(x, 2)
+        assert isinstance(y, Traced) and F.max_pool2d in Traced.functions
+        with tritune.use_backend("triton"):
+            with pytest.raises(tritune.UnsupportedError, match="Traced"):
+                tritune.max_pool2d(x, 2)
+            with pytest.raises(tritune.UnsupportedError, match="Traced"):
+                tritune.conv2d(torch.randn(1, 2, 4, 4, device=device), torch.randn(2, 2, 3, 3).as_subclass(Traced).to(device))
+
+    def test_backward_runs_where_forward_ran(self, device, monkeypatch):
+        """Also after the block, and in another thread, where use_backend was never called."""
+        from tritune.kernels import conv, pool
+
+        ran = []
+        for module, name in ((conv, "run_input_grad"), (conv, "run_weight_grad"), (pool, "run_backward")):
+            original = getattr(module, name)
+            monkeypatch.setattr(module, name, lambda *a, f=original, n=name, **k: ran.append(n) or f(*a, **k))
+        x = torch.randn(1, 2, 6, 6, device=device, requires_grad=True)
+        w = torch.randn(2, 2, 3, 3, device=device, requires_grad=True)
+        with tritune.use_backend("triton"):
+            y = tritune.max_pool2d(tritune.conv2d(x, w), 2)
+        thread = threading.Thread(target=lambda: y.sum().backward())
+        thread.start()
+        thread.join()
+        assert sorted(ran) == ["run_backward", "run_input_grad", "run_weight_grad"]
+
+    def test_conjugate_and_negative_views_are_resolved(self, device):
+        z = torch.randn(1, 2, 4, 4, dtype=torch.complex64, device=device)
+        x = z.conj().imag  # a view whose storage holds the negated values
+        assert x.is_neg()
+        with tritune.use_backend("triton"):
+            assert torch.equal(tritune.max_pool2d(x, 2), F.max_pool2d(x.resolve_neg(), 2))
+
+    def test_misaligned_storage(self, device):
+        flat = torch.randn(2 * 8 * 6 * 6 + 1, device=device, dtype=torch.float16)
+        x = flat[1:].view(2, 6, 6, 8).permute(0, 3, 1, 2)
+        assert x.data_ptr() % 16
+        w = torch.randn(16, 8, 3, 3, device=device, dtype=torch.float16)
+        with tritune.use_backend("triton"):
+            torch.testing.assert_close(tritune.conv2d(x, w), tritune.conv2d(x.clone(), w), rtol=0, atol=0)
+            assert torch.equal(tritune.max_pool2d(x, 2), F.max_pool2d(x, 2))
+
+    def test_auto_never_takes_the_interpreter(self):
+        x = torch.randn(1, 64, 8, 8).to(memory_format=torch.channels_last)
+        decision = tritune.explain(tritune.max_pool2d, x, 2)
+        assert decision.backend == "torch" and "interpreter" in decision.because
+
+    def test_threads(self, device):
+        if device == "cpu":
+            return  # the interpreter serves one thread at a time, under its lock
+        x, w = torch.randn(2, 8, 9, 9, device=device), torch.randn(8, 8, 3, 3, device=device)
+
+        def work(_: int) -> torch.Tensor:
+            with tritune.use_backend("triton"):
+                return tritune.conv2d(x, w, activation="relu")
+
+        with ThreadPoolExecutor(8) as threads:
+            results = list(threads.map(work, range(64)))
+        assert all(torch.equal(results[0], result) for result in results)
+
+
+@pytest.mark.interpret
+def test_interpreter_in_threads():
+    x = torch.randn(1, 2, 6, 6)
+
+    def work(_: int) -> torch.Tensor:
+        with tritune.use_backend("triton"):
+            return tritune.max_pool2d(x, 2)
+
+    with ThreadPoolExecutor(4) as threads:
+        for result in threads.map(work, range(8)):
+            assert torch.equal(result, F.max_pool2d(x, 2))
+
+
+@pytest.mark.torch
+class TestExplain:
+    def test_one_operator(self):
+        decision = tritune.explain(tritune.conv2d, torch.randn(1, 2, 4, 4), torch.randn(2, 2, 3, 3))
+        assert decision.op == "conv2d" and decision.backend == "torch"
+        assert "CPU" in str(decision)
+
+    def test_a_model_lists_its_calls_and_computes_nothing(self):
+        model = torch.nn.Sequential(tritune.nn.Conv2d(2, 4, 3), torch.nn.ReLU(), tritune.nn.MaxPool2d(2))
+        decisions = tritune.explain(model, torch.randn(1, 2, 8, 8))
+        assert [d.op for d in decisions] == ["conv2d", "max_pool2d"]
+
+    def test_errors_are_the_calls_own(self):
+        with pytest.raises(RuntimeError, match="expected input"):
+            tritune.explain(tritune.conv2d, torch.randn(1, 3, 4, 4), torch.randn(2, 2, 3, 3))
+
+    def test_on_a_gpu_that_is_not_here(self, monkeypatch):
+        from torch._subclasses.fake_tensor import FakeTensorMode
+
+        monkeypatch.setenv("TRITUNE_DEVICE", "h200")
+        with FakeTensorMode(), _dispatch.record() as decisions, torch.no_grad():
+            x = torch.empty(32, 64, 112, 112, device="cuda", dtype=torch.bfloat16).to(memory_format=torch.channels_last)
+            w = torch.empty(64, 64, 3, 3, device="cuda", dtype=torch.bfloat16).to(memory_format=torch.channels_last)
+            with tritune.use_backend("triton"):
+                tritune.conv2d(x, w, padding=1, activation="relu")
+                tritune.max_pool2d(x, 3, 2, 1)
+            tritune.conv2d(x, w, padding=1)
+        conv, pool, auto = decisions
+        assert conv.kernels[0][0] == "conv2d" and conv.kernels[0][1].config.BLOCK_M >= 64
+        assert pool.kernels[0][0] == "max_pool2d"
+        assert auto.backend == "torch" and "not measured" in auto.because
+
+    def test_auto_follows_measurements(self, monkeypatch, tmp_path):
+        """An entry with both times decides, whichever way they point."""
+        from torch._subclasses.fake_tensor import FakeTensorMode
+        from tritune.autotune import resolve, store
+        from tritune.kernels import pool
+
+        monkeypatch.setenv("TRITUNE_DEVICE", "h200")
+        monkeypatch.setenv("TRITUNE_CONFIG_PATH", str(tmp_path))
+        problem = pool.problem_of((8, 64, 32, 32), (16, 16), pool.Window(2, 2, 2, 2, 0, 0, 1, 1), torch.float16, 0, True)
+        for us, backend in ((5.0, "triton"), (50.0, "torch")):
+            entry = store.Entry(pool.FORWARD.features(problem), pool.CONFIGS[0], "measured", us=us, torch_us=10.0)
+            store.write(tmp_path / "nvidia_h200" / "max_pool2d.json", "max_pool2d", [entry])
+            resolve.clear_memo()
+            with FakeTensorMode(), _dispatch.record() as decisions, torch.no_grad():
+                x = torch.empty(8, 64, 32, 32, device="cuda", dtype=torch.float16)
+                tritune.max_pool2d(x.to(memory_format=torch.channels_last), 2)
+            assert decisions[0].backend == backend and "measured" in decisions[0].because
+
+    def test_fallback_is_logged_once(self, caplog):
+        _dispatch._logged.clear()
+        with caplog.at_level(logging.INFO, logger="tritune"):
+            for _ in range(3):
+                tritune.max_pool2d(torch.randn(1, 1, 4, 4), 2)
+        assert len([record for record in caplog.records if "max_pool2d runs on torch" in record.message]) == 1
+
+
+@pytest.mark.torch
+@pytest.mark.checkout
+def test_a_copy_under_another_name_registers_beside(tmp_path):
+    """Two revisions in one process: the operators' namespace is the top package's name."""
+    root = Path(__file__).resolve().parents[1]
+    package = root / "src/tritune"
+    spec = importlib.util.spec_from_file_location(
+        "tritune_base", package / "__init__.py", submodule_search_locations=[str(package), str(root)]
+    )
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["tritune_base"] = module
+    spec.loader.exec_module(module)
+    x = torch.randn(1, 2, 4, 4)
+    assert torch.equal(module.max_pool2d(x, 2), tritune.max_pool2d(x, 2))
+    mine = torch.ops.tritune.max_pool2d(x, [2, 2], [2, 2], [0, 0], [1, 1], False, "auto")
+    assert torch.equal(torch.ops.tritune_base.max_pool2d(x, [2, 2], [2, 2], [0, 0], [1, 1], False, "auto"), mine)
+    assert module.conv2d is not tritune.conv2d
