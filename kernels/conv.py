@@ -18,7 +18,7 @@ Tensors lie channels last here (the launchers re-lay what does not), weights as 
 Bytes. What must come from memory once is |x| + |w| + |y|. What the load and store instructions move, with T_m, T_n
 tiles of rows and columns and e bytes an element, is
 
-    forward          T_n * N*P*Q*R*S*C*e + T_m * K*R*S*C*e + N*P*Q*K*e    each per group (out-of-bounds taps load nothing)
+    forward          T_n * N*P*Q*R*S*C*e + T_m * K*R*S*C*e + N*P*Q*K*e    (per group; taps outside load nothing)
     input gradient   T_n * N*P*Q*R*S*K*e + T_m * K*R*S*C*e + N*H*W*C*e    (T_m, per parity class with its taps)
     weight gradient  T_m * N*P*Q*R*S*C*e + T_n * N*P*Q*K*e + R*S*C*K*e
     split s > 1      + 8 * s * (size of the output) for the fp32 partial sums, written and read once
@@ -33,7 +33,7 @@ Everything is deterministic: a split reduction writes partial sums that a second
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
@@ -258,9 +258,7 @@ def _conv2d_input_grad_kernel(
             w = tl.load(w_ptr + w_off, mask=mask_n[None, :] & mask_k[:, None], other=0.0)
         acc = dot(g, w, acc, PRECISION)
 
-    x_off = tile_offsets(
-        n, h, w_col, group * C + offs_n, stride_xn, stride_xc, stride_xh, stride_xw, X_VEC, X_UNIT_C
-    )
+    x_off = tile_offsets(n, h, w_col, group * C + offs_n, stride_xn, stride_xc, stride_xh, stride_xw, X_VEC, X_UNIT_C)
     tl.store(dx_ptr + x_off, acc.to(dx_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_n[None, :])
 
 
@@ -548,7 +546,8 @@ def plan_forward(
 
 
 def plan_input_grad(
-    p: Conv2dProblem, config: Config, g: torch.Tensor, w: torch.Tensor, dx: torch.Tensor, w_strides: tuple[int, int, int]
+    p: Conv2dProblem, config: Config, g: torch.Tensor, w: torch.Tensor, dx: torch.Tensor,
+    w_strides: tuple[int, int, int],
 ) -> list[Launch]:  # fmt: skip
     """g channels last; w_strides are those of (output channel, tap, input channel) in w's storage."""
     geometry = p.geometry

@@ -44,7 +44,7 @@ class _State(threading.local):
 _state = _State()
 
 
-class use_backend(ContextDecorator):  # noqa: N801  # a context manager, named like torch.no_grad
+class use_backend(ContextDecorator):  # a context manager, named like torch.no_grad
     """Chooses the backend for the calls of a block or function, in this thread.
 
     Args:
@@ -171,7 +171,7 @@ def choose(
     tensors: Sequence[torch.Tensor],
     rule: Callable[[DeviceSpec], tuple[bool, str]],
     kernels: Callable[[DeviceSpec], tuple[tuple[str, Choice], ...]],
-    reason: str | None = None,
+    limits: Callable[[], str | None],
 ) -> str:
     """The backend of one call: ``"triton"`` or ``"torch"``.
 
@@ -179,16 +179,18 @@ def choose(
         tensors: all tensor arguments, the input first.
         rule: for ``"auto"``, asked only if the kernels cover the call: do they win on this device, and why (not)?
         kernels: name and config of the kernels that would run, asked only when somebody wants the explanation.
-        reason: why this op's kernels do not cover the call, beyond what :func:`uncovered` knows.
+        limits: asked if the tensors could be served: why this op's kernels do not cover the call, or ``None``.
     """
     backend = _state.backend
     if backend == "torch":
         chosen, because, rejected = "torch", 'use_backend("torch") is in force', ""
     else:
-        reason = uncovered(tensors) or reason
+        reason = uncovered(tensors) or limits()
         if reason is not None:
             if backend == "triton":
-                raise UnsupportedError(f'{op}: use_backend("triton") is in force, but no kernel covers the call: {reason}')
+                raise UnsupportedError(
+                    f'{op}: no kernel covers the call, and use_backend("triton") forbids torch: {reason}'
+                )
             chosen, because, rejected = "torch", "no kernel covers the call", reason
             _log_fallback(op, reason)
         elif backend == "triton":
@@ -230,8 +232,8 @@ def _log_fallback(op: str, reason: str) -> None:
 @contextmanager
 def record() -> Iterator[list[Decision]]:
     """Collects the decision of every call in the block, in this thread."""
-    previous, decisions = _state.recorder, []
-    _state.recorder = decisions
+    previous = _state.recorder
+    _state.recorder = decisions = []
     try:
         yield decisions
     finally:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -24,9 +25,9 @@ def conv2d(
     input: Tensor,
     weight: Tensor,
     bias: Tensor | None = None,
-    stride: int | Pair = 1,
-    padding: int | Pair | str = 0,
-    dilation: int | Pair = 1,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] | str = 0,
+    dilation: int | Sequence[int] = 1,
     groups: int = 1,
     *,
     activation: str | None = None,
@@ -79,7 +80,7 @@ def conv2d(
         tensors,
         lambda device: _auto_rule(_problem(batched, weight, args, precision), device, activation, scale, residual),
         lambda device: _kernel_choices(_problem(batched, weight, args, precision), device, tensors),
-        _uncovered(batched, weight),
+        lambda: _limits(batched, weight),
     )
     if backend == "torch":
         return _composite(input, weight, bias, scale, residual, args, activation or "none")
@@ -106,7 +107,7 @@ def conv2d(
 # --- the choice of backend -------------------------------------------------------------------------------------------
 
 
-def _uncovered(input: Tensor, weight: Tensor) -> str | None:
+def _limits(input: Tensor, weight: Tensor) -> str | None:
     """What the kernels leave to torch beyond dtypes and devices."""
     if torch.compiler.is_compiling():
         return None
@@ -121,7 +122,7 @@ def _output_size(hw: Any, window: Any, stride: Any, padding: Any, dilation: Any)
     return tuple(
         (size + 2 * pad - dil * (tap - 1) - 1) // step + 1
         for size, tap, step, pad, dil in zip(hw, window, stride, padding, dilation, strict=True)
-    )  # type: ignore[return-value]
+    )
 
 
 def _resolved_precision(input: Tensor, precision: str | None) -> str:
@@ -140,7 +141,7 @@ def _resolved_precision(input: Tensor, precision: str | None) -> str:
 def _problem(input: Tensor, weight: Tensor, args: _checks.Conv2dArgs, precision: str | None) -> Any:
     from ..kernels import conv
 
-    geometry = conv.Geometry(*args.stride, *args.padding, *args.dilation, args.groups)
+    geometry = _geometry(args.stride, args.padding, args.dilation, args.groups)
     extra = args.pad_extra or (0, 0, 0, 0)
     n, c, h, w = input.shape
     shape = (n, c, h + extra[2] + extra[3], w + extra[0] + extra[1])
@@ -262,7 +263,8 @@ def _module(weight_shape: Any, groups: int) -> Any:
 def _geometry(stride: Any, padding: Any, dilation: Any, groups: int) -> Any:
     from ..kernels.conv import Geometry
 
-    return Geometry(*stride, *padding, *dilation, groups)
+    window: list[int] = [*stride, *padding, *dilation]
+    return Geometry(*window, groups)  # type: ignore[call-arg]
 
 
 def _forward(
@@ -273,7 +275,7 @@ def _forward(
     channels_last = is_channels_last(input) or is_channels_last(weight)
     if runs_kernels(backend, input):
         pq = _output_size(input.shape[2:], weight.shape[2:], stride, padding, dilation)
-        return _module(weight.shape, groups).run_forward(  # type: ignore[no-any-return]
+        return _module(weight.shape, groups).run_forward(
             input, weight, pq, _geometry(stride, padding, dilation, groups), bias=bias, scale=scale,
             residual=residual, activation=activation, precision=precision, save_input=save_input,
             is_channels_last=channels_last,
@@ -300,7 +302,7 @@ class _Conv2d(torch.autograd.Function):
     second derivative reaches it."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None, residual: Tensor | None,
         *options: Any,
     ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
@@ -319,7 +321,7 @@ class _Conv2d(torch.autograd.Function):
         return y, z
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor | None, dz: Tensor | None = None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, dy: Tensor | None, dz: Tensor | None = None) -> tuple[Tensor | None, ...]:
         input, weight, scale, saved = ctx.saved_tensors
         stride, padding, dilation, groups, activation, precision, backend = ctx.options
         need_input, need_weight, need_bias, need_scale, need_residual = ctx.needs_input_grad[:5]
@@ -327,16 +329,13 @@ class _Conv2d(torch.autograd.Function):
         if dy is None and dz is None:
             return (None,) * 12
 
-        bias_grad = None
-        if dy is None:
-            g = dz
-        elif activation != "none":
+        # dz comes only from a second derivative, which reaches the activation's input through it.
+        g, bias_grad = dy, None
+        if dy is not None and activation != "none":
             g, bias_grad = OP_EPILOGUE_GRAD(dy, saved, activation, need_bias and dz is None, backend)
-        else:
-            g = dy
-        if dz is not None and dy is not None:
-            g = g + dz
-        if need_bias and (activation == "none" or dy is None or dz is not None):
+        if dz is not None:
+            g, bias_grad = dz if g is None else g + dz, None
+        if need_bias and bias_grad is None:
             bias_grad = OP_BIAS_GRAD(g, backend)
 
         input_grad = weight_grad = scale_grad = None
@@ -369,13 +368,13 @@ _CALL = (
     "Tensor input, Tensor weight, Tensor? bias, Tensor? scale, Tensor? residual, "
     f"{_GEOMETRY}, str activation, str precision, str backend"
 )
-OP = register(
+OP: Any = register(
     f"conv2d({_CALL}) -> Tensor",
     implementation=lambda *call: _forward(*call, save_input=False)[0],
     fake=_fake_forward,
     autograd=lambda *call: _Conv2d.apply(*call)[0],
 )
-OP_SAVING_INPUT = register(
+OP_SAVING_INPUT: Any = register(
     f"conv2d_saving_input({_CALL}) -> (Tensor, Tensor)",
     implementation=lambda *call: _forward(*call, save_input=True),
     fake=lambda *call: (_fake_forward(*call), _fake_forward(*call)),
@@ -413,7 +412,7 @@ def _epilogue_grad_autograd(*call: Any) -> tuple[Tensor, Tensor]:
     if torch.is_grad_enabled() and (call[0].requires_grad or call[1].requires_grad):
         return _differentiable_epilogue_grad(*call)
     with below_autograd():
-        return OP_EPILOGUE_GRAD(*call)  # type: ignore[no-any-return]
+        return OP_EPILOGUE_GRAD(*call)
 
 
 def _fake_epilogue_grad(dy: Tensor, saved: Tensor, activation: str, need_bias: bool, backend: str) -> Any:
@@ -435,16 +434,16 @@ def _bias_grad_autograd(g: Tensor, backend: str) -> Tensor:
     if torch.is_grad_enabled() and g.requires_grad:
         return g.sum((0, 2, 3))
     with below_autograd():
-        return OP_BIAS_GRAD(g, backend)  # type: ignore[no-any-return]
+        return OP_BIAS_GRAD(g, backend)
 
 
-OP_EPILOGUE_GRAD = register(
+OP_EPILOGUE_GRAD: Any = register(
     "conv2d_epilogue_grad(Tensor dy, Tensor saved, str activation, bool need_bias, str backend) -> (Tensor, Tensor)",
     implementation=_epilogue_grad,
     fake=_fake_epilogue_grad,
     autograd=_epilogue_grad_autograd,
 )
-OP_BIAS_GRAD = register(
+OP_BIAS_GRAD: Any = register(
     "conv2d_bias_grad(Tensor g, str backend) -> Tensor",
     implementation=_bias_grad,
     fake=lambda g, backend: g.new_empty(g.shape[1]),
@@ -460,7 +459,7 @@ def _input_grad(
     stride: list[int], padding: list[int], dilation: list[int], groups: int, precision: str, backend: str,
 ) -> Tensor:  # fmt: skip
     if runs_kernels(backend, g):
-        return _module(weight.shape, groups).run_input_grad(  # type: ignore[no-any-return]
+        return _module(weight.shape, groups).run_input_grad(
             g, weight, (h, w), _geometry(stride, padding, dilation, groups), precision=precision,
             is_channels_last=channels_last,
         )  # fmt: skip
@@ -468,7 +467,7 @@ def _input_grad(
     grad = torch.ops.aten.convolution_backward(
         g, like, weight, None, stride, padding, dilation, False, [0, 0], groups, [True, False, False]
     )[0]
-    return grad.contiguous(memory_format=memory_format(channels_last))  # type: ignore[no-any-return]
+    return grad.contiguous(memory_format=memory_format(channels_last))
 
 
 def _fake_input_grad(
@@ -481,14 +480,14 @@ def _fake_input_grad(
 
 class _InputGrad(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, g: Tensor, weight: Tensor, *options: Any) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, g: Tensor, weight: Tensor, *options: Any) -> Tensor:
         ctx.save_for_backward(g, weight)
         ctx.options = options
         with below_autograd():
-            return OP_INPUT_GRAD(g, weight, *options)  # type: ignore[no-any-return]
+            return OP_INPUT_GRAD(g, weight, *options)
 
     @staticmethod
-    def backward(ctx: Any, ddx: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, ddx: Tensor) -> tuple[Tensor | None, ...]:
         g, weight = ctx.saved_tensors
         _, _, _, *geometry, precision, backend = ctx.options
         g_grad = weight_grad = None
@@ -500,7 +499,7 @@ class _InputGrad(torch.autograd.Function):
         return g_grad, weight_grad, *(None,) * 9
 
 
-OP_INPUT_GRAD = register(
+OP_INPUT_GRAD: Any = register(
     f"conv2d_input_grad(Tensor g, Tensor weight, SymInt h, SymInt w, bool channels_last, {_GEOMETRY}, "
     "str precision, str backend) -> Tensor",
     implementation=_input_grad,
@@ -518,7 +517,7 @@ def _weight_grad(
 ) -> Tensor:  # fmt: skip
     shape = (g.shape[1], input.shape[1] // groups, r, s)
     if runs_kernels(backend, input):
-        return _module(shape, groups).run_weight_grad(  # type: ignore[no-any-return]
+        return _module(shape, groups).run_weight_grad(
             input, g, shape, _geometry(stride, padding, dilation, groups), precision=precision,
             is_channels_last=channels_last,
         )  # fmt: skip
@@ -526,7 +525,7 @@ def _weight_grad(
     grad = torch.ops.aten.convolution_backward(
         g, input, like, None, stride, padding, dilation, False, [0, 0], groups, [False, True, False]
     )[1]
-    return grad.contiguous(memory_format=memory_format(channels_last))  # type: ignore[no-any-return]
+    return grad.contiguous(memory_format=memory_format(channels_last))
 
 
 def _fake_weight_grad(
@@ -539,14 +538,14 @@ def _fake_weight_grad(
 
 class _WeightGrad(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, input: Tensor, g: Tensor, *options: Any) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, input: Tensor, g: Tensor, *options: Any) -> Tensor:
         ctx.save_for_backward(input, g)
         ctx.options = options
         with below_autograd():
-            return OP_WEIGHT_GRAD(input, g, *options)  # type: ignore[no-any-return]
+            return OP_WEIGHT_GRAD(input, g, *options)
 
     @staticmethod
-    def backward(ctx: Any, ddw: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, ddw: Tensor) -> tuple[Tensor | None, ...]:
         input, g = ctx.saved_tensors
         _, _, _, *geometry, precision, backend = ctx.options
         input_grad = g_grad = None
@@ -558,7 +557,7 @@ class _WeightGrad(torch.autograd.Function):
         return input_grad, g_grad, *(None,) * 9
 
 
-OP_WEIGHT_GRAD = register(
+OP_WEIGHT_GRAD: Any = register(
     f"conv2d_weight_grad(Tensor input, Tensor g, SymInt r, SymInt s, bool channels_last, {_GEOMETRY}, "
     "str precision, str backend) -> Tensor",
     implementation=_weight_grad,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -20,10 +21,10 @@ Pair = tuple[int, int]
 
 def max_pool2d(
     input: Tensor,
-    kernel_size: int | Pair,
-    stride: int | Pair | None = None,
-    padding: int | Pair = 0,
-    dilation: int | Pair = 1,
+    kernel_size: int | Sequence[int],
+    stride: int | Sequence[int] | None = None,
+    padding: int | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
     ceil_mode: bool = False,
     return_indices: bool = False,
 ) -> Any:
@@ -60,7 +61,7 @@ def max_pool2d(
         (input,),
         lambda device: _auto_rule(_problem(batched, args, index_bytes), device, needs_grad),
         lambda device: _kernel_choices(_problem(batched, args, index_bytes), device, needs_grad),
-        _uncovered(batched),
+        lambda: _limits(batched),
     )
     if backend == "torch":
         return _composite(input, args, return_indices)
@@ -82,7 +83,7 @@ def max_pool2d(
 # --- the choice of backend -------------------------------------------------------------------------------------------
 
 
-def _uncovered(input: Tensor) -> str | None:
+def _limits(input: Tensor) -> str | None:
     if not torch.compiler.is_compiling() and input.numel() >= 2**31 * input.shape[1]:
         return "input has 2**31 pixels or more"
     return None
@@ -135,18 +136,17 @@ def _auto_rule(problem: Any, device: DeviceSpec, needs_grad: bool) -> tuple[bool
 def _composite(input: Tensor, args: _checks.MaxPool2dArgs, return_indices: bool) -> Any:
     window = (args.kernel_size, args.stride, args.padding, args.dilation)
     if args.has_empty_window:
-        y, h, w = _pool_of_padded(input, *window, args.output_size)
+        y, h, w = _pool_of_padded(input, args.output_size, *window)
         # The indices only of a compiled call, whose sizes may turn out to have no such window.
         return (y, h * input.shape[-1] + w) if return_indices else y
-    return F.max_pool2d(input, *window, args.ceil_mode, return_indices=return_indices)
+    return F.max_pool2d(input, *window, args.ceil_mode, return_indices)  # type: ignore[call-overload]
 
 
-def _pool_of_padded(
-    input: Tensor, kernel_size: Any, stride: Any, padding: Any, dilation: Any, output_size: Any
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+def _pool_of_padded(input: Tensor, output_size: Any, *window: Any) -> tuple[Tensor, Tensor, Tensor]:
     """Pooling of a copy padded by hand: the same values, and defined where a window sees only padding (torch 2.13
     writes outside its buffers there). Also row and column of each winner in the image; those in the padding lie
     outside of it."""
+    kernel_size, stride, padding, dilation = window
     height, width = input.shape[-2:]
     below = max(0, (output_size[0] - 1) * stride[0] + (kernel_size[0] - 1) * dilation[0] + 1 - padding[0] - height)
     right = max(0, (output_size[1] - 1) * stride[1] + (kernel_size[1] - 1) * dilation[1] + 1 - padding[1] - width)
@@ -158,8 +158,9 @@ def _pool_of_padded(
     return y, flat // full - padding[0], flat % full - padding[1]
 
 
-def _taps(size: int, out: int, taps: int, stride: int, padding: int, dilation: int, device: torch.device) -> Any:
+def _taps(device: torch.device, size: int, out: int, *window: int) -> tuple[Tensor, Tensor, Tensor]:
     """Along one dimension: where each window starts, its first tap inside the image, and whether it has one."""
+    taps, stride, padding, dilation = window
     start = torch.arange(out, device=device) * stride - padding
     inside = start[:, None] + torch.arange(taps, device=device) * dilation
     inside = (inside >= 0) & (inside < size)
@@ -192,18 +193,16 @@ def _forward(
         from ..kernels.pool import run_forward
 
         window = _window(kernel_size, stride, padding, dilation)
-        return run_forward(  # type: ignore[no-any-return]
-            input, pq, window, index_dtype=index_dtype, is_channels_last=channels_last
-        )
+        return run_forward(input, pq, window, index_dtype=index_dtype, is_channels_last=channels_last)
 
     (height, width), layout, window = input.shape[2:], memory_format(channels_last), (kernel_size, stride, padding)
-    p, first_r, sees_rows = _taps(height, pq[0], *(pair[0] for pair in (*window, dilation)), input.device)
-    q, first_s, sees_cols = _taps(width, pq[1], *(pair[1] for pair in (*window, dilation)), input.device)
+    p, first_r, sees_rows = _taps(input.device, height, pq[0], *(pair[0] for pair in (*window, dilation)))
+    q, first_s, sees_cols = _taps(input.device, width, pq[1], *(pair[1] for pair in (*window, dilation)))
     if bool(sees_rows.all()) and bool(sees_cols.all()):
         y, flat = F.max_pool2d(input, *window, dilation, ceil_mode, return_indices=True)
         h, w = flat // width, flat % width
     else:
-        y, h, w = _pool_of_padded(input, *window, dilation, pq)
+        y, h, w = _pool_of_padded(input, pq, *window, dilation)
     y = y.contiguous(memory_format=layout)
     if index_dtype is None:
         return y, None
@@ -235,7 +234,7 @@ class _MaxPool2d(torch.autograd.Function):
     """``(y, winners)`` of OP_WITH_OFFSETS or OP_WITH_INDICES; the winners have no gradient."""
 
     @staticmethod
-    def forward(ctx: Any, op: Any, input: Tensor, *options: Any) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+    def forward(ctx: Any, op: Any, input: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
         with below_autograd():
             y, winners = op(input, *options)
         ctx.mark_non_differentiable(winners)
@@ -245,7 +244,7 @@ class _MaxPool2d(torch.autograd.Function):
         return y, winners
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, dy: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
         (winners,) = ctx.saved_tensors
         dx = None if dy is None else OP_BACKWARD(dy, winners, *ctx.geometry)
         return None, dx, *(None,) * 6
@@ -253,19 +252,19 @@ class _MaxPool2d(torch.autograd.Function):
 
 _WINDOW = "SymInt[2] kernel_size, SymInt[2] stride, SymInt[2] padding, SymInt[2] dilation"
 _CALL = f"Tensor input, {_WINDOW}, bool ceil_mode, str backend"
-OP = register(
+OP: Any = register(
     f"max_pool2d({_CALL}) -> Tensor",
     implementation=lambda *call: _forward(*call, index_dtype=None)[0],
     fake=_fake_forward,
     autograd=lambda *call: _MaxPool2d.apply(OP_WITH_OFFSETS, *call)[0],
 )
-OP_WITH_OFFSETS = register(
+OP_WITH_OFFSETS: Any = register(
     f"max_pool2d_with_offsets({_CALL}) -> (Tensor, Tensor)",
     implementation=lambda *call: _forward(*call, index_dtype=_offset_dtype(call[1])),
     fake=lambda *call: _fake_pair(None, *call),
     autograd=lambda *call: _MaxPool2d.apply(OP_WITH_OFFSETS, *call),
 )
-OP_WITH_INDICES = register(
+OP_WITH_INDICES: Any = register(
     f"max_pool2d_with_indices({_CALL}) -> (Tensor, Tensor)",
     implementation=lambda *call: _forward(*call, index_dtype=torch.int64),
     fake=lambda *call: _fake_pair(torch.int64, *call),
@@ -297,7 +296,7 @@ def _backward(
         from ..kernels.pool import run_backward
 
         window = _window(kernel_size, stride, padding, dilation)
-        return run_backward(dy, winners, (h, w), window, is_channels_last=channels_last)  # type: ignore[no-any-return]
+        return run_backward(dy, winners, (h, w), window, is_channels_last=channels_last)
     flat, valid = _places(winners, w, kernel_size, stride, padding, dilation)
     source = dy.to(torch.promote_types(dy.dtype, torch.float32))
     if valid is not None:
@@ -313,14 +312,14 @@ def _fake_backward(dy: Tensor, winners: Tensor, h: int, w: int, channels_last: b
 
 class _MaxPool2dBackward(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, dy: Tensor, winners: Tensor, *options: Any) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, dy: Tensor, winners: Tensor, *options: Any) -> Tensor:
         ctx.save_for_backward(winners)
         ctx.options = options
         with below_autograd():
-            return OP_BACKWARD(dy, winners, *options)  # type: ignore[no-any-return]
+            return OP_BACKWARD(dy, winners, *options)
 
     @staticmethod
-    def backward(ctx: Any, ddx: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, ddx: Tensor) -> tuple[Tensor | None, ...]:
         (winners,) = ctx.saved_tensors
         _, width, _, *window, _ = ctx.options
         flat, valid = _places(winners, width, *window)
@@ -328,10 +327,10 @@ class _MaxPool2dBackward(torch.autograd.Function):
         return picked if valid is None else picked * valid, *(None,) * 10
 
 
-OP_BACKWARD = register(
+OP_BACKWARD: Any = register(
     f"max_pool2d_backward(Tensor dy, Tensor winners, SymInt h, SymInt w, bool channels_last, {_WINDOW}, "
     "str backend) -> Tensor",
     implementation=_backward,
     fake=_fake_backward,
-    autograd=lambda *call: _MaxPool2dBackward.apply(*call),
+    autograd=_MaxPool2dBackward.apply,
 )

@@ -12,8 +12,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import tritune
 from torch import Tensor
+
+import tritune
 
 EPSILON = {torch.float64: 1e-14, torch.float32: 6e-8, torch.float16: 5e-4, torch.bfloat16: 4e-3}
 MAX_INTERPRETED_DOTS = 2000  # about 0.8 ms each

@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-import tritune
 from harness import backend_of
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
 from torch.library import opcheck
+
+import tritune
 
 ops = torch.ops.tritune
 ACTIVATIONS = ("none", "relu", "relu6", "leaky_relu", "silu", "gelu", "gelu_tanh", "hardswish", "hardsigmoid",
@@ -166,6 +167,7 @@ class TestTransforms:
 
     def test_per_sample_gradients(self, device):
         for ours, theirs, x in calls(device):
+
             def loss(sample: Any, fn: Any) -> Any:
                 return fn(sample.unsqueeze(0)).square().sum()
 
@@ -257,13 +259,17 @@ class TestEverydayTorch:
 
 @pytest.mark.torch
 class TestModules:
-    PAIRS = [
-        (lambda nn, **k: nn.Conv2d(4, 6, 3, **k), [{}, {"stride": 2, "padding": 1, "bias": False}, {"groups": 2},
-         {"padding": "same", "dilation": 2}, *({"padding": 1, "padding_mode": mode} for mode in ("reflect", "replicate", "circular"))]),
-        (lambda nn, **k: nn.MaxPool2d(3, **k), [{}, {"stride": 2, "padding": 1}, {"ceil_mode": True, "return_indices": True}]),
-    ]  # fmt: skip
+    CONV = (
+        {}, {"stride": 2, "padding": 1, "bias": False}, {"groups": 2}, {"padding": "same", "dilation": 2},
+        *({"padding": 1, "padding_mode": mode} for mode in ("reflect", "replicate", "circular")),
+    )  # fmt: skip
+    POOL = ({}, {"stride": 2, "padding": 1}, {"ceil_mode": True, "return_indices": True})
+    ROWS = (
+        *((lambda nn, **k: nn.Conv2d(4, 6, 3, **k), options) for options in CONV),
+        *((lambda nn, **k: nn.MaxPool2d(3, **k), options) for options in POOL),
+    )
 
-    @pytest.mark.parametrize("build, options", [(build, k) for build, rows in PAIRS for k in rows])
+    @pytest.mark.parametrize("build, options", ROWS)
     def test_same_as_torch(self, build, options):
         theirs, ours = build(torch.nn, **options), build(tritune.nn, **options)
         assert list(ours.state_dict()) == list(theirs.state_dict())

@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-import tritune
 from harness import backend_of
 from torch._subclasses.fake_tensor import FakeTensorMode
+
+import tritune
 
 tiers = [pytest.mark.torch, pytest.mark.interpret, pytest.mark.gpu]
 
@@ -73,10 +74,10 @@ class TestCompile:
         if tier == "torch":
             assert not ours and "aten.convolution.default" in recorder.ops
         else:
-            assert {"tritune.conv2d.default", "tritune.conv2d_weight_grad.default"} <= ours or {
+            assert ours >= {
                 "tritune.conv2d.default", "tritune.conv2d_saving_input.default", "tritune.conv2d_weight_grad.default",
                 "tritune.max_pool2d_with_offsets.default", "tritune.max_pool2d_backward.default",
-            } <= ours, ours  # fmt: skip
+            }  # fmt: skip
             assert "aten.convolution.default" not in recorder.ops
 
     def test_auto_compiles_to_torch(self, device):
@@ -151,7 +152,7 @@ class TestExport:
         monkeypatch.delenv("TRITON_INTERPRET", raising=False)
         done = subprocess.run(
             [sys.executable, "-c", LOAD_AND_RUN, str(tmp_path / "net.pt2"), str(tmp_path / "data.pt")],
-            capture_output=True, text=True, timeout=300,
+            capture_output=True, text=True, timeout=300, check=False,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
         assert ("tritune.conv2d.default" in done.stdout) == (tier == "interpret"), done.stdout

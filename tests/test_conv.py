@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-import tritune
 from harness import Case, backend_of, check, poisoned
 from torch import Tensor
+
+import tritune
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 ACTIVATIONS = {

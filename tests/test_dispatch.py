@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import os
+import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -12,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+
 import tritune
 from tritune.ops import _dispatch
 
@@ -47,20 +50,20 @@ class TestUseBackend:
             tritune.use_backend("cuda")
 
     def test_environment_sets_the_default(self, tmp_path):
-        import subprocess
-
         code = "from tritune.ops._dispatch import current_backend; print(current_backend())"
         environment = {"TRITUNE_BACKEND": "torch", **_clean_environment()}
-        done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+        done = subprocess.run(
+            [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
+        )
         assert done.stdout.strip() == "torch", done.stderr
         environment["TRITUNE_BACKEND"] = "cuda"
-        done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+        done = subprocess.run(
+            [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
+        )
         assert done.returncode != 0 and "TRITUNE_BACKEND must be one of auto, triton, torch" in done.stderr
 
 
 def _clean_environment() -> dict[str, str]:
-    import os
-
     return {name: value for name, value in os.environ.items() if not name.startswith("TRITUNE_")}
 
 
@@ -69,9 +72,9 @@ class TestRefusals:
     def test_cpu_tensors_are_refused_by_name(self):
         x, w = torch.randn(1, 2, 4, 4), torch.randn(2, 2, 3, 3)
         with tritune.use_backend("triton"):
-            with pytest.raises(tritune.UnsupportedError, match="conv2d: .*CPU"):
+            with pytest.raises(tritune.UnsupportedError, match=r"conv2d: .*CPU"):
                 tritune.conv2d(x, w)
-            with pytest.raises(NotImplementedError, match="max_pool2d: .*CPU"):
+            with pytest.raises(NotImplementedError, match=r"max_pool2d: .*CPU"):
                 tritune.max_pool2d(x, 2)
 
     def test_bad_input_is_rejected_before_the_backend_is_asked(self):
@@ -111,7 +114,9 @@ class TestKernelsOnly:
             with pytest.raises(tritune.UnsupportedError, match="Traced"):
                 tritune.max_pool2d(x, 2)
             with pytest.raises(tritune.UnsupportedError, match="Traced"):
-                tritune.conv2d(torch.randn(1, 2, 4, 4, device=device), torch.randn(2, 2, 3, 3).as_subclass(Traced).to(device))
+                tritune.conv2d(
+                    torch.randn(1, 2, 4, 4, device=device), torch.randn(2, 2, 3, 3).as_subclass(Traced).to(device)
+                )
 
     def test_backward_runs_where_forward_ran(self, device, monkeypatch):
         """Also after the block, and in another thread, where use_backend was never called."""
@@ -213,12 +218,15 @@ class TestExplain:
     def test_auto_follows_measurements(self, monkeypatch, tmp_path):
         """An entry with both times decides, whichever way they point."""
         from torch._subclasses.fake_tensor import FakeTensorMode
+
         from tritune.autotune import resolve, store
         from tritune.kernels import pool
 
         monkeypatch.setenv("TRITUNE_DEVICE", "h200")
         monkeypatch.setenv("TRITUNE_CONFIG_PATH", str(tmp_path))
-        problem = pool.problem_of((8, 64, 32, 32), (16, 16), pool.Window(2, 2, 2, 2, 0, 0, 1, 1), torch.float16, 0, True)
+        problem = pool.problem_of(
+            (8, 64, 32, 32), (16, 16), pool.Window(2, 2, 2, 2, 0, 0, 1, 1), torch.float16, 0, True
+        )
         for us, backend in ((5.0, "triton"), (50.0, "torch")):
             entry = store.Entry(pool.FORWARD.features(problem), pool.CONFIGS[0], "measured", us=us, torch_us=10.0)
             store.write(tmp_path / "nvidia_h200" / "max_pool2d.json", "max_pool2d", [entry])

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-import tritune
 from harness import Case, backend_of, check, lay_out, poisoned
+
+import tritune
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 every_backend = [pytest.mark.torch, pytest.mark.interpret, pytest.mark.gpu]

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+
 from tritune.autotune import device as devices
 from tritune.autotune import resolve, store
 from tritune.autotune.config import Config, Estimate, Tunable
@@ -25,7 +26,7 @@ class Problem(NamedTuple):
 
 CONFIGS = tuple(Config(BLOCK=block, num_warps=4, num_stages=2) for block in (64, 128, 256))
 TUNABLE = Tunable(
-    "toy", CONFIGS, lambda p: {"size": p.size, "dtype": p.dtype}, lambda p, c, d: c.BLOCK <= max(64, p.size),
+    "toy", CONFIGS, lambda p: {"size": p.size, "dtype": p.dtype}, lambda p, c, d: max(64, p.size) >= c.BLOCK,
     lambda p, c, d: Estimate(abs(p.size - c.BLOCK), "memory"), lambda p, c: [],
 )  # fmt: skip
 
@@ -41,7 +42,9 @@ def folders(tmp_path, monkeypatch):
 
 
 def entry(size: int, block: int, dtype: str = "fp16", **more: Any) -> store.Entry:
-    return store.Entry({"size": size, "dtype": dtype}, Config(BLOCK=block, num_warps=4, num_stages=2), "measured", **more)
+    return store.Entry(
+        {"size": size, "dtype": dtype}, Config(BLOCK=block, num_warps=4, num_stages=2), "measured", **more
+    )
 
 
 def put(folder: Any, slug: str, *entries: store.Entry) -> None:
@@ -125,7 +128,9 @@ class TestLookup:
         geometry = conv.Geometry(1, 1, 1, 1, 1, 1, 1)
         problem = conv.Conv2dProblem(32, 64, 56, 56, 64, 3, 3, 56, 56, geometry, torch.bfloat16, "16")
         resolve.resolve(conv.FORWARD, problem, H200)
-        seconds = min(timeit.repeat(lambda: resolve.resolve(conv.FORWARD, problem, H200), number=2000, repeat=20)) / 2000
+        seconds = (
+            min(timeit.repeat(lambda: resolve.resolve(conv.FORWARD, problem, H200), number=2000, repeat=20)) / 2000
+        )
         plain = min(timeit.repeat(lambda: hash(problem), number=2000, repeat=20)) / 2000
         assert seconds < max(1e-6, 6 * plain), f"{seconds * 1e6:.2f} us for a memo hit"
         for size in range(resolve.MEMO_LIMIT + 10):
