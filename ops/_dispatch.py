@@ -233,7 +233,8 @@ def _log_fallback(op: str, reason: str) -> None:
 def record() -> Iterator[list[Decision]]:
     """Collects the decision of every call in the block, in this thread."""
     previous = _state.recorder
-    _state.recorder = decisions = []
+    decisions: list[Decision] = []
+    _state.recorder = decisions
     try:
         yield decisions
     finally:
