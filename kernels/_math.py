@@ -17,6 +17,17 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def narrow(x, DTYPE: tl.constexpr):
+    """fp32 rounded to nearest even. The interpreter would cut bf16 off, so there the round-up is added to the bits."""
+    if INTERPRETED and DTYPE == tl.bfloat16:
+        bits = x.to(tl.uint32, bitcast=True)
+        rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16) << 16
+        return tl.where(x == x, rounded.to(tl.float32, bitcast=True), x).to(DTYPE)
+    else:
+        return x.to(DTYPE)
+
+
+@triton.jit
 def column_sum(x):
     """Sum over rows in fp32. A GPU adds in a tree, the interpreter one by one: there fp64 keeps the tree's accuracy."""
     if INTERPRETED:
@@ -27,9 +38,10 @@ def column_sum(x):
 
 @triton.jit
 def tanh(x):
-    """Hyperbolic tangent in fp32. Near 0 the exponential form cancels, so a series serves |x| < 0.25."""
+    """Hyperbolic tangent in fp32, within two ulp: three forms, each where the others cancel. The derivative 1 - y*y
+    magnifies what is lost near y = 1."""
     t = tl.exp(-2.0 * tl.abs(x))
-    large = (1.0 - t) / (1.0 + t)
+    large = tl.where(t > 0.14, (1.0 - t) / (1.0 + t), 1.0 - 2.0 * t / (1.0 + t))
     x2 = x * x
     small = x * (1.0 + x2 * (-1.0 / 3.0 + x2 * (2.0 / 15.0 + x2 * (-17.0 / 315.0 + x2 * (62.0 / 2835.0)))))
     return tl.where(tl.abs(x) < 0.25, small, tl.where(x < 0, -large, large))

@@ -44,7 +44,7 @@ from ..autotune.config import Config, Estimate, Tunable, register
 from ..autotune.device import DeviceSpec, detect
 from ..autotune.resolve import resolve
 from ._launch import Launch, layout_strides, strides
-from ._math import activate, activation_grad, column_sum, dot, grouped_tile, pixel, tile_offsets
+from ._math import activate, activation_grad, column_sum, dot, grouped_tile, narrow, pixel, tile_offsets
 
 SIZES = ["M", "N", "H", "W", "P", "Q", "splits"]
 
@@ -64,8 +64,8 @@ def _epilogue(
     if residual_ptr is not None:
         acc += tl.load(residual_ptr + y_off, mask=mask, other=0.0).to(tl.float32)
     if z_ptr is not None:
-        tl.store(z_ptr + y_off, acc.to(z_ptr.dtype.element_ty), mask=mask)
-    tl.store(y_ptr + y_off, activate(acc, ACTIVATION).to(y_ptr.dtype.element_ty), mask=mask)
+        tl.store(z_ptr + y_off, narrow(acc, z_ptr.dtype.element_ty), mask=mask)
+    tl.store(y_ptr + y_off, narrow(activate(acc, ACTIVATION), y_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=[*SIZES, "stride_xn", "stride_xh", "stride_xw",
@@ -259,7 +259,7 @@ def _conv2d_input_grad_kernel(
         acc = dot(g, w, acc, PRECISION)
 
     x_off = tile_offsets(n, h, w_col, group * C + offs_n, stride_xn, stride_xc, stride_xh, stride_xw, X_VEC, X_UNIT_C)
-    tl.store(dx_ptr + x_off, acc.to(dx_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_n[None, :])
+    tl.store(dx_ptr + x_off, narrow(acc, dx_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_n[None, :])
 
 
 @triton.jit(do_not_specialize=[*SIZES, "stride_xn", "stride_xh", "stride_xw", "stride_gn", "stride_gp", "stride_gq"])
@@ -343,7 +343,7 @@ def _conv2d_weight_grad_kernel(
         column = tap * STRIDE_WT + offs_n % C * STRIDE_WC
     out_row = (split * GROUPS * K + group * K + offs_m).to(tl.int64) * (R * S * C)
     mask = mask_m[:, None] & mask_n[None, :]
-    tl.store(dw_ptr + out_row[:, None] + column[None, :], acc.to(dw_ptr.dtype.element_ty), mask=mask)
+    tl.store(dw_ptr + out_row[:, None] + column[None, :], narrow(acc, dw_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["L", "splits"])
@@ -354,7 +354,7 @@ def _sum_splits_kernel(partial_ptr, out_ptr, L: tl.int64, splits, BLOCK: tl.cons
     acc = tl.zeros((BLOCK,), dtype=tl.float32)
     for split in range(0, splits):
         acc += tl.load(partial_ptr + split * L + offs, mask=mask, other=0.0)
-    tl.store(out_ptr + offs, acc.to(out_ptr.dtype.element_ty), mask=mask)
+    tl.store(out_ptr + offs, narrow(acc, out_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=[*SIZES, "stride_yn", "stride_yk", "stride_yp", "stride_yq",
@@ -393,7 +393,7 @@ def _conv2d_epilogue_grad_kernel(
             g = tl.where(mask, g * activation_grad(saved, ACTIVATION), 0.0)
         if g_ptr is not None:
             g_off = (offs_m.to(tl.int64) * K)[:, None] + offs_n[None, :]
-            tl.store(g_ptr + g_off, g.to(g_ptr.dtype.element_ty), mask=mask)
+            tl.store(g_ptr + g_off, narrow(g, g_ptr.dtype.element_ty), mask=mask)
         acc += g
     if partial_ptr is not None:
         tl.store(partial_ptr + split * K + offs_n, column_sum(acc), mask=mask_n)

@@ -28,7 +28,7 @@ from ..autotune.config import Config, Estimate, Tunable, register
 from ..autotune.device import DeviceSpec, detect
 from ..autotune.resolve import resolve
 from ._launch import Launch, layout_strides, strides
-from ._math import column_sum, pixel, tile_offsets
+from ._math import column_sum, narrow, pixel, tile_offsets
 from .conv import Conv2dProblem, Geometry, _epilogue, _features, contiguous, empty_output, problem_of, sum_splits
 
 SIZES = ["M", "N", "H", "W", "P", "Q", "splits"]
@@ -109,7 +109,7 @@ def _depthwise_input_grad_kernel(
                 w = tl.load(w_ptr + (k * R + r) * S + s, mask=mask_c, other=0.0)
                 acc += g.to(tl.float32) * w.to(tl.float32)[None, :]
     x_off = tile_offsets(n, h, col, c, stride_xn, stride_xc, stride_xh, stride_xw, X_VEC, X_UNIT_C)
-    tl.store(dx_ptr + x_off, acc.to(dx_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_c[None, :])
+    tl.store(dx_ptr + x_off, narrow(acc, dx_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_c[None, :])
 
 
 @triton.jit(do_not_specialize=[*SIZES, *X_STRIDES, *Y_STRIDES])

@@ -34,7 +34,7 @@ from ..autotune.config import Config, Estimate, Tunable, register
 from ..autotune.device import DeviceSpec, detect
 from ..autotune.resolve import resolve
 from ._launch import Launch, layout_strides
-from ._math import pixel, tile_offsets
+from ._math import narrow, pixel, tile_offsets
 
 SIZES = ["M", "H", "W", "P", "Q"]
 X_STRIDES = ["stride_xn", "stride_xc", "stride_xh", "stride_xw"]
@@ -80,7 +80,7 @@ def _max_pool2d_kernel(
             best = tl.where(take, x, best)
     mask = mask_m[:, None] & mask_c[None, :]
     y_off = tile_offsets(n, p, q, c, stride_yn, stride_yc, stride_yp, stride_yq, Y_VEC, Y_UNIT_C)
-    tl.store(y_ptr + y_off, best.to(y_ptr.dtype.element_ty), mask=mask)
+    tl.store(y_ptr + y_off, narrow(best, y_ptr.dtype.element_ty), mask=mask)
     if index_ptr is not None:
         if index_ptr.dtype.element_ty == tl.int64:
             h = h0[:, None] + winner // S * DIL_H
@@ -138,7 +138,7 @@ def _max_pool2d_backward_kernel(
                 here = down // DIL_H * S + right // DIL_W
             acc += tl.where(mask & (index.to(here.dtype) == here[:, None]), dy, 0.0)
     x_off = tile_offsets(n, h, col, c, stride_xn, stride_xc, stride_xh, stride_xw, X_VEC, X_UNIT_C)
-    tl.store(dx_ptr + x_off, acc.to(dx_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_c[None, :])
+    tl.store(dx_ptr + x_off, narrow(acc, dx_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_c[None, :])
 
 
 # --- launchers -------------------------------------------------------------------------------------------------------

@@ -342,16 +342,18 @@ class _Conv2d(torch.autograd.Function):
         if need_input:
             scaled = weight if scale is None else weight * scale.view(-1, 1, 1, 1)
             input_grad = OP_INPUT_GRAD(g, scaled, input.shape[2], input.shape[3], is_channels_last(input), *geometry)
-        if need_weight or need_scale:
-            # Without the scale; sum(w * dw) over a channel is then the gradient of its scale, because conv is linear.
-            unscaled = OP_WEIGHT_GRAD(input, g, weight.shape[2], weight.shape[3], is_channels_last(weight), *geometry)
-            weight_grad = unscaled if scale is None else unscaled * scale.view(-1, 1, 1, 1)
-            if need_scale:
-                wide = torch.promote_types(weight.dtype, torch.float32)
-                scale_grad = (unscaled.to(wide) * weight.to(wide)).sum((1, 2, 3)).to(scale.dtype)
+        if need_weight:
+            r, s = weight.shape[2:]
+            weight_grad = OP_WEIGHT_GRAD(input, g, r, s, is_channels_last(weight), *geometry)
+            weight_grad = weight_grad if scale is None else weight_grad * scale.view(-1, 1, 1, 1)
+        if need_scale:
+            # The convolution again: sum(w * dw) would be the same number, but cancels where the activation saturates.
+            plain = OP(input, weight, None, None, None, *geometry[:4], "none", precision, backend)
+            wide = torch.promote_types(g.dtype, torch.float32)
+            scale_grad = (g.to(wide) * plain).sum((0, 2, 3), dtype=torch.float64).to(scale.dtype)
         return (
-            input_grad, weight_grad if need_weight else None, bias_grad if need_bias else None, scale_grad,
-            g if need_residual else None, *(None,) * 7,
+            input_grad, weight_grad, bias_grad if need_bias else None, scale_grad, g if need_residual else None,
+            *(None,) * 7,
         )  # fmt: skip
 
 
