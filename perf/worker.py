@@ -1,0 +1,197 @@
+"""The process that measures: one case after the other, each checked before it is timed, one JSON line for each.
+
+    python -m tritune.perf.worker --probe          what there is to measure, and where
+    python -m tritune.perf.worker --first 12       from the twelfth item on
+
+It is a process of its own because a fault on a GPU ends the process that caused it: :mod:`.gpu` starts the next one
+behind the case that failed. Lines on standard output::
+
+    {"event": "hello", "env": {...}, "items": ["<id>", ...]}
+    {"event": "begin", "index": 0, "id": ..., "op": ..., "shape": ..., ...}
+    {"event": "case", "index": 0, "records": [...]}            or {"event": "sweep", ...}, or {"event": "error", ...}
+    {"event": "done"}
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, NamedTuple, TextIO
+
+import torch
+from torch import Tensor
+
+from ..autotune.device import detect
+from ..ops import record, use_backend
+from . import environment
+from .cases import FAMILIES, Case, prepare, providers, random_tensors, tiny
+from .check import EPSILON, Machine, argument_sets, compare, poisoned, set_cudnn, without_cudnn
+from .sweep import sweep_targets
+from .timer import Competitor, Timing, timer_for
+
+CONTEXT_LOST = 3  # exit status: nothing more can run in this process
+
+
+# --- one case --------------------------------------------------------------------------------------------------------
+
+
+def measure_case(case: Case, machine: Machine) -> dict[str, Any]:
+    tensors = random_tensors(case, machine.device, seed=0)
+    exact = in_float64(case, tensors)
+    set_cudnn("torch_channels_last")()
+    torchs = prepare(case, "torch_channels_last", tensors)()
+    call = prepare(case, "tritune", tensors)
+    with use_backend("triton"), record() as decisions:
+        with poisoned():
+            ours = call()
+        verdict = compare(ours, exact, torchs, EPSILON[case.dtype])
+        again = call()
+    if verdict.correct and not all(torch.equal(ours[name], again[name]) for name in ours):
+        verdict = verdict._replace(correct=False, where="two runs differ")
+    kernels = decisions[0].kernels if decisions else ()
+    ours_record = {
+        "provider": "tritune", "correct": verdict.correct, "err": verdict.to_json(),
+        "config": {name: dict(choice.config) for name, choice in kernels},
+        "source": {name: choice.source for name, choice in kernels},
+    }  # fmt: skip
+    del exact, torchs, ours, again, call
+    return {"event": "case", "records": _timed(case, machine, tensors, ours_record)}
+
+
+def in_float64(case: Case, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The reference."""
+    with without_cudnn():
+        return prepare(case, "torch", {name: t.double() for name, t in tensors.items()})()
+
+
+def _timed(case: Case, machine: Machine, tensors: dict[str, Tensor], ours: dict[str, Any]) -> list[dict[str, Any]]:
+    floor_us = FAMILIES[case.op].floor_us(case, machine.spec)
+    header = {**case.header(), "floor_us": round(floor_us, 3)}
+    records = [{**header, **ours}]
+    if machine.timer is None:
+        return records
+    more = range(1, argument_sets(tensors, machine.spec))
+    sets = [tensors, *(random_tensors(case, machine.device, seed) for seed in more)]
+    competitors = {
+        provider: Competitor([prepare(case, provider, one) for one in sets], set_cudnn(provider))
+        for provider in providers(case)
+        if provider != "tritune" or ours["correct"]
+    }
+    with use_backend("triton"):
+        timings = machine.timer.measure(competitors, machine.seconds)
+    for provider, timing in timings.items():
+        if provider != "tritune":
+            records.append({**header, "provider": provider, "correct": None, "err": None, "source": "torch"})
+        (one,) = (found for found in records if found["provider"] == provider)
+        one.update(timing_fields(timing, floor_us))
+    return records
+
+
+def timing_fields(timing: Timing | str, floor_us: float) -> dict[str, Any]:
+    if isinstance(timing, str):
+        return {"error": environment.without_paths(timing)[:500]}
+    return {
+        "device_us": {
+            "p50": round(timing.p50, 3),
+            "p20": round(timing.p20, 3),
+            "p80": round(timing.p80, 3),
+            "n": timing.n,
+        },
+        "host_us": None if timing.host_us is None else round(timing.host_us, 2),
+        "method": timing.method,
+        "pct_limit": round(100 * floor_us / max(timing.p50, 1e-3), 1),
+    }
+
+
+# --- the process -----------------------------------------------------------------------------------------------------
+
+
+class Item(NamedTuple):
+    """One thing to measure: ``run`` returns its event."""
+
+    header: dict[str, Any]
+    run: Callable[[Machine], dict[str, Any]]
+
+
+def items(module: str, rehearse: bool) -> list[Item]:
+    """The cases of a module, then the sweeps over configs for those that have any."""
+    cases: Sequence[Case] = importlib.import_module(module, __package__).CASES
+    if rehearse:
+        cases = [tiny(case) for case in cases]
+    measured = [Item(case.header(), partial(measure_case, case)) for case in cases]
+    return measured + [Item(target.header(), target.run) for target in sweep_targets(cases)]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog=f"python -m {__spec__.name if __spec__ else __name__}")
+    parser.add_argument("--probe", action="store_true", help="only say what there is to measure")
+    parser.add_argument("--first", type=int, default=0, help="index of the first item")
+    parser.add_argument("--step", type=int, default=1, help="take every step-th item")
+    parser.add_argument("--untimed", action="store_true", help="only check, so that all kernels are compiled")
+    parser.add_argument("--memory", type=float, default=1.0, help="fraction of the GPU's memory to use at most")
+    parser.add_argument("--rehearse", action="store_true", help="tiny layers on the CPU, in Triton's interpreter")
+    parser.add_argument("--cases", default=".cases", help="module whose CASES are measured")
+    parser.add_argument("--seconds", type=float, default=0.6, help="sampling time of one item")
+    args = parser.parse_args(argv)
+    with private_stdout() as out:
+        return run(args, lambda event: print(json.dumps(event), file=out, flush=True))
+
+
+@contextmanager
+def private_stdout() -> Iterator[TextIO]:
+    """Standard output for the events alone: what others print goes to standard error."""
+    sys.stdout.flush()
+    with os.fdopen(os.dup(1), "w") as out:
+        os.dup2(2, 1)
+        yield out
+
+
+def run(args: argparse.Namespace, send: Callable[[dict[str, Any]], None]) -> int:
+    device = "cpu" if args.rehearse else "cuda"
+    if device == "cuda" and not torch.cuda.is_available():
+        send({"event": "hello", "env": environment.fingerprint("cpu"), "items": []})
+        return CONTEXT_LOST
+    todo = items(args.cases, args.rehearse)
+    if args.probe:
+        send({"event": "hello", "env": environment.fingerprint(device), "items": [item.header for item in todo]})
+        return 0
+    if device == "cuda" and args.memory < 1:
+        torch.cuda.set_per_process_memory_fraction(args.memory)
+    timer = None if args.untimed else timer_for(device)
+    machine = Machine(device, detect(torch.device(device)), timer, 0.0 if args.rehearse else args.seconds)
+    for index in range(args.first, len(todo), args.step):
+        send({"event": "begin", "index": index, **todo[index].header})
+        try:
+            event = todo[index].run(machine)
+        except Exception as error:
+            lines = traceback.format_exception_only(error)
+            event = {"event": "error", "error": environment.without_paths("".join(lines).strip())[:2000]}
+            traceback.print_exc()
+        send({"index": index, **event})
+        if not device_alive(device):
+            return CONTEXT_LOST
+    send({"event": "done"})
+    return 0
+
+
+def device_alive(device: str) -> bool:
+    """After an illegal access every later call of the process fails."""
+    if device == "cpu":
+        return True
+    try:
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+    except RuntimeError:
+        return False
+    return True
+
+
+if __name__ == "__main__":
+    sys.exit(main())
