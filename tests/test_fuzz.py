@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -82,7 +83,9 @@ def test_same_as_torch(draw, seed, device, tier):
     # torch's own error, sampled in both layouts: of an output with two elements one sample says little.
     layouts = [{name: lay_out(t.contiguous(), kind) for name, t in inputs.items()} for kind in ("nchw", "nhwc")]
     torchs = [run(case.reference, laid_out, case.kwargs, seed) for laid_out in layouts]
-    with tritune.use_backend(backend_of(tier)), poisoned(), few_dots():
+    # Poison tests our kernels. torch's own fail it: oneDNN's bf16 weight gradient reads memory that nobody wrote.
+    poison = nullcontext() if tier == "torch" else poisoned()
+    with tritune.use_backend(backend_of(tier)), poison, few_dots():
         ours = run(case.op, inputs, case.kwargs, seed)
     for name, wanted in exact.items():
         worst = max((one[name] for one in torchs), key=lambda t: (t.double().cpu() - wanted).nan_to_num().norm())
