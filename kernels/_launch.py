@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 import triton
+from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 # Triton's interpreter patches its own modules while a kernel runs, so it serves one thread at a time.
@@ -79,10 +80,12 @@ class Launch(NamedTuple):
                 attributes[(index,)] = [["tt.divisibility", 16]]
         return ASTSource(self.kernel, signature, constants, attributes)
 
-    def compile(self, target: Any) -> Any:
-        """Compiles for a ``triton.backends.compiler.GPUTarget``; needs no GPU."""
+    def compile(self, target: str) -> Any:
+        """Compiles for a target such as ``"sm_90"`` or ``"gfx942"``; needs no GPU."""
         options = {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True}
-        return triton.compile(self.source(), target=target, options=options)
+        is_nvidia = target.startswith("sm_")
+        gpu = GPUTarget("cuda", int(target[3:]), 32) if is_nvidia else GPUTarget("hip", target, 64)
+        return triton.compile(self.source(), target=gpu, options=options)
 
 
 def _specialises(parameter: Any, value: Any) -> bool:

@@ -732,7 +732,8 @@ def _fits(p: Conv2dProblem, config: Config, device: DeviceSpec, rows: int, colum
     """Is the tile no larger than the problem and than the machine?"""
     stages = config.num_stages - 1 if device.is_amd else config.num_stages
     smem = cost.gemm_smem_bytes(config.BLOCK_M, config.BLOCK_N, config.BLOCK_K, p.itemsize, max(1, stages))
-    if p.precision in ("ieee", "tf32x3") and config.BLOCK_M * config.BLOCK_N * config.BLOCK_K > 64 * 64 * 32:
+    tile = config.BLOCK_M * config.BLOCK_N * config.BLOCK_K
+    if tile > {"ieee": 64 * 32 * 32, "tf32x3": 64 * 64 * 32}.get(p.precision, tile):
         return False  # the fp32 pipes hold whole operand rows in registers: larger tiles spill
     return (
         smem <= device.smem_kb * 1024
@@ -742,10 +743,15 @@ def _fits(p: Conv2dProblem, config: Config, device: DeviceSpec, rows: int, colum
     )
 
 
+def _stores(p: Conv2dProblem, config: Config, device: DeviceSpec) -> bool:
+    """Into NCHW every element has an address of its own, two registers each: larger tiles spill."""
+    return p.channels_last or config.BLOCK_M * config.BLOCK_N <= 32 * device.warp_size * config.num_warps
+
+
 def _forward_accepts(p: Conv2dProblem, config: Config, device: DeviceSpec) -> bool:
     reduction = p.R * p.S * p.C
     enough = config.SPLIT_K == 1 or cost.cdiv(reduction, config.BLOCK_K) >= 4 * config.SPLIT_K
-    return enough and _fits(p, config, device, p.pixels, p.K, reduction)
+    return enough and _stores(p, config, device) and _fits(p, config, device, p.pixels, p.K, reduction)
 
 
 def _forward_estimate(p: Conv2dProblem, config: Config, device: DeviceSpec) -> Estimate:
@@ -766,7 +772,8 @@ def _forward_estimate(p: Conv2dProblem, config: Config, device: DeviceSpec) -> E
 
 def _input_grad_accepts(p: Conv2dProblem, config: Config, device: DeviceSpec) -> bool:
     parities = p.geometry.stride_h * p.geometry.stride_w
-    return _fits(p, config, device, cost.cdiv(p.N * p.H * p.W, parities), p.C, p.K)
+    rows = cost.cdiv(p.N * p.H * p.W, parities)
+    return _stores(p, config, device) and _fits(p, config, device, rows, p.C, p.K)
 
 
 def _input_grad_estimate(p: Conv2dProblem, config: Config, device: DeviceSpec) -> Estimate:

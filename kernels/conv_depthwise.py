@@ -225,6 +225,8 @@ _TILES = (
     (64, 32, 4),
     (128, 16, 4),
     (16, 128, 4),
+    (128, 8, 4),
+    (8, 64, 2),
     (128, 1, 4),
     (256, 1, 4),
     (64, 1, 2),
@@ -242,7 +244,7 @@ def _accepts(p: Conv2dProblem, config: Config, device: DeviceSpec) -> bool:
     channels = p.geometry.groups
     if not p.channels_last:
         return config.BLOCK_C == 1
-    return config.BLOCK_C > 1 and (config.BLOCK_C <= 16 or config.BLOCK_C < 2 * channels)
+    return config.BLOCK_C > 1 and (config.BLOCK_C <= 8 or config.BLOCK_C < 2 * channels)
 
 
 def _issued_bytes(p: Conv2dProblem) -> float:

@@ -347,6 +347,8 @@ class _Conv2d(torch.autograd.Function):
             weight_grad = OP_WEIGHT_GRAD(input, g, r, s, is_channels_last(weight), *geometry)
             weight_grad = weight_grad if scale is None else weight_grad * scale.view(-1, 1, 1, 1)
         if need_scale:
+            assert g is not None
+            assert scale is not None
             # The convolution again: sum(w * dw) would be the same number, but cancels where the activation saturates.
             plain = OP(input, weight, None, None, None, *geometry[:4], "none", precision, backend)
             wide = torch.promote_types(g.dtype, torch.float32)

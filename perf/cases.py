@@ -399,4 +399,4 @@ CASES = tuple(_case_table())
 
 def tiny(case: Case) -> Case:
     """The same kind of layer, small enough for Triton's interpreter."""
-    return FAMILIES[case.op].tiny(case)
+    return replace(FAMILIES[case.op].tiny(case), op=case.op)

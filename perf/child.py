@@ -33,7 +33,7 @@ class Child:
             command,
             env=env,
             cwd=cwd,
-            stdin=subprocess.DEVNULL,
+            stdin=subprocess.PIPE,  # never written to: its end tells the child that we are gone
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT if merge_errors else subprocess.PIPE,
             text=True,
@@ -80,6 +80,9 @@ class Child:
             self.process.wait(timeout=5)
         except subprocess.TimeoutExpired:  # stuck in the driver: nothing more can be done about it
             return
+        finally:
+            if self.process.stdin is not None:
+                self.process.stdin.close()
 
     def _signal(self, number: signal.Signals) -> None:
         try:

@@ -115,7 +115,7 @@ def child_environment(rehearse: bool) -> dict[str, str]:
 
 
 def start_worker(args: argparse.Namespace, *options: str) -> Child:
-    command = [sys.executable, "-m", f"{__package__}.worker", "--cases", args.cases, *options]
+    command = [sys.executable, "-m", f"{__package__}.worker", "--child", "--cases", args.cases, *options]
     if args.rehearse:
         command.append("--rehearse")
     return Child(command, child_environment(args.rehearse))

@@ -19,6 +19,7 @@ import importlib
 import json
 import os
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -139,9 +140,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--rehearse", action="store_true", help="tiny layers on the CPU, in Triton's interpreter")
     parser.add_argument("--cases", default=".cases", help="module whose CASES are measured")
     parser.add_argument("--seconds", type=float, default=0.6, help="sampling time of one item")
+    parser.add_argument("--child", action="store_true", help="end as soon as standard input does")
     args = parser.parse_args(argv)
+    if args.child:
+        threading.Thread(target=end_with_parent, daemon=True).start()
     with private_stdout() as out:
         return run(args, lambda event: print(json.dumps(event), file=out, flush=True))
+
+
+def end_with_parent() -> None:
+    """A parent that is killed cannot end us, and a kernel that hangs would hold the GPU for ever."""
+    sys.stdin.buffer.read()
+    os._exit(1)
 
 
 @contextmanager

@@ -1,0 +1,318 @@
+"""What the compiler made of every shipped config, with no GPU: registers, spills, shared memory, tensor cores, loads.
+
+``tritune bench static`` compiles the config that each layer of :mod:`.problems` gets on a target, holds the result to
+absolute rules (no spill, within shared memory, tensor cores and 16-byte loads where they are due) and compares it with
+the baseline in ``perf/baselines/static-<Triton minor>.json``. ``--update`` writes a new baseline: it prints what
+changes and refuses a regression unless ``--accept`` is given.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from importlib import metadata, util
+from pathlib import Path
+from typing import Any
+
+from ..autotune.config import Config, Tunable
+from ..autotune.device import DeviceSpec, named
+from ..autotune.resolve import resolve
+from .problems import problems
+
+BASELINES = Path(__file__).resolve().parent / "baselines"
+TRITON = metadata.version("triton")
+TARGETS = ("sm_90", "gfx942")
+GROWTH = 1.15  # instructions may grow this much before it counts as a regression
+# A width counts as the kernel's load width if this share of the bytes in its instructions travels in it; the bias,
+# loaded once outside the loop, stays below.
+SHARE = 0.2
+# These reduce with tensor cores wherever the precision has them.
+PRODUCTS = ("conv2d", "conv2d_input_grad", "conv2d_weight_grad")
+
+
+@dataclass(frozen=True)
+class StaticProfile:
+    """One compiled kernel.
+
+    Attributes:
+        registers: per thread.
+        spill_bytes: per thread, stores to local memory.
+        smem_bytes: shared memory of one program.
+        mma: tensor-core instruction ("HGMMA", "HMMA", "MFMA", ...) or "".
+        load_bytes, store_bytes: the narrowest access that carries a fifth of the traffic, in bytes a thread.
+        instructions: of the whole kernel.
+        warps: resident on one multiprocessor.
+    """
+
+    registers: int
+    spill_bytes: int
+    smem_bytes: int
+    mma: str
+    load_bytes: int
+    store_bytes: int
+    instructions: int
+    warps: int
+
+
+def minor(version: str) -> str:
+    return ".".join(version.split(".")[:2])
+
+
+def profile(launch: Any, target: str) -> StaticProfile:
+    """Compiles a launch for a target and reads the result."""
+    compiled = launch.compile(target)
+    read = _read_nvidia if target.startswith("sm_") else _read_amd
+    return read(compiled, launch.num_warps, named(target))
+
+
+def _narrowest(widths: Iterable[int]) -> int:
+    """The narrowest width that carries at least SHARE of the bytes; 0 without accesses."""
+    counts = Counter(widths)
+    total = sum(width * count for width, count in counts.items())
+    return min((width for width, count in counts.items() if width * count >= SHARE * total), default=0)
+
+
+_PTX_ACCESS = re.compile(r"\b(ld|st)\.global((?:\.\w+)*?)(?:\.v(\d))?\.[bfsu](\d+)\b")
+_PTX_COPY = re.compile(r"cp\.async\.c[ag]\.shared\.global(?:\.\S+)? \[[^\]]*\], \[[^\]]*\], (0x[0-9a-f]+|\d+)")
+_TOOLS = Path(str(util.find_spec("triton").origin)).parent / "backends" / "nvidia" / "bin"  # type: ignore[union-attr]
+
+
+def _read_nvidia(compiled: Any, num_warps: int, device: DeviceSpec) -> StaticProfile:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage = _run(_TOOLS / "cuobjdump", "-res-usage", file.name)
+        sass = _run(_TOOLS / "nvdisasm", "-c", file.name)
+    registers, stack = (int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK"))  # type: ignore[index]
+    opcodes = Counter(re.findall(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?\w+\s+)?(\w+)", sass, re.MULTILINE))
+    ptx = compiled.asm["ptx"]
+    loads = [int(size, 0) for size in _PTX_COPY.findall(ptx)]
+    stores: list[int] = []
+    for kind, _, vector, bits in _PTX_ACCESS.findall(ptx):
+        (loads if kind == "ld" else stores).append(int(vector or 1) * int(bits) // 8)
+    mma = next((name for name in ("UTCHMMA", "HGMMA", "HMMA", "QGMMA") if opcodes[name]), "")
+    smem = compiled.metadata.shared
+    return StaticProfile(
+        registers, stack, smem, mma, _narrowest(loads), _narrowest(stores), sum(opcodes.values()),
+        _warps(registers * 32, 65536, smem, num_warps, device),
+    )  # fmt: skip
+
+
+def _read_amd(compiled: Any, num_warps: int, device: DeviceSpec) -> StaticProfile:
+    asm = compiled.asm["amdgcn"]
+    registers, spills = (int(re.search(rf"\.{name}:\s+(\d+)", asm)[1]) for name in ("vgpr_count", "vgpr_spill_count"))  # type: ignore[index]
+    sizes = {"dwordx4": 16, "dwordx3": 12, "dwordx2": 8, "dword": 4, "ushort": 2, "short": 2, "ubyte": 1, "byte": 1,
+             "b128": 16, "b96": 12, "b64": 8, "b32": 4, "u16": 2, "u8": 1}  # fmt: skip
+    widths: dict[str, list[int]] = {"load": [], "store": []}
+    for kind, size in re.findall(r"^\s+(?:global|buffer)_(load|store)_([a-z]+\d*)", asm, re.MULTILINE):
+        widths[kind].append(sizes[size])
+    instructions = len(re.findall(r"^\s+[a-z]+_\w+", asm, re.MULTILINE))
+    smem = compiled.metadata.shared
+    return StaticProfile(
+        registers, 4 * spills, smem, "MFMA" if "v_mfma" in asm else "", _narrowest(widths["load"]),
+        _narrowest(widths["store"]), instructions, _warps(registers * 64, 4 * 32768, smem, num_warps, device),
+    )  # fmt: skip
+
+
+def _warps(registers_per_warp: int, register_file: int, smem: int, num_warps: int, device: DeviceSpec) -> int:
+    """Resident warps that registers and shared memory allow."""
+    programs = register_file // max(1, registers_per_warp * num_warps)
+    if smem:
+        programs = min(programs, device.smem_kb * 1024 // smem)
+    return min(64, programs * num_warps)
+
+
+def _run(*command: object) -> str:
+    return subprocess.run([str(part) for part in command], capture_output=True, text=True, check=True).stdout
+
+
+# --- rules -----------------------------------------------------------------------------------------------------------
+
+
+def faults(kernel: str, problem: Any, one: StaticProfile, target: str) -> list[str]:
+    """What is wrong with a profile, whatever the baseline says; each names the rule."""
+    found = []
+    limit = named(target).smem_kb * 1024
+    if one.spill_bytes:
+        found.append(f"spill: {one.spill_bytes} bytes a thread")
+    if one.smem_bytes > limit:
+        found.append(f"shared memory: {one.smem_bytes} bytes, the target has {limit}")
+    wanted = _wanted_mma(kernel, problem, target)
+    if wanted and one.mma not in (wanted, "HGMMA"):
+        found.append(f"tensor cores: {one.mma or 'none'}, expected {wanted}")
+    if _is_aligned(kernel, problem) and one.load_bytes < 16:
+        found.append(f"loads: {one.load_bytes} bytes wide, expected 16")
+    return found
+
+
+def _wanted_mma(kernel: str, problem: Any, target: str) -> str:
+    """Products of full tiles use the matrix units; fp32 in full precision has none on NVIDIA."""
+    if kernel not in PRODUCTS or (problem.precision == "ieee" and not target.startswith("gfx")):
+        return ""
+    if target.startswith("gfx"):
+        return "MFMA" if problem.precision == "16" else ""
+    # WGMMA takes 64 rows; a weight gradient of fewer output channels has only smaller tiles.
+    rows = problem.K if kernel == "conv2d_weight_grad" else problem.pixels
+    return "HGMMA" if target == "sm_90" and rows >= 64 else "HMMA"
+
+
+def _is_aligned(kernel: str, problem: Any) -> bool:
+    """Are 16-byte loads due: 16-bit channels last with channels in eights?"""
+    if problem.dtype.itemsize != 2 or not getattr(problem, "channels_last", True):
+        return False
+    if kernel in PRODUCTS:
+        return bool(problem.C % 8 == 0 and problem.K % 8 == 0)
+    if kernel.startswith("max_pool2d"):
+        return kernel == "max_pool2d" and bool(problem.C % 8 == 0)  # backward also loads one-byte offsets
+    return False
+
+
+def regressions(old: StaticProfile, new: StaticProfile) -> list[str]:
+    """What got worse against the baseline; each names the figure."""
+    worse = []
+    if new.spill_bytes > old.spill_bytes:
+        worse.append(f"spill: {old.spill_bytes} -> {new.spill_bytes} bytes")
+    if old.mma and new.mma != old.mma:
+        worse.append(f"tensor cores: {old.mma} -> {new.mma or 'none'}")
+    if new.load_bytes < old.load_bytes:
+        worse.append(f"loads: {old.load_bytes} -> {new.load_bytes} bytes wide")
+    if new.store_bytes < old.store_bytes:
+        worse.append(f"stores: {old.store_bytes} -> {new.store_bytes} bytes wide")
+    if new.instructions > GROWTH * old.instructions:
+        worse.append(f"instructions: {old.instructions} -> {new.instructions}")
+    if new.warps < old.warps:
+        worse.append(f"occupancy: {old.warps} -> {new.warps} warps")
+    return worse
+
+
+# --- the suite -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Row:
+    """One launch of one layer on one target."""
+
+    name: str
+    target: str
+    tunable: Tunable
+    problem: Any
+    config: Config
+    launch: Any
+
+    @property
+    def is_main(self) -> bool:
+        """The kernel that the config is for, not the one that adds partial results."""
+        return self.name.endswith("/0")
+
+
+def rows(targets: Iterable[str] = TARGETS, pattern: str = "") -> Iterator[Row]:
+    for target in targets:
+        for name, tunable, problem in problems(target):
+            config = resolve(tunable, problem, named(target)).config
+            for index, launch in enumerate(tunable.launches(problem, config)):
+                full = f"{target}/{tunable.name}/{name}/{index}"
+                if pattern in full:
+                    yield Row(full, target, tunable, problem, config, launch)
+
+
+def measure(selected: list[Row]) -> Iterator[tuple[Row, StaticProfile]]:
+    """Profiles in order, two compilations at a time; launches that make the same binary are compiled once."""
+    done: dict[str, Any] = {}
+    with ThreadPoolExecutor(2) as pool:
+        for row in selected:
+            key = f"{row.target} {row.launch.source().hash()} {row.launch.num_warps} {row.launch.num_stages}"
+            if key not in done:
+                done[key] = pool.submit(profile, row.launch, row.target)
+            done[row.name] = done[key]
+        try:
+            for row in selected:
+                yield row, done[row.name].result()
+        finally:
+            for future in done.values():
+                future.cancel()
+
+
+def load_baseline(path: Path) -> dict[str, StaticProfile]:
+    if not path.exists():
+        return {}
+    document = json.loads(path.read_text(encoding="utf-8"))
+    return {name: StaticProfile(**figures) for name, figures in document["profiles"].items()}
+
+
+def save_baseline(path: Path, profiles: dict[str, StaticProfile]) -> None:
+    lines = ",\n".join(f"{json.dumps(name)}: {json.dumps(asdict(profiles[name]))}" for name in sorted(profiles))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f'{{"triton": "{TRITON}", "profiles": {{\n{lines}\n}}}}\n', encoding="utf-8")
+
+
+def update(path: Path, profiles: dict[str, StaticProfile], accept: bool) -> bool:
+    """Merges profiles into a baseline and prints what changes; refuses a regression unless accepted."""
+    old = load_baseline(path)
+    refused = False
+    for name, new in profiles.items():
+        if name not in old:
+            print(f"new      {name}")
+        elif old[name] != new:
+            worse = regressions(old[name], new)
+            refused |= bool(worse)
+            changes = ", ".join(worse) or ", ".join(
+                f"{field}: {value} -> {getattr(new, field)}"
+                for field, value in asdict(old[name]).items()
+                if value != getattr(new, field)
+            )
+            print(f"{'WORSE' if worse else 'changed'}  {name}: {changes}")
+    if refused and not accept:
+        print("refused: the profiles got worse; --accept takes them all the same")
+        return False
+    save_baseline(path, {**old, **profiles})
+    return True
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--target", action="append", choices=TARGETS, help="only this target (repeatable)")
+    parser.add_argument("-k", dest="pattern", default="", help="only names that contain this")
+    parser.add_argument("--baseline", type=Path, default=BASELINES / f"static-{minor(TRITON)}.json")
+    parser.add_argument("--update", action="store_true", help="write the baseline; prints what changes")
+    parser.add_argument("--accept", action="store_true", help="with --update: even if something got worse")
+    parser.add_argument("--json", action="store_true", help="print the profiles as JSON")
+
+
+def main(args: argparse.Namespace) -> int:
+    selected = list(rows(args.target or TARGETS, args.pattern))
+    old = load_baseline(args.baseline)
+    profiles: dict[str, StaticProfile] = {}
+    bad: dict[str, list[str]] = {}
+    for number, (row, one) in enumerate(measure(selected), 1):
+        profiles[row.name] = one
+        problem_faults = faults(row.tunable.name, row.problem, one, row.target) if row.is_main else []
+        worse = regressions(old[row.name], one) if row.name in old and not args.update else []
+        if problem_faults or worse:
+            bad[row.name] = problem_faults + worse
+        _progress(number, len(selected), row.name)
+    _progress(0, 0, "")
+    if args.json:
+        print(json.dumps({name: asdict(one) for name, one in profiles.items()}, indent=1))
+    for name, reasons in bad.items():
+        print(f"FAULT {name}: {'; '.join(reasons)}")
+    missing = len([name for name in profiles if name not in old])
+    print(f"{len(profiles)} kernels compiled with Triton {TRITON}, {len(bad)} at fault, {missing} not in the baseline")
+    if args.update and not update(args.baseline, profiles, args.accept):
+        return 1
+    return 1 if bad else 0
+
+
+def _progress(number: int, total: int, name: str) -> None:
+    if not sys.stderr.isatty():
+        return
+    line = f"[{number}/{total}] {name}" if total else ""
+    sys.stderr.write(f"\r\x1b[K{line[: os.get_terminal_size(2).columns - 1]}")
+    sys.stderr.flush()

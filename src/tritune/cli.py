@@ -1,0 +1,59 @@
+"""The ``tritune`` command.
+
+Each subcommand is a module with ``add_arguments(parser)`` and ``main(args) -> int``, imported only when it is asked
+for: ``tritune --help`` needs neither Triton nor the extras.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+
+# words -> module, what it does, the extra that brings its dependencies
+COMMANDS = {
+    ("demo",): (".demo", "train a CNN on real data with tritune and torch; accuracy, parity, what ran", "demo"),
+    ("doctor",): (".doctor", "the environment, and what is wrong with it", "cli"),
+    ("explain",): (".explain", "what a call would run on a device, and why", "cli"),
+    ("tune",): (".perf.rank", "rank configs for a target without a GPU and write them to the store", "triton"),
+    ("bench", "static"): (".perf.static", "compile every shipped config; compare with the baseline", "triton"),
+    ("bench", "run"): (".perf.gpu", "tests and timings on this machine's GPU", "triton"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    for words, (module, summary, extra) in COMMANDS.items():
+        if tuple(arguments[: len(words)]) == words:
+            return _run(words, module, summary, extra, arguments[len(words) :])
+    parser = argparse.ArgumentParser(prog="tritune", usage="tritune COMMAND [OPTIONS]", description=_listing(),
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser.add_argument("--version", action="version", version=_version())
+    if arguments and not arguments[0].startswith("-"):
+        parser.error(f"unknown command {' '.join(arguments[:2])!r}\n\n{_listing()}")
+    parser.parse_args(arguments or ["--help"])
+    return 0
+
+
+def _run(words: tuple[str, ...], module: str, summary: str, extra: str, arguments: list[str]) -> int:
+    try:
+        command = importlib.import_module(module, __package__)
+    except ModuleNotFoundError as error:
+        print(f"tritune {' '.join(words)} needs {error.name}: pip install 'tritune[{extra}]'", file=sys.stderr)
+        return 2
+    parser = argparse.ArgumentParser(prog=f"tritune {' '.join(words)}", description=summary)
+    command.add_arguments(parser)
+    return int(command.main(parser.parse_args(arguments)))
+
+
+def _listing() -> str:
+    width = max(len(" ".join(words)) for words in COMMANDS)
+    lines = [f"  {' '.join(words):{width}}  {summary}" for words, (_, summary, _) in COMMANDS.items()]
+    return "\n".join(["commands:", *lines, "", "tritune COMMAND --help says more about each."])
+
+
+def _version() -> str:
+    from ._version import __version__
+
+    return f"tritune {__version__}"

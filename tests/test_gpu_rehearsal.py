@@ -1,0 +1,185 @@
+"""`make gpu` as it would run on a machine with a GPU, all of it, on this CPU; and with planted faults."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import tritune
+
+pytestmark = [pytest.mark.torch, pytest.mark.slow, pytest.mark.checkout]
+
+SOURCE = Path(tritune.__file__).resolve().parents[1]
+PLANTED = """
+import os, sys, time
+from dataclasses import replace
+from tritune.perf.cases import CASES as REAL, FAMILIES
+
+def wrong(**arguments):
+    y = FAMILIES["conv2d"].torch(**arguments)
+    y[0, 0, 0, 0] += 1
+    return y
+
+def raises(**_):
+    raise ValueError("planted in /some/place/kernel.py")
+
+def dies(**_):
+    os._exit(7)
+
+def hangs(**_):
+    time.sleep(1000)
+
+CASES = [REAL[0]]
+for fault in (raises, wrong, dies, hangs):
+    op = f"conv2d_{fault.__name__}"
+    FAMILIES[op] = replace(FAMILIES["conv2d"], ours=fault)
+    CASES.append(replace(REAL[0], op=op, name=fault.__name__))
+CASES.append(REAL[2])
+"""
+
+
+def environment(*folders: Path) -> dict[str, str]:
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("TRITUNE_")}
+    kept.pop("TRITON_INTERPRET", None)
+    return {**kept, "PYTHONPATH": os.pathsep.join(map(str, [SOURCE, *folders])), "CUDA_VISIBLE_DEVICES": ""}
+
+
+def command(out: Path, *options: str) -> list[str]:
+    return [sys.executable, "-m", "tritune.perf.gpu", "--out", str(out), *options]
+
+
+def rehearse(out: Path, *options: str, path: tuple[Path, ...] = ()) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command(out, "--rehearse", *options), env=environment(*path), capture_output=True, text=True, check=False
+    )
+
+
+def records(out: Path, suite: str) -> list[dict]:
+    document = json.loads((out / f"{suite}.json").read_text())
+    assert set(document) == {"schema", "suite", "env", "cases"}
+    assert document["env"]["torch"]
+    return document["cases"]
+
+
+def test_a_short_rehearsal(tmp_path):
+    pytest.importorskip("triton")
+    started = time.monotonic()
+    done = rehearse(tmp_path / "out", "--budget", "50", "--tests", "tests/test_perf.py")
+    assert time.monotonic() - started < 50, "the budget is hard"
+    assert done.returncode == 0, done.stdout + done.stderr
+    files = {path.name for path in (tmp_path / "out").iterdir()}
+    assert {"conv.json", "gpu_tests.json", "gpu_tests.txt", "summary.md"} <= files <= {
+        "conv.json", "pool.json", "gpu_tests.json", "gpu_tests.txt", "summary.md", "measured_configs.json",
+    }  # fmt: skip
+
+    cases = records(tmp_path / "out", "conv")
+    fields = {"id", "op", "shape", "dtype", "layout", "direction", "provider", "correct", "err", "floor_us", "source",
+              "device_us", "host_us", "method", "pct_limit"}  # fmt: skip
+    assert {case["provider"] for case in cases} == {"tritune", "torch", "torch_channels_last", "torch_bare"}
+    for case in cases:
+        ours = case["provider"] == "tritune"
+        assert set(case) == (fields | {"config"} if ours else fields)
+        assert set(case["device_us"]) == {"p50", "p20", "p80", "n"}
+        assert case["correct"] is (True if ours else None)
+        assert case["device_us"]["p50"] > 0
+
+    tests = json.loads((tmp_path / "out/gpu_tests.json").read_text())
+    assert tests["selected"] == tests["skipped"] == 3
+    assert tests["failures"] == []
+    table = done.stdout[done.stdout.index("\nop ") :]
+    assert table.split()[:9] == ["op", "shape", "dtype", "direction", "ours", "us", "torch", "us", "faster"]
+    assert len(table.splitlines()) <= 60
+    assert "GPU tests: 3 skipped" in table
+    assert "not run" in table
+    summary = (tmp_path / "out/summary.md").read_text()
+    assert "## Not run" in summary
+    for path in (tmp_path / "out").iterdir():
+        assert str(SOURCE.parent) not in path.read_text(), f"{path.name} names a folder of this machine"
+
+
+def test_faults_are_survived_and_named(tmp_path):
+    pytest.importorskip("triton")
+    (tmp_path / "planted.py").write_text(PLANTED)
+    done = rehearse(
+        tmp_path / "out", "--cases", "planted", "--tests", "--item-limit", "4", "--budget", "120", path=(tmp_path,)
+    )
+    assert done.returncode == 1, done.stdout + done.stderr
+    ours = {
+        case["id"].split("-")[0]: case for case in records(tmp_path / "out", "conv") if case["provider"] == "tritune"
+    }
+    assert ours["resnet50"]["correct"] is True
+    assert ours["raises"]["error"] == "raised ValueError: planted in kernel.py"
+    assert ours["wrong"]["correct"] is False
+    assert ours["wrong"]["err"]["where"] == "output: max"
+    assert "device_us" not in ours["wrong"], "what is wrong is not timed"
+    assert ours["dies"]["error"].startswith("exited with 7")
+    assert ours["hangs"]["error"] == "hung: nothing for 4 s"
+    assert records(tmp_path / "out", "pool")[0]["correct"] is True, "the case behind them ran"
+
+    table = done.stdout[done.stdout.index("\nop ") :]
+    for fault in ("raises", "wrong", "dies", "hangs"):
+        assert f"FAILED {fault}-bias+relu-bf16-nhwc-fwd: " in table
+        assert fault in (tmp_path / "out/summary.md").read_text()
+    assert table.count(" NO\n") == 4
+    assert "6 of 6 items measured" in table
+
+
+@contextlib.contextmanager
+def started(*arguments: str, path: Path) -> Iterator[subprocess.Popen[str]]:
+    with subprocess.Popen(
+        command(*arguments), env=environment(path), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
+def test_interrupted(tmp_path, number):
+    pytest.importorskip("triton")
+    (tmp_path / "planted.py").write_text(PLANTED + "\nCASES = [CASES[0], CASES[4]]\n")
+    with started(tmp_path / "out", "--rehearse", "--cases", "planted", "--tests", path=tmp_path) as process:
+        for line in process.stdout:
+            if line.startswith("[1/2]"):
+                break
+        process.send_signal(number)
+        rest = process.communicate(timeout=30)[0]
+    assert process.returncode == 130
+    assert "1 of 2 items measured, 1 not run" in rest
+    assert records(tmp_path / "out", "conv")[0]["correct"] is True
+
+
+def test_killed_it_leaves_what_it_has(tmp_path):
+    pytest.importorskip("triton")
+    (tmp_path / "planted.py").write_text(PLANTED + "\nCASES = [CASES[0], CASES[4]]\n")
+    with started(tmp_path / "out", "--rehearse", "--cases", "planted", "--tests", path=tmp_path) as process:
+        for line in process.stdout:
+            if line.startswith("[1/2]"):
+                break
+        process.kill()
+        # The worker holds the other end of this pipe, and hangs: it must end with its parent all the same.
+        process.stdout.read()
+    assert records(tmp_path / "out", "conv")[0]["correct"] is True
+
+
+def test_a_worker_that_cannot_start(tmp_path):
+    done = rehearse(tmp_path / "out", "--cases", "no_such_module", "--tests", "--budget", "60")
+    assert done.returncode == 2
+    assert "ModuleNotFoundError" in done.stderr
+
+
+def test_without_a_gpu(tmp_path):
+    done = subprocess.run(command(tmp_path / "out"), env=environment(), capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "no GPU" in done.stderr
+    assert not (tmp_path / "out").exists()
