@@ -33,7 +33,7 @@ from ..autotune import cost
 from ..autotune.config import Config, Estimate, Tunable, register
 from ..autotune.device import DeviceSpec, detect
 from ..autotune.resolve import resolve
-from ._launch import Launch, layout_strides
+from ._launch import Launch, layout_strides, unit_divisor
 from ._math import narrow, pixel, tile_offsets
 
 SIZES = ["M", "H", "W", "P", "Q"]
@@ -271,6 +271,9 @@ CONFIGS = tuple(
         (64, 16, 4),
         (128, 8, 4),
         (8, 64, 2),
+        (8, 128, 2),
+        (64, 16, 2),
+        (128, 8, 2),
         # NCHW: pixels side by side
         (128, 1, 4),
         (256, 1, 4),
@@ -289,10 +292,12 @@ def _features(p: Pool2dProblem) -> dict[str, int | str]:
 
 
 def _accepts(p: Pool2dProblem, config: Config, device: DeviceSpec) -> bool:
-    """Channels last loads want a run of channels, NCHW loads a run of pixels."""
+    """Channels last loads want a run of channels, and 16 bytes a thread; NCHW loads a run of pixels."""
     if not p.channels_last:
         return config.BLOCK_C == 1
-    return config.BLOCK_C > 1 and (config.BLOCK_C <= 8 or config.BLOCK_C < 2 * p.C)
+    vec = unit_divisor(16 // p.dtype.itemsize, p.C)
+    fills = config.BLOCK_M * config.BLOCK_C >= vec * device.warp_size * config.num_warps
+    return fills and config.BLOCK_C > 1 and (config.BLOCK_C <= 8 or config.BLOCK_C < 2 * p.C)
 
 
 def _estimate(p: Pool2dProblem, config: Config, device: DeviceSpec, pixels: int, reads: float) -> Estimate:

@@ -79,7 +79,7 @@ def conv2d(
         "conv2d",
         tensors,
         lambda device: _auto_rule(_problem(batched, weight, args, precision), device, activation, scale, residual),
-        lambda device: _kernel_choices(_problem(batched, weight, args, precision), device, tensors),
+        lambda device: _kernel_choices(_problem(batched, weight, args, precision), device, tensors, activation, bias),
         lambda: _limits(batched, weight),
     )
     if backend == "torch":
@@ -155,14 +155,37 @@ def _is_depthwise(weight: Tensor, groups: int) -> bool:
     return weight.shape[1] == 1 and groups > 1
 
 
-def _kernel_choices(problem: Any, device: DeviceSpec, tensors: list[Tensor]) -> tuple[tuple[str, Choice], ...]:
+def _forward_choice(problem: Any, device: DeviceSpec) -> tuple[str, Choice]:
     from ..kernels import conv, conv_depthwise
 
-    module = conv_depthwise if problem.C == 1 and problem.geometry.groups > 1 else conv
-    tunables = [module.FORWARD]
-    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
-        tunables += [module.INPUT_GRAD, module.WEIGHT_GRAD]
-    return tuple((tunable.name, resolve(tunable, problem, device)) for tunable in tunables)
+    is_depthwise = problem.C == 1 and problem.geometry.groups > 1
+    tunable = (conv_depthwise if is_depthwise else conv).FORWARD
+    return tunable.name, resolve(tunable, problem, device)
+
+
+def _kernel_choices(
+    problem: Any, device: DeviceSpec, tensors: list[Tensor], activation: str | None, bias: Tensor | None
+) -> tuple[tuple[str, Choice], ...]:
+    """The kernels of a call and of its backward, in the order in which they run."""
+    from ..kernels import conv, conv_depthwise
+
+    forward = _forward_choice(problem, device)
+    if not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors)):
+        return (forward,)
+    backward: list[tuple[Any, Any]] = []
+    has_saved = activation not in (None, "none")
+    writes_g = has_saved or not problem.channels_last
+    needs_bias = bias is not None and bias.requires_grad
+    if writes_g or needs_bias:
+        filters = problem.K * problem.geometry.groups
+        epilogue = conv.EpilogueProblem(problem.pixels, filters, tensors[0].dtype, has_saved, writes_g, needs_bias)
+        backward.append((conv.EPILOGUE_GRAD, epilogue))
+    module = conv if forward[0] == conv.FORWARD.name else conv_depthwise
+    if tensors[0].requires_grad:
+        backward.append((module.INPUT_GRAD, problem))
+    if tensors[1].requires_grad:
+        backward.append((module.WEIGHT_GRAD, problem))
+    return forward, *((tunable.name, resolve(tunable, one, device)) for tunable, one in backward)
 
 
 def _auto_rule(
@@ -173,8 +196,7 @@ def _auto_rule(
     torch runs every unfused step as a pass that reads and writes the output. Ours is taken when memory bounds the call
     even at 60 % of the tensor-core rate, and torch would move at least a quarter more bytes.
     """
-    choices = _kernel_choices(problem, device, [])
-    (_, choice), *_ = choices
+    _, choice = _forward_choice(problem, device)
     if choice.us is not None and choice.torch_us is not None:
         wins = choice.us < choice.torch_us
         return wins, f"measured: {choice.us:.1f} us against {choice.torch_us:.1f} us of torch"

@@ -10,6 +10,7 @@ import argparse
 import importlib
 import sys
 from collections.abc import Sequence
+from importlib import metadata
 
 # words -> module, what it does, the extra that brings its dependencies
 COMMANDS = {
@@ -36,15 +37,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+EXTRAS = {"triton", "rich", "matplotlib", "sklearn"}
+
+
 def _run(words: tuple[str, ...], module: str, summary: str, extra: str, arguments: list[str]) -> int:
     try:
         command = importlib.import_module(module, __package__)
-    except ModuleNotFoundError as error:
-        print(f"tritune {' '.join(words)} needs {error.name}: pip install 'tritune[{extra}]'", file=sys.stderr)
+        parser = argparse.ArgumentParser(prog=f"tritune {' '.join(words)}", description=summary)
+        command.add_arguments(parser)
+        return int(command.main(parser.parse_args(arguments)))
+    except (ModuleNotFoundError, metadata.PackageNotFoundError) as error:
+        missing = str(error.name).partition(".")[0]
+        if missing not in EXTRAS:
+            raise
+        print(f"tritune {' '.join(words)} needs {missing}: pip install 'tritune[{extra}]'", file=sys.stderr)
         return 2
-    parser = argparse.ArgumentParser(prog=f"tritune {' '.join(words)}", description=summary)
-    command.add_arguments(parser)
-    return int(command.main(parser.parse_args(arguments)))
 
 
 def _listing() -> str:

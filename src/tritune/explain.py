@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import sys
 from dataclasses import asdict
 from typing import Any
 
@@ -37,24 +38,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
-    device = "cpu"
-    if args.device != "cpu":
-        device, os.environ["TRITUNE_DEVICE"] = "cuda", named(args.device).slug
-    layout = torch.channels_last if args.layout == "nhwc" else torch.contiguous_format
-    with FakeTensorMode(), torch.no_grad(), use_backend(args.backend):
-        tensors = [
-            torch.empty(shape, dtype=DTYPES[args.dtype], device=device, memory_format=layout) for shape in args.shapes
-        ]
-        decision: Any
-        if args.op == "conv2d":
-            decision = explain(
-                conv2d, *tensors, stride=args.stride or 1, padding=args.padding, dilation=args.dilation,
-                groups=args.groups, activation=args.activation,
-            )  # fmt: skip
-        else:
-            decision = explain(max_pool2d, *tensors, args.kernel, args.stride, args.padding, args.dilation)
+    if args.op == "conv2d" and not 2 <= len(args.shapes) <= 3:
+        return _fail("conv2d takes an input and a weight, and perhaps a bias")
+    if args.op == "max_pool2d" and len(args.shapes) != 1:
+        return _fail("max_pool2d takes an input")
+    before = os.environ.get("TRITUNE_DEVICE")
+    try:
+        if args.device != "cpu":
+            os.environ["TRITUNE_DEVICE"] = named(args.device).slug
+        decision = _decide(args)
+    except (RuntimeError, TypeError, ValueError, NotImplementedError) as error:
+        return _fail(str(error))
+    finally:
+        os.environ.pop("TRITUNE_DEVICE", None)
+        if before is not None:
+            os.environ["TRITUNE_DEVICE"] = before
     if args.json:
         document = asdict(decision)
         document["kernels"] = [{"kernel": name, **choice._asdict()} for name, choice in decision.kernels]
@@ -62,3 +60,30 @@ def main(args: argparse.Namespace) -> int:
     else:
         print(decision)
     return 0
+
+
+def _decide(args: argparse.Namespace) -> Any:
+    """The decision for fake tensors, which may be on a GPU that is not there."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    device = "cpu" if args.device == "cpu" else "cuda"
+    layout = torch.channels_last if args.layout == "nhwc" else torch.contiguous_format
+    with FakeTensorMode(), torch.no_grad(), use_backend(args.backend):
+        tensors = [
+            torch.empty(
+                shape, dtype=DTYPES[args.dtype], device=device,
+                memory_format=layout if len(shape) == 4 else torch.contiguous_format,
+            )
+            for shape in args.shapes
+        ]  # fmt: skip
+        if args.op == "max_pool2d":
+            return explain(max_pool2d, *tensors, args.kernel, args.stride, args.padding, args.dilation)
+        return explain(
+            conv2d, *tensors, stride=args.stride or 1, padding=args.padding, dilation=args.dilation,
+            groups=args.groups, activation=args.activation,
+        )  # fmt: skip
+
+
+def _fail(message: str) -> int:
+    print(f"tritune explain: {message.splitlines()[0]}", file=sys.stderr)
+    return 1

@@ -1,0 +1,182 @@
+"""The ``tritune`` command: what it says, what it returns, and what it does without its extras."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import tritune
+from tritune import cli, doctor
+from tritune.autotune import store
+
+pytestmark = pytest.mark.torch
+
+SOURCE = Path(tritune.__file__).resolve().parents[1]
+
+
+def run_in_child(code: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    env = {**os.environ, "PYTHONPATH": str(SOURCE), **variables}
+    return subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=False)
+
+
+class TestCommand:
+    def test_help_lists_every_command(self, capsys):
+        with pytest.raises(SystemExit) as end:
+            cli.main([])
+        assert end.value.code == 0
+        text = capsys.readouterr().out
+        for words in cli.COMMANDS:
+            assert f"  {' '.join(words)} " in text
+
+    def test_help_of_every_command(self, capsys):
+        pytest.importorskip("triton")
+        for words in cli.COMMANDS:
+            with pytest.raises(SystemExit) as end:
+                cli.main([*words, "--help"])
+            assert end.value.code == 0
+            assert f"usage: tritune {' '.join(words)}" in capsys.readouterr().out
+
+    @pytest.mark.parametrize("arguments", [["nonsense"], ["bench"], ["bench", "nonsense"], ["explain"]])
+    def test_bad_usage(self, arguments, capsys):
+        with pytest.raises(SystemExit) as end:
+            cli.main(arguments)
+        assert end.value.code == 2
+        assert "usage: tritune" in capsys.readouterr().err
+
+    def test_version(self, capsys):
+        with pytest.raises(SystemExit):
+            cli.main(["--version"])
+        assert capsys.readouterr().out == f"tritune {tritune.__version__}\n"
+
+    def test_help_needs_no_triton(self):
+        code = "import sys\nfrom tritune import cli\nsys.modules['triton'] = None\ncli.main(['--help'])"
+        done = run_in_child(code)
+        assert done.returncode == 0, done.stderr
+
+    @pytest.mark.parametrize(
+        "missing, arguments",
+        [("triton", ["bench", "static"]), ("rich", ["demo"]), ("sklearn", ["demo"]), ("matplotlib", ["demo"])],
+    )
+    def test_a_missing_extra_is_named(self, missing, arguments):
+        code = (
+            f"import sys\nsys.modules[{missing!r}] = None\nfrom tritune import cli\nsys.exit(cli.main({arguments!r}))"
+        )
+        done = run_in_child(code)
+        assert done.returncode == 2, done.stderr
+        extra = cli.COMMANDS[tuple(arguments)][2]
+        assert done.stderr == f"tritune {' '.join(arguments)} needs {missing}: pip install 'tritune[{extra}]'\n"
+        assert done.stdout == ""
+
+
+class TestExplain:
+    def explain(self, capsys, *arguments):
+        pytest.importorskip("triton")
+        assert cli.main(["explain", *arguments]) == 0
+        return capsys.readouterr().out
+
+    def test_convolution(self, capsys, monkeypatch):
+        monkeypatch.setenv("TRITUNE_DEVICE", "")
+        text = self.explain(capsys, "conv2d", "32x64x56x56", "64x64x3x3", "--padding", "1", "--activation", "relu")
+        assert text.startswith('conv2d: triton: use_backend("triton") is in force\n  conv2d: ')
+
+    def test_pooling_as_json(self, capsys):
+        text = self.explain(capsys, "max_pool2d", "32x64x112x112", "--kernel", "3", "--stride", "2", "--json")
+        document = json.loads(text)
+        assert document["backend"] == "triton"
+        assert document["kernels"][0]["kernel"] == "max_pool2d"
+        assert document["kernels"][0]["config"]["BLOCK_C"] > 1
+
+    def test_what_is_not_covered(self, capsys):
+        text = self.explain(capsys, "conv2d", "1x8x8x8", "8x8x3x3", "--dtype", "fp64", "--backend", "auto")
+        assert text.startswith("conv2d: torch: ")
+        assert "float64" in text
+
+    def test_the_device_matters(self, capsys):
+        texts = [
+            self.explain(
+                capsys, "conv2d", "32x256x56x56", "256x256x3x3", "--padding", "1", "--device", device, "--json"
+            )
+            for device in ("h200", "mi300x")
+        ]
+        assert texts[0] != texts[1]
+
+    def test_it_leaves_the_environment_alone(self, capsys):
+        before = dict(os.environ)
+        self.explain(capsys, "max_pool2d", "1x8x8x8", "--device", "mi300x")
+        assert dict(os.environ) == before
+
+    @pytest.mark.parametrize(
+        "arguments, message",
+        [
+            (("conv2d", "1x8x8x8"), "conv2d takes an input and a weight"),
+            (("conv2d", "1x8x8x8", "8x4x3x3"), "expected input"),
+            (("max_pool2d", "1x8x8x8", "--padding", "-1"), "pad"),
+            (("conv2d", "1x8x8x8", "8x8x3x3", "--dtype", "fp64"), "no kernel covers the call"),
+            (("max_pool2d", "1x8x8x8", "--device", "abacus"), "unknown device 'abacus'"),
+        ],
+    )
+    def test_errors_are_one_line(self, arguments, message, capsys):
+        pytest.importorskip("triton")
+        assert cli.main(["explain", *arguments]) == 1
+        captured = capsys.readouterr()
+        assert message in captured.err
+        assert captured.err.count("\n") == 1
+
+
+class TestDoctor:
+    def test_a_healthy_machine(self, capsys, monkeypatch, tmp_path):
+        monkeypatch.setenv("TRITUNE_CACHE_DIR", str(tmp_path / "new" / "folder"))
+        assert cli.main(["doctor"]) == 0
+        text = capsys.readouterr().out
+        assert "no problems" in text
+        assert "shipped sm_90" in text
+        assert not (tmp_path / "new").exists(), "looking changes nothing"
+
+    def test_json(self, capsys):
+        assert cli.main(["doctor", "--json"]) == 0
+        document = json.loads(capsys.readouterr().out)
+        assert document["problems"] == []
+        assert document["tritune"] == tritune.__version__
+
+    @pytest.mark.parametrize(
+        "name, value, problem",
+        [
+            ("TRITUNE_BACKND", "torch", "TRITUNE_BACKND is not a variable of tritune"),
+            ("TRITUNE_DEVICE", "abacus", "unknown device 'abacus'"),
+            ("TRITUNE_CACHE_DIR", __file__, f"{__file__} cannot be written"),
+        ],
+    )
+    def test_a_problem(self, name, value, problem, capsys, monkeypatch):
+        monkeypatch.setenv(name, value)
+        assert cli.main(["doctor"]) == 1
+        lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("PROBLEM: ")]
+        assert len(lines) == 1
+        assert problem in lines[0]
+
+    def test_unsupported_triton(self, monkeypatch):
+        monkeypatch.setattr(doctor, "_version_of", lambda package: "3.4.0" if package == "triton" else "1.0")
+        _, problems, _ = doctor.examine()
+        assert any("Triton 3.4.0 is outside 3.6 to 3.9" in problem for problem in problems)
+
+    def test_without_triton(self, monkeypatch):
+        monkeypatch.setattr(doctor, "_version_of", lambda package: None)
+        _, problems, hints = doctor.examine()
+        assert problems == []
+        assert any("everything runs on torch" in hint for hint in hints)
+
+    def test_entries_of_another_triton_are_counted(self, monkeypatch, tmp_path):
+        entry = store.Entry({"C": 8}, store.Config(BLOCK=1), "model", extra={"env": {"triton": "3.1.0"}})
+        store.write(tmp_path / "sm_90" / "conv2d.json", "conv2d", [entry])
+        monkeypatch.setenv("TRITUNE_CONFIG_PATH", str(tmp_path))
+        _, _, hints = doctor.examine()
+        assert any("come from another Triton minor" in hint for hint in hints)
+
+    def test_a_broken_file_is_a_problem(self, monkeypatch, tmp_path):
+        (tmp_path / "sm_90").mkdir()
+        (tmp_path / "sm_90" / "conv2d.json").write_text("{")
+        monkeypatch.setenv("TRITUNE_CONFIG_PATH", str(tmp_path))
+        _, problems, _ = doctor.examine()
+        assert any("conv2d.json" in problem for problem in problems)
