@@ -5,7 +5,9 @@ r"""Depthwise 2-d convolution (one input channel a group): forward, input gradie
 
 There is no reduction over channels, so nothing for tensor cores: each program holds a tile of pixels x channels and
 adds R*S products in fp32. K counts output channels, MULT of them share an input channel. Both layouts are read in
-place; channels last loads run along the channels, 16 bytes a thread.
+place; channels last loads run along the channels, 16 bytes a thread, those of the weights too: the launcher lays them
+out as [R, S, K]. The taps are one loop, because the compiler unrolls the inner one of two and keeps all its loads in
+registers.
 
 Bytes. What must come from memory once is |x| + |w| + |y|. What the load and store instructions move (e bytes an
 element, out-of-bounds taps load nothing, neighbouring taps hit the L1 cache; T_m tiles of pixels):
@@ -27,7 +29,7 @@ from ..autotune import cost
 from ..autotune.config import Config, Estimate, Tunable, register
 from ..autotune.device import DeviceSpec, detect
 from ..autotune.resolve import resolve
-from ._launch import Launch, layout_strides, strides
+from ._launch import Launch, layout_strides, strides, unit_divisor
 from ._math import column_sum, narrow, pixel, tile_offsets
 from .conv import Conv2dProblem, Geometry, _epilogue, _features, contiguous, empty_output, problem_of, sum_splits
 
@@ -58,15 +60,14 @@ def _depthwise_kernel(
     h0 = p * STRIDE_H - PAD_H
     w0 = q * STRIDE_W - PAD_W
     acc = tl.zeros((BLOCK_M, BLOCK_C), dtype=tl.float32)
-    for r in range(R):
-        for s in range(S):
-            h = h0 + r * DIL_H
-            col = w0 + s * DIL_W
-            inside = mask_m & (h >= 0) & (h < H) & (col >= 0) & (col < W)
-            x_off = tile_offsets(n, h, col, k // MULT, stride_xn, stride_xc, stride_xh, stride_xw, X_VEC, X_UNIT_C)
-            x = tl.load(x_ptr + x_off, mask=inside[:, None] & mask_k[None, :], other=0.0)  # [BLOCK_M, BLOCK_C]
-            w = tl.load(w_ptr + (k * R + r) * S + s, mask=mask_k, other=0.0)  # [BLOCK_C]
-            acc += x.to(tl.float32) * w.to(tl.float32)[None, :]
+    for tap in range(R * S):
+        h = h0 + tap // S * DIL_H
+        col = w0 + tap % S * DIL_W
+        inside = mask_m & (h >= 0) & (h < H) & (col >= 0) & (col < W)
+        x_off = tile_offsets(n, h, col, k // MULT, stride_xn, stride_xc, stride_xh, stride_xw, X_VEC, X_UNIT_C)
+        x = tl.load(x_ptr + x_off, mask=inside[:, None] & mask_k[None, :], other=0.0)  # [BLOCK_M, BLOCK_C]
+        w = tl.load(w_ptr + tap * K + k, mask=mask_k, other=0.0)  # [BLOCK_C]
+        acc += x.to(tl.float32) * w.to(tl.float32)[None, :]
     y_off = tile_offsets(n, p, q, k, stride_yn, stride_yk, stride_yp, stride_yq, Y_VEC, Y_UNIT_C)
     mask = mask_m[:, None] & mask_k[None, :]
     _epilogue(acc, k, y_off, mask, scale_ptr, bias_ptr, residual_ptr, y_ptr, z_ptr, mask_k, ACTIVATION)
@@ -94,20 +95,19 @@ def _depthwise_input_grad_kernel(
     mask_c = c < C
     n, h, col = pixel(offs_m, H, W)
     acc = tl.zeros((BLOCK_M, BLOCK_C), dtype=tl.float32)
-    for r in range(R):
-        for s in range(S):
-            up = h + PAD_H - r * DIL_H
-            left = col + PAD_W - s * DIL_W
-            p = up // STRIDE_H
-            q = left // STRIDE_W
-            inside = mask_m & (up >= 0) & (left >= 0) & (p < P) & (q < Q)
-            inside &= (up % STRIDE_H == 0) & (left % STRIDE_W == 0)
-            for m in range(MULT):
-                k = c * MULT + m
-                g_off = tile_offsets(n, p, q, k, stride_yn, stride_yk, stride_yp, stride_yq, Y_VEC, Y_UNIT_C)
-                g = tl.load(g_ptr + g_off, mask=inside[:, None] & mask_c[None, :], other=0.0)
-                w = tl.load(w_ptr + (k * R + r) * S + s, mask=mask_c, other=0.0)
-                acc += g.to(tl.float32) * w.to(tl.float32)[None, :]
+    for tap in range(R * S):
+        up = h + PAD_H - tap // S * DIL_H
+        left = col + PAD_W - tap % S * DIL_W
+        p = up // STRIDE_H
+        q = left // STRIDE_W
+        inside = mask_m & (up >= 0) & (left >= 0) & (p < P) & (q < Q)
+        inside &= (up % STRIDE_H == 0) & (left % STRIDE_W == 0)
+        for m in range(MULT):
+            k = c * MULT + m
+            g_off = tile_offsets(n, p, q, k, stride_yn, stride_yk, stride_yp, stride_yq, Y_VEC, Y_UNIT_C)
+            g = tl.load(g_ptr + g_off, mask=inside[:, None] & mask_c[None, :], other=0.0)
+            w = tl.load(w_ptr + tap * K + k, mask=mask_c, other=0.0)
+            acc += g.to(tl.float32) * w.to(tl.float32)[None, :]
     x_off = tile_offsets(n, h, col, c, stride_xn, stride_xc, stride_xh, stride_xw, X_VEC, X_UNIT_C)
     tl.store(dx_ptr + x_off, narrow(acc, dx_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_c[None, :])
 
@@ -180,7 +180,7 @@ def plan_forward(
     z: torch.Tensor | None = None, bias: torch.Tensor | None = None, scale: torch.Tensor | None = None,
     residual: torch.Tensor | None = None, activation: str = "none",
 ) -> list[Launch]:  # fmt: skip
-    """x in any layout, w dense [K, R, S]; z and residual have y's strides."""
+    """x in any layout, w dense [R, S, K]; z and residual have y's strides."""
     sizes, constants = _constants(p, x, y, config)
     tiles = cost.cdiv(p.pixels, config.BLOCK_M) * cost.cdiv(constants["K"], config.BLOCK_C)
     operands = {"scale_ptr": scale, "bias_ptr": bias, "residual_ptr": residual, "y_ptr": y, "z_ptr": z}
@@ -227,6 +227,9 @@ _TILES = (
     (16, 128, 4),
     (128, 8, 4),
     (8, 64, 2),
+    (8, 128, 2),
+    (64, 16, 2),
+    (128, 8, 2),
     (128, 1, 4),
     (256, 1, 4),
     (64, 1, 2),
@@ -240,11 +243,13 @@ WEIGHT_GRAD_CONFIGS = tuple(
 
 
 def _accepts(p: Conv2dProblem, config: Config, device: DeviceSpec) -> bool:
-    """Channels last loads want a run of channels, NCHW loads a run of pixels."""
+    """Channels last loads want a run of channels, and 16 bytes a thread; NCHW loads a run of pixels."""
     channels = p.geometry.groups
     if not p.channels_last:
         return config.BLOCK_C == 1
-    return config.BLOCK_C > 1 and (config.BLOCK_C <= 8 or config.BLOCK_C < 2 * channels)
+    vec = unit_divisor(16 // p.itemsize, channels)
+    fills = config.BLOCK_M * config.BLOCK_C >= vec * device.warp_size * config.num_warps
+    return fills and config.BLOCK_C > 1 and (config.BLOCK_C <= 8 or config.BLOCK_C < 2 * channels)
 
 
 def _issued_bytes(p: Conv2dProblem) -> float:
@@ -286,7 +291,7 @@ def _meta(p: Conv2dProblem) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     like = torch.empty(0, dtype=p.dtype, device="meta")
     channels = p.K * p.geometry.groups
     x = empty_output(like, (p.N, p.geometry.groups, p.H, p.W), p.channels_last)
-    return x, like.new_empty(channels, p.R, p.S), empty_output(like, (p.N, channels, p.P, p.Q), p.channels_last)
+    return x, like.new_empty(p.R, p.S, channels), empty_output(like, (p.N, channels, p.P, p.Q), p.channels_last)
 
 
 def _forward_launches(p: Conv2dProblem, config: Config) -> list[Launch]:
@@ -319,6 +324,11 @@ WEIGHT_GRAD = register(
 # --- calls -----------------------------------------------------------------------------------------------------------
 
 
+def taps_first(weight: torch.Tensor) -> torch.Tensor:
+    """[K, 1, R, S] as [R, S, K]."""
+    return weight.squeeze(1).permute(1, 2, 0).contiguous()
+
+
 def run_forward(
     x: torch.Tensor, weight: torch.Tensor, pq: tuple[int, int], geometry: Geometry, *,
     bias: torch.Tensor | None = None, scale: torch.Tensor | None = None, residual: torch.Tensor | None = None,
@@ -332,7 +342,7 @@ def run_forward(
     problem = problem_of(tuple(x.shape), tuple(weight.shape), pq, geometry, x.dtype, precision, is_channels_last)
     config = resolve(FORWARD, problem, detect(x.device)).config
     for launch in plan_forward(
-        problem, config, x, weight.contiguous(), y, z=z, bias=contiguous(bias), scale=contiguous(scale),
+        problem, config, x, taps_first(weight), y, z=z, bias=contiguous(bias), scale=contiguous(scale),
         residual=residual, activation=activation,
     ):  # fmt: skip
         launch.run()
@@ -347,7 +357,7 @@ def run_input_grad(
     pq = (g.shape[2], g.shape[3])
     problem = problem_of(tuple(dx.shape), tuple(weight.shape), pq, geometry, g.dtype, precision, is_channels_last)
     config = resolve(INPUT_GRAD, problem, detect(g.device)).config
-    for launch in plan_input_grad(problem, config, g, weight.contiguous(), dx):
+    for launch in plan_input_grad(problem, config, g, taps_first(weight), dx):
         launch.run()
     return dx
 

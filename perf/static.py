@@ -149,8 +149,9 @@ def faults(kernel: str, problem: Any, one: StaticProfile, target: str) -> list[s
     wanted = _wanted_mma(kernel, problem, target)
     if wanted and one.mma not in (wanted, "HGMMA"):
         found.append(f"tensor cores: {one.mma or 'none'}, expected {wanted}")
-    if _is_aligned(kernel, problem) and one.load_bytes < 16:
-        found.append(f"loads: {one.load_bytes} bytes wide, expected 16")
+    due = _due_load_bytes(kernel, problem)
+    if one.load_bytes < due:
+        found.append(f"loads: {one.load_bytes} bytes wide, expected {due}")
     return found
 
 
@@ -165,15 +166,18 @@ def _wanted_mma(kernel: str, problem: Any, target: str) -> str:
     return "HGMMA" if target == "sm_90" and rows >= 64 else "HMMA"
 
 
-def _is_aligned(kernel: str, problem: Any) -> bool:
-    """Are 16-byte loads due: 16-bit channels last with channels in eights?"""
+def _due_load_bytes(kernel: str, problem: Any) -> int:
+    """How wide every load has to be: 16 bytes for 16-bit channels last with channels in eights, else 0 for any."""
     if problem.dtype.itemsize != 2 or not getattr(problem, "channels_last", True):
-        return False
-    if kernel in PRODUCTS:
-        return bool(problem.C % 8 == 0 and problem.K % 8 == 0)
-    if kernel.startswith("max_pool2d"):
-        return kernel == "max_pool2d" and bool(problem.C % 8 == 0)  # backward also loads one-byte offsets
-    return False
+        return 0
+    if kernel.startswith("conv2d_depthwise"):
+        return 16 if problem.geometry.groups % 8 == 0 and problem.K == 1 else 0
+    if kernel in PRODUCTS and problem.C % 8:
+        return 0
+    channels = problem.C if kernel.startswith("max_pool2d") else problem.K
+    if channels % 8:
+        return 0
+    return 8 if kernel == "max_pool2d_backward" else 16  # eight offsets of one byte
 
 
 def regressions(old: StaticProfile, new: StaticProfile) -> list[str]:
