@@ -26,10 +26,13 @@ from .static import TARGETS, TRITON, StaticProfile, faults, profile
 CANDIDATES = 12  # of the model's order are compiled, then the layer gets no entry
 
 
-def rank(target: str) -> Iterator[tuple[str, Tunable, Any, Config | None, StaticProfile | None, list[str]]]:
-    """``(layer, kernel, problem, config, profile, passed over)``; no config if none of the first compiles clean."""
+Best = tuple[Config | None, StaticProfile | None, list[str]]
 
-    def best(tunable: Tunable, problem: Any) -> tuple[Config | None, StaticProfile | None, list[str]]:
+
+def rank(target: str, pattern: str = "") -> Iterator[tuple[str, Tunable, Any, Best]]:
+    """``(layer, kernel, problem, (config, profile, passed over))``; no config if none of the first compiles clean."""
+
+    def best(tunable: Tunable, problem: Any) -> Best:
         passed_over: list[str] = []
         for config, _ in ranked(tunable, problem, named(target))[:CANDIDATES]:
             one = profile(tunable.launches(problem, config)[0], target)
@@ -40,10 +43,10 @@ def rank(target: str) -> Iterator[tuple[str, Tunable, Any, Config | None, Static
         return None, None, passed_over
 
     with ThreadPoolExecutor(2) as pool:
-        layers = list(problems(target))
+        layers = [layer for layer in problems(target) if pattern in f"{layer[1].name}/{layer[0]}"]
         futures = [pool.submit(best, tunable, problem) for _, tunable, problem in layers]
         for (name, tunable, problem), future in zip(layers, futures, strict=True):
-            yield name, tunable, problem, *future.result()
+            yield name, tunable, problem, future.result()
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -51,6 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--static", action="store_true", required=True, help="rank by model and compiler, without a GPU"
     )
     parser.add_argument("--target", choices=TARGETS, required=True)
+    parser.add_argument("-k", dest="pattern", default="", help="only <kernel>/<layer> names that contain this")
     parser.add_argument(
         "--out", type=Path, default=store.SHIPPED, help="folder of the configs; default: the shipped ones"
     )
@@ -59,7 +63,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     entries: dict[str, list[store.Entry]] = {}
     without = 0
-    for name, tunable, problem, config, one, passed_over in rank(args.target):
+    for name, tunable, problem, (config, one, passed_over) in rank(args.target, args.pattern):
         for reason in passed_over:
             print(f"{tunable.name} {name}: passed over {reason}")
         if config is None or one is None:

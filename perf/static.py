@@ -264,7 +264,7 @@ def update(path: Path, profiles: dict[str, StaticProfile], accept: bool) -> bool
     refused = False
     for name, new in profiles.items():
         if name not in old:
-            print(f"new      {name}")
+            print(f"{'new':8} {name}")
         elif old[name] != new:
             worse = regressions(old[name], new)
             refused |= bool(worse)
@@ -273,7 +273,7 @@ def update(path: Path, profiles: dict[str, StaticProfile], accept: bool) -> bool
                 for field, value in asdict(old[name]).items()
                 if value != getattr(new, field)
             )
-            print(f"{'WORSE' if worse else 'changed'}  {name}: {changes}")
+            print(f"{'WORSE' if worse else 'changed':8} {name}: {changes}")
     if refused and not accept:
         print("refused: the profiles got worse; --accept takes them all the same")
         return False

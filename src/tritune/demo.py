@@ -75,7 +75,7 @@ def network(ours: bool) -> torch.nn.Sequential:
 def network_with(weights: dict[str, Tensor], ours: bool, device: torch.device | str) -> torch.nn.Sequential:
     model = network(ours)
     model.load_state_dict(weights)
-    return model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
+    return model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
 class Training:

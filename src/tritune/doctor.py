@@ -105,7 +105,7 @@ def _warnings() -> Iterator[list[str]]:
     """What the library logs meanwhile: files and entries that it ignores."""
     messages: list[str] = []
     handler = logging.Handler(logging.WARNING)
-    handler.emit = lambda entry: messages.append(entry.getMessage())  # type: ignore[method-assign]
+    handler.emit = lambda entry: messages.append(entry.getMessage())  # type: ignore[method-assign, assignment]
     logger.addHandler(handler)
     try:
         yield messages

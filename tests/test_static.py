@@ -1,0 +1,269 @@
+"""What the compiler makes of the shipped configs, and that the static suite sees what it must.
+
+The scratch kernels below each carry one fault; the suite must name it.
+"""
+
+import argparse
+import dataclasses
+import json
+
+import pytest
+
+triton = pytest.importorskip("triton")
+
+import torch  # noqa: E402
+import triton.language as tl  # noqa: E402
+
+from tritune.autotune.config import TUNABLES  # noqa: E402
+from tritune.autotune.device import named  # noqa: E402
+from tritune.autotune.resolve import ranked, resolve  # noqa: E402
+from tritune.kernels import conv, conv_depthwise, pool  # noqa: E402
+from tritune.kernels._launch import Launch  # noqa: E402
+from tritune.perf import problems, static  # noqa: E402
+
+pytestmark = pytest.mark.static
+
+CHANNELS_LAST = conv.problem_of(
+    (8, 64, 32, 32), (64, 64, 3, 3), (32, 32), conv.Geometry(1, 1, 1, 1, 1, 1, 1), torch.bfloat16, "16", True
+)
+
+
+# --- what ships ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.compat
+@pytest.mark.parametrize("kernel", TUNABLES)
+@pytest.mark.parametrize("target", static.TARGETS)
+def test_shipped_configs(target, kernel):
+    """No spill, within shared memory, tensor cores and wide loads where due, nothing worse than the baseline."""
+    baseline = static.load_baseline(static.BASELINES / f"static-{static.minor(static.TRITON)}.json")
+    assert baseline, f"no baseline for Triton {static.TRITON}: tritune bench static --update"
+    selected = list(static.rows([target], f"/{kernel}/"))
+    assert len(selected) >= 7
+    bad = {}
+    for row, one in static.measure(selected):
+        assert row.name in baseline
+        found = static.faults(kernel, row.problem, one, target) if row.is_main else []
+        found += static.regressions(baseline[row.name], one)
+        if found:
+            bad[row.name] = found
+    assert bad == {}
+
+
+@pytest.mark.parametrize("target", static.TARGETS)
+def test_every_layer_has_a_shipped_config(target):
+    """What the suite compiles is what a user gets: the nearest entry is the layer's own."""
+    for name, tunable, problem in problems.problems(target):
+        choice = resolve(tunable, problem, named(target))
+        assert (choice.source, choice.distance) == ("target", 0), f"{tunable.name} {name}: {choice}"
+
+
+def test_the_baseline_has_no_more_than_what_ships():
+    names = {row.name for row in static.rows()}
+    for path in sorted(static.BASELINES.glob("static-*.json")):
+        assert set(static.load_baseline(path)) == names, path.name
+
+
+@pytest.mark.parametrize("label", ["r50-s1-3x3", "resnext-g32", "convnext-dw-s1"])
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_headline_layers_use_the_machine(label, precision):
+    """16-byte loads and WGMMA on sm_90, forward and both gradients, as the README says."""
+    row = {**problems.CONVOLUTIONS, **problems.DEPTHWISE}[label]
+    dtype, mode = problems.PRECISIONS[precision]
+    problem = problems._conv_problem(row, dtype, mode, True)
+    module = conv_depthwise if label.startswith("convnext-dw") else conv
+    for tunable in (module.FORWARD, module.INPUT_GRAD, module.WEIGHT_GRAD):
+        launch = tunable.launches(problem, resolve(tunable, problem, named("sm_90")).config)[0]
+        one = static.profile(launch, "sm_90")
+        assert one.spill_bytes == 0
+        if label != "resnext-g32":  # four channels a group: 8 bytes is all there is side by side
+            assert one.load_bytes == 16, tunable.name
+        if label == "r50-s1-3x3":
+            assert one.mma == "HGMMA", tunable.name
+
+
+# --- configs are chosen by shape -------------------------------------------------------------------------------------
+
+
+def sweep(kernel):
+    """Layers from one image of 7x7 to 64 of 224x224, with 3 to 2048 channels."""
+    dense = conv.Geometry(1, 1, 1, 1, 1, 1, 1)
+    for n in (1, 8, 64):
+        for size in (7, 28, 112, 224):
+            for channels in (3, 8, 16, 32, 96, 512, 2048):
+                for last in (True, False):
+                    x, w = (n, channels, size, size), (channels, channels, 3, 3)
+                    if kernel == "conv2d_epilogue_grad":
+                        yield conv.EpilogueProblem(n * size * size, channels, torch.bfloat16, True, True, last)
+                    elif kernel.startswith("max_pool2d"):
+                        window = pool.Window(2, 2, 2, 2, 0, 0, 1, 1)
+                        yield pool.problem_of(x, (size // 2, size // 2), window, torch.bfloat16, 1, last)
+                    else:
+                        geometry = dense
+                        if "depthwise" in kernel:
+                            geometry, w = dense._replace(groups=channels), (channels, 1, 3, 3)
+                        yield conv.problem_of(x, w, (size, size), geometry, torch.bfloat16, "16", last)
+
+
+@pytest.mark.parametrize("kernel", TUNABLES)
+def test_at_least_six_configs_are_chosen_by_shape(kernel):
+    for target in static.TARGETS:
+        chosen = {ranked(TUNABLES[kernel], problem, named(target))[0][0] for problem in sweep(kernel)}
+        assert len(chosen) >= 6, f"{target}: {chosen}"
+
+
+# --- what is compiled is what would run ------------------------------------------------------------------------------
+
+
+@pytest.mark.compat
+@pytest.mark.parametrize("kernel", TUNABLES)
+def test_source_is_specialised_as_triton_would(kernel):
+    """Launch.source against Triton's own reading of the same arguments."""
+    from triton.compiler import make_backend
+    from triton.runtime.jit import create_function_from_signature
+
+    backend = make_backend(triton.backends.compiler.GPUTarget("cuda", 90, 32))
+    tunable = TUNABLES[kernel]
+    seen = 0
+    for _, other, problem in problems.problems("sm_90"):
+        if other is not tunable:
+            continue
+        for launch in tunable.launches(problem, ranked(tunable, problem, named("sm_90"))[0][0]):
+            binder = create_function_from_signature(launch.kernel.signature, launch.kernel.params, backend)
+            values = {
+                name: torch.empty(16, dtype=value.dtype) if isinstance(value, torch.Tensor) else value
+                for name, value in launch.args.items()
+            }
+            options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
+            _, specialisation, _ = binder(**values, **launch.constants, **options)
+            source = launch.source()
+            for index, (parameter, (kind, key)) in enumerate(zip(launch.kernel.params, specialisation, strict=True)):
+                assert source.signature[parameter.name] == kind, parameter.name
+                if kind == "constexpr":
+                    assert source.constants[(index,)] == key, parameter.name
+                else:
+                    assert ((index,) in source.attrs) == (key == "D"), parameter.name
+            seen += 1
+    assert seen
+
+
+# --- planted faults --------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _product(x_ptr, y_ptr, stride, BLOCK: tl.constexpr, MODE: tl.constexpr, STEPS: tl.constexpr):
+    """A chain of products [BLOCK, BLOCK]; MODE plants a fault."""
+    row = tl.arange(0, BLOCK)
+    column = tl.arange(0, BLOCK)
+    if MODE == "narrow":
+        offsets = row[:, None] * stride + column[None, :] * stride
+    else:
+        offsets = row[:, None] * BLOCK + column[None, :]
+    acc = tl.zeros((BLOCK, BLOCK), dtype=tl.float32)
+    for step in range(STEPS):
+        a = tl.load(x_ptr + step * BLOCK * BLOCK + offsets)
+        b = tl.load(x_ptr + (STEPS + step) * BLOCK * BLOCK + offsets)
+        if MODE == "no_dot":
+            acc += a.to(tl.float32) * b.to(tl.float32)
+        else:
+            acc += tl.dot(a, b)
+    tl.store(y_ptr + row[:, None] * BLOCK + column[None, :], acc.to(y_ptr.dtype.element_ty))
+
+
+def planted(mode="none", block=64, warps=4, stages=3, steps=8):
+    x, y = (torch.empty(1 << 20, dtype=torch.bfloat16, device="meta") for _ in range(2))
+    args = {"x_ptr": x, "y_ptr": y, "stride": 3}
+    return Launch(_product, 1, args, {"BLOCK": block, "MODE": mode, "STEPS": steps}, warps, stages)
+
+
+@pytest.mark.parametrize(
+    "launch, target, found",
+    [
+        (planted(), "sm_90", []),
+        (planted(), "gfx942", []),
+        (planted(block=128, warps=1, stages=1), "sm_90", ["spill", "tensor cores: HMMA"]),
+        (planted(mode="no_dot"), "sm_90", ["tensor cores: none, expected HGMMA"]),
+        (planted(mode="no_dot"), "gfx942", ["tensor cores: none, expected MFMA"]),
+        (planted(mode="narrow"), "sm_90", ["loads: 2 bytes wide, expected 16"]),
+        (planted(mode="narrow"), "gfx942", ["loads: 2 bytes wide, expected 16"]),
+        (planted(block=128, warps=8, stages=5), "sm_90", ["shared memory"]),
+        (planted(block=128, warps=4, stages=3), "gfx942", ["shared memory"]),
+    ],
+)
+def test_planted_faults_are_named(launch, target, found):
+    named_faults = static.faults("conv2d", CHANNELS_LAST, static.profile(launch, target), target)
+    assert len(named_faults) == len(found), named_faults
+    for fault, expected in zip(named_faults, found, strict=True):
+        assert fault.startswith(expected)
+
+
+# --- the baseline ----------------------------------------------------------------------------------------------------
+
+GOOD = static.StaticProfile(100, 0, 1000, "HGMMA", 16, 16, 1000, 16)
+
+
+@pytest.mark.parametrize(
+    "change, named_as",
+    [
+        ({"spill_bytes": 8}, "spill: 0 -> 8 bytes"),
+        ({"mma": "HMMA"}, "tensor cores: HGMMA -> HMMA"),
+        ({"mma": ""}, "tensor cores: HGMMA -> none"),
+        ({"load_bytes": 8}, "loads: 16 -> 8 bytes wide"),
+        ({"store_bytes": 2}, "stores: 16 -> 2 bytes wide"),
+        ({"instructions": 1151}, "instructions: 1000 -> 1151"),
+        ({"warps": 12}, "occupancy: 16 -> 12 warps"),
+    ],
+)
+class TestBaseline:
+    def test_a_regression_is_named(self, change, named_as):
+        assert static.regressions(GOOD, dataclasses.replace(GOOD, **change)) == [named_as]
+
+    def test_update_refuses_it(self, change, named_as, tmp_path, capsys):
+        path = tmp_path / "static.json"
+        assert static.update(path, {"a": GOOD, "b": GOOD}, accept=False)
+        before = path.read_text()
+        capsys.readouterr()
+
+        worse = {"b": dataclasses.replace(GOOD, **change), "c": GOOD}
+        assert not static.update(path, worse, accept=False)
+        text = capsys.readouterr().out
+        assert f"WORSE    b: {named_as}\n" in text
+        assert "new      c\n" in text
+        assert "refused" in text
+        assert path.read_text() == before
+
+        assert static.update(path, worse, accept=True)
+        assert static.load_baseline(path) == {"a": GOOD, **worse}
+
+
+@pytest.mark.parametrize("change", [{"registers": 90}, {"instructions": 900}, {"warps": 20}, {"load_bytes": 32}])
+def test_what_is_no_worse_is_printed_and_taken(change, tmp_path, capsys):
+    path = tmp_path / "static.json"
+    static.update(path, {"a": GOOD}, accept=False)
+    better = dataclasses.replace(GOOD, **change)
+    assert static.regressions(GOOD, better) == []
+    assert static.update(path, {"a": better}, accept=False)
+    assert "changed  a: " in capsys.readouterr().out
+    assert static.load_baseline(path) == {"a": better}
+
+
+def command(*options):
+    parser = argparse.ArgumentParser()
+    static.add_arguments(parser)
+    return static.main(parser.parse_args(["--target", "sm_90", "-k", "max_pool2d/r50-pool-bf16-nhwc", *options]))
+
+
+def test_the_command(tmp_path, capsys):
+    path = tmp_path / "static.json"
+    assert command("--baseline", str(path), "--update") == 0
+    assert "1 kernels compiled" in capsys.readouterr().out
+    assert command("--baseline", str(path), "--json") == 0
+    text = capsys.readouterr().out
+    (profile,) = json.loads(text[: text.rindex("}") + 1]).values()
+
+    path.write_text(path.read_text().replace(f'"warps": {profile["warps"]}', '"warps": 64'))
+    assert command("--baseline", str(path)) == 1
+    assert f"occupancy: 64 -> {profile['warps']} warps" in capsys.readouterr().out
+    assert command("--baseline", str(path), "--update") == 1
+    assert command("--baseline", str(path), "--update", "--accept") == 0
+    assert command("--baseline", str(path)) == 0
