@@ -314,7 +314,7 @@ class TestEnvironment:
     @pytest.mark.parametrize(
         "text, kept",
         [
-            ("File \"/home/me/x/ops/conv.py\", line 3", 'File "conv.py", line 3'),
+            ("File \"/some/place/x/ops/conv.py\", line 3", 'File "conv.py", line 3'),
             ("at /opt/a b/c.py:12", "at a b/c.py:12"),
             ("tests/test_conv.py::test[1/2] 3/4", "tests/test_conv.py::test[1/2] 3/4"),
             ("~/cache and ./here", "cache and ./here"),

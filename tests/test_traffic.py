@@ -1,0 +1,130 @@
+"""The bytes that each kernel moves, counted in the interpreter, against the formula at its head."""
+
+import pytest
+
+triton = pytest.importorskip("triton")
+
+import torch  # noqa: E402
+import triton.language as tl  # noqa: E402
+
+from tritune.autotune.config import TUNABLES, Config, Tunable  # noqa: E402
+from tritune.autotune.device import named  # noqa: E402
+from tritune.autotune.resolve import ranked  # noqa: E402
+from tritune.kernels import conv, conv_depthwise, pool  # noqa: E402, F401
+from tritune.kernels._launch import Launch  # noqa: E402
+from tritune.perf import traffic  # noqa: E402
+
+pytestmark = pytest.mark.interpret
+
+
+def dense(x, w, stride=1, pad=0, dil=1, groups=1, dtype=torch.float16, last=True):
+    pq = tuple((size + 2 * pad - dil * (tap - 1) - 1) // stride + 1 for size, tap in zip(x[2:], w[2:], strict=True))
+    geometry = conv.Geometry(stride, stride, pad, pad, dil, dil, groups)
+    return conv.problem_of(x, w, pq, geometry, dtype, "ieee", last)
+
+
+def pooling(x, window, stride, pad=0, dtype=torch.float16, index=1, last=True):
+    pq = tuple((size + 2 * pad - window) // stride + 1 for size in x[2:])
+    return pool.problem_of(x, pq, pool.Window(window, window, stride, stride, pad, pad, 1, 1), dtype, index, last)
+
+
+CONVOLUTIONS = {
+    "3x3": dense((2, 32, 10, 10), (48, 32, 3, 3)),
+    "3x3-padded": dense((2, 32, 10, 10), (48, 32, 3, 3), pad=1),
+    "1x1": dense((2, 64, 8, 8), (32, 64, 1, 1)),
+    "strided": dense((2, 32, 11, 11), (32, 32, 3, 3), stride=2),
+    "1x1-strided": dense((2, 32, 9, 9), (32, 32, 1, 1), stride=2),
+    "groups": dense((2, 32, 10, 10), (48, 8, 3, 3), groups=4),
+    "dilated": dense((1, 16, 12, 12), (16, 16, 3, 3), dil=2),
+    "stem": dense((1, 4, 20, 20), (24, 4, 7, 7), stride=2),
+    "fp32": dense((1, 24, 9, 9), (20, 24, 3, 3), dtype=torch.float32),
+    "nchw": dense((1, 16, 10, 10), (16, 16, 3, 3), last=False),
+}
+DEPTHWISE = {
+    "3x3": dense((2, 24, 10, 10), (24, 1, 3, 3), groups=24),
+    "7x7-padded": dense((1, 32, 12, 12), (32, 1, 7, 7), pad=3, groups=32),
+    "strided": dense((2, 16, 11, 11), (16, 1, 3, 3), stride=2, groups=16),
+    "multiplier": dense((1, 8, 9, 9), (16, 1, 3, 3), groups=8),
+    "nchw-fp32": dense((1, 3, 12, 12), (3, 1, 3, 3), groups=3, dtype=torch.float32, last=False),
+}
+POOLS = {
+    "2x2": pooling((2, 24, 12, 12), 2, 2),
+    "3x3-padded": pooling((1, 16, 14, 14), 3, 2, 1),
+    "overlapping": pooling((1, 8, 10, 10), 3, 1),
+    "nchw-fp32": pooling((1, 5, 12, 12), 2, 2, dtype=torch.float32, last=False),
+    "int64-indices": pooling((1, 16, 12, 12), 2, 2, index=8),
+}
+EPILOGUES = {
+    "all": conv.EpilogueProblem(300, 48, torch.float16, True, True, True),
+    "bias-only": conv.EpilogueProblem(300, 48, torch.float32, False, False, True),
+    "activation-only": conv.EpilogueProblem(130, 20, torch.float16, True, True, False),
+}
+
+
+def problems_of(kernel):
+    if kernel == "conv2d_epilogue_grad":
+        return EPILOGUES
+    if kernel.startswith("max_pool2d"):
+        return POOLS
+    return DEPTHWISE if "depthwise" in kernel else CONVOLUTIONS
+
+
+CASES = [(kernel, name) for kernel in TUNABLES for name in problems_of(kernel)]
+
+
+def configs(kernel, problem):
+    """The best by the model, and the best of those that split the reduction in two or more."""
+    order = [config for config, _ in ranked(TUNABLES[kernel], problem, named("sm_90"))]
+    split = [one for one in order if max(dict(one).get("SPLIT_K", 1), dict(one).get("SPLIT_M", 1)) > 1]
+    return {order[0], *split[:1]}
+
+
+@pytest.mark.parametrize("kernel, name", CASES)
+def test_no_more_than_the_formula(kernel, name):
+    problem = problems_of(kernel)[name]
+    for config in configs(kernel, problem):
+        counted = traffic.measure(TUNABLES[kernel], problem, config)
+        assert traffic.fault(kernel, problem, config, counted) == "", f"{config}: {counted}"
+        # A formula that promises too little would prove nothing; what padding masks is not loaded.
+        expected = traffic.FORMULAS[kernel](problem, config)
+        is_exact = "padded" not in name and kernel != "max_pool2d_backward"
+        assert counted.total >= (0.9 if is_exact else 0.4) * expected, f"{config}: {counted}, formula {expected}"
+
+
+def test_every_kernel_has_a_formula():
+    assert set(traffic.FORMULAS) == set(TUNABLES)
+
+
+# --- planted ---------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _copy(x_ptr, y_ptr, M, TIMES: tl.constexpr, BLOCK: tl.constexpr):
+    """Pools windows of one pixel, reading each TIMES times."""
+    offsets = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mask = offsets < M
+    for _ in range(TIMES):
+        value = tl.load(x_ptr + offsets, mask=mask)
+        tl.store(y_ptr + offsets, value, mask=mask)
+
+
+def planted(times):
+    def launches(problem, config):
+        x, y = (torch.empty(problem.N * problem.C * problem.H * problem.W, dtype=problem.dtype, device="meta")
+                for _ in range(2))  # fmt: skip
+        grid = -(-x.numel() // config.BLOCK)
+        args = {"x_ptr": x, "y_ptr": y, "M": x.numel()}
+        return [Launch(_copy, grid, args, {"TIMES": times, "BLOCK": config.BLOCK}, 4, 1)]
+
+    return Tunable("max_pool2d", (), None, None, None, launches)
+
+
+@pytest.mark.compat
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize("times, named_as", [(1, ""), (2, "traffic: 2.00 times the formula of max_pool2d")])
+def test_doubled_traffic_is_named(times, named_as, dtype):
+    problem = pooling((1, 3, 11, 13), 1, 1, dtype=dtype, index=0)
+    config = Config(BLOCK=64, num_warps=4, num_stages=1)
+    counted = traffic.measure(planted(times), problem, config)
+    assert counted.loaded == counted.stored == times * 3 * 11 * 13 * dtype.itemsize
+    assert traffic.fault("max_pool2d", problem, config, counted) == named_as
