@@ -89,6 +89,17 @@ def poisoned() -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def without_onednn() -> Iterator[None]:
+    """torch without oneDNN, whose bfloat16 weight gradient reads memory that nobody wrote, for some sizes."""
+    before = torch._C._get_mkldnn_enabled()
+    torch._C._set_mkldnn_enabled(False)
+    try:
+        yield
+    finally:
+        torch._C._set_mkldnn_enabled(before)
+
+
+@contextlib.contextmanager
 def few_dots(limit: int = MAX_INTERPRETED_DOTS) -> Iterator[None]:
     """Fails a case whose kernels do more matrix products than the interpreter runs in reasonable time."""
     if not tritune.ops._dispatch.INTERPRETED:

@@ -310,6 +310,7 @@ class TestTorchsOwnSamples:
     @pytest.mark.parametrize("requires_grad", [False, True])
     @pytest.mark.filterwarnings("ignore")
     def test_samples(self, name, requires_grad, device, tier):
+        pytest.importorskip("expecttest")  # torch.testing needs it
         from torch.testing._internal.common_methods_invocations import op_db
 
         (info,) = (info for info in op_db if info.name == name and not info.variant_test_name)

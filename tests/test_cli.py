@@ -61,6 +61,8 @@ class TestCommand:
         [("triton", ["bench", "static"]), ("rich", ["demo"]), ("sklearn", ["demo"]), ("matplotlib", ["demo"])],
     )
     def test_a_missing_extra_is_named(self, missing, arguments):
+        for module in ("triton", "rich", "matplotlib", "sklearn"):
+            pytest.importorskip(module)
         code = (
             f"import sys\nsys.modules[{missing!r}] = None\nfrom tritune import cli\nsys.exit(cli.main({arguments!r}))"
         )

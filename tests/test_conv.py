@@ -210,6 +210,23 @@ class TestBranches:
         torch.testing.assert_close(y.cpu(), wanted, equal_nan=True, rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(relu.cpu(), wanted.relu(), equal_nan=True, rtol=1e-4, atol=1e-4)
 
+    @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy, inside the interpreter
+    def test_infinite_weights_reach_the_border_of_the_input_gradient(self, device):
+        # docs/differences.md: outputs outside the image count as 0, and 0 * inf is NaN.
+        g = torch.randn(1, 16, 6, 6)
+        w = torch.randn(16, 8, 3, 3)
+        w[2, 3, 0, 0] = float("inf")  # its outputs lie below and to the right
+        grads = {}
+        for backend in ("torch", "triton"):
+            x = torch.zeros(1, 8, 6, 6, device=device if backend == "triton" else "cpu", requires_grad=True)
+            with tritune.use_backend(backend):
+                tritune.conv2d(x, w.to(x.device), padding=1, precision="ieee").backward(g.to(x.device))
+            grads[backend] = x.grad.cpu()
+        border = torch.zeros(1, 8, 6, 6, dtype=torch.bool)
+        border[:, 3, -1, :] = border[:, 3, :, -1] = True
+        assert torch.equal(grads["triton"].isnan(), border)
+        torch.testing.assert_close(grads["triton"][~border], grads["torch"][~border], rtol=1e-4, atol=1e-4)
+
     @pytest.mark.parametrize("dtype", DTYPES)
     def test_fp16_range_is_used_in_fp32(self, dtype, device):
         x = torch.full((1, 64, 3, 3), 40.0, device=device, dtype=dtype)
