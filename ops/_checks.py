@@ -162,6 +162,8 @@ _INT32_MIN, _INT32_MAX = -(2**31), 2**31 - 1
 def _check_tensor(fn: str, position: int, name: str, value: object) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(_text_argument_type(fn, position, name, "Tensor", value))
+    if value.is_nested:
+        raise NotImplementedError(f"{fn}(): argument '{name}' is a nested tensor, which this function does not take")
 
 
 def _int(fn: str, position: int, name: str, value: Any) -> int:

@@ -718,3 +718,16 @@ def test_traced_with_symbolic_sizes():
         expected = outcome(F.conv2d, call(input, kernel, b(), 1, "same", (2, 1)))
         torch.testing.assert_close(function(input, kernel, b(), residual), expected)
     assert len(graphs) == 1
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged])
+def test_nested_tensors(layout: torch.layout) -> None:
+    # docs/differences.md: torch rejects them with errors of several types, from deep inside.
+    nested = torch.nested.nested_tensor([torch.randn(3, 8), torch.randn(5, 8)], layout=layout)
+    with pytest.raises(NotImplementedError, match="nested tensor"):
+        tritune.conv2d(nested, torch.randn(4, 3, 3, 3))
+    with pytest.raises(NotImplementedError, match="nested tensor"):
+        tritune.conv2d(torch.randn(1, 3, 8, 8), torch.randn(4, 3, 3, 3), nested)
+    with pytest.raises(NotImplementedError, match="nested tensor"):
+        tritune.max_pool2d(nested, 2)
