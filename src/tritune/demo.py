@@ -32,7 +32,7 @@ WANTED_ACCURACY = 0.95
 # Largest difference of a tensor, over its largest value: fp32 sums of at most 2^12 products in another order.
 TOLERANCE = 1e-4
 BATCH = 64
-STEP_IMAGES = 8
+STEP_IMAGES = 6
 STEP_SECONDS = 60  # an interpreted step takes about 10
 
 
