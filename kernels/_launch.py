@@ -8,12 +8,17 @@ from __future__ import annotations
 
 import contextlib
 import threading
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+
+from ..autotune.config import Tunable
+from ..autotune.device import detect
+from ..autotune.resolve import resolve
 
 # Triton's interpreter patches its own modules while a kernel runs, so it serves one thread at a time.
 _interpreter_lock = threading.RLock() if triton.knobs.runtime.interpret else contextlib.nullcontext()
@@ -86,6 +91,14 @@ class Launch(NamedTuple):
         is_nvidia = target.startswith("sm_")
         gpu = GPUTarget("cuda", int(target[3:]), 32) if is_nvidia else GPUTarget("hip", target, 64)
         return triton.compile(self.source(), target=gpu, options=options)
+
+
+def launch(tunable: Tunable, plan: Callable[..., list[Launch]], problem: Any, *operands: Any, **options: Any) -> None:
+    """Runs what ``plan(problem, config, *operands, **options)`` lists, with the config that the problem resolves to on
+    the first operand's device."""
+    config = resolve(tunable, problem, detect(operands[0].device)).config
+    for one in plan(problem, config, *operands, **options):
+        one.run()
 
 
 def _specialises(parameter: Any, value: Any) -> bool:

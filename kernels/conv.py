@@ -41,9 +41,8 @@ import triton.language as tl
 
 from ..autotune import cost
 from ..autotune.config import Config, Estimate, Tunable, register
-from ..autotune.device import DeviceSpec, detect
-from ..autotune.resolve import resolve
-from ._launch import Launch, layout_strides, strides
+from ..autotune.device import DeviceSpec
+from ._launch import Launch, launch, layout_strides, strides
 from ._math import activate, activation_grad, column_sum, dot, grouped_tile, narrow, pixel, tile_offsets
 
 SIZES = ["M", "N", "H", "W", "P", "Q", "splits"]
@@ -364,10 +363,11 @@ def _conv2d_epilogue_grad_kernel(
     M, P, Q, splits,
     stride_yn: tl.int64, stride_yk: tl.int64, stride_yp: tl.int64, stride_yq: tl.int64,
     stride_zn: tl.int64, stride_zk: tl.int64, stride_zp: tl.int64, stride_zq: tl.int64,
-    K: tl.constexpr, Y_UNIT_C: tl.constexpr, Z_UNIT_C: tl.constexpr, Y_VEC: tl.constexpr, Z_VEC: tl.constexpr,
+    K: tl.constexpr, Y_UNIT_C: tl.constexpr, Z_UNIT_C: tl.constexpr, G_CHANNELS_LAST: tl.constexpr,
+    Y_VEC: tl.constexpr, Z_VEC: tl.constexpr,
     ACTIVATION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """g = dy * act'(saved), written channels last, and the bias gradient: column sums of g.
+    """g = dy * act'(saved), dense in either layout, and the bias gradient: column sums of g.
 
     Reads dy (and saved), writes g: one pass, |dy| + |saved| + |g| bytes. K counts all groups here. Each program walks
     one of ``splits`` runs of rows and leaves its column sums in partial [splits, K].
@@ -392,7 +392,11 @@ def _conv2d_epilogue_grad_kernel(
             saved = tl.load(saved_ptr + z_off, mask=mask, other=0.0).to(tl.float32)
             g = tl.where(mask, g * activation_grad(saved, ACTIVATION), 0.0)
         if g_ptr is not None:
-            g_off = (offs_m.to(tl.int64) * K)[:, None] + offs_n[None, :]
+            if G_CHANNELS_LAST:
+                g_off = (offs_m.to(tl.int64) * K)[:, None] + offs_n[None, :]
+            else:
+                image = n.to(tl.int64) * K * P * Q + p * Q + q
+                g_off = image[:, None] + (offs_n.to(tl.int64) * P * Q)[None, :]
             tl.store(g_ptr + g_off, narrow(g, g_ptr.dtype.element_ty), mask=mask)
         acc += g
     if partial_ptr is not None:
@@ -481,11 +485,21 @@ def pack_weight(weight: torch.Tensor) -> torch.Tensor:
     return weight.permute(0, 2, 3, 1).contiguous()
 
 
+def padded_channels(c: int) -> int:
+    """Up to four channels become four, up to eight eight, so that a pixel is one aligned load."""
+    return 4 if c <= 4 else max(c, 8)
+
+
+def pad_problem(p: Conv2dProblem) -> Conv2dProblem:
+    """What the kernels that read x solve, forward and weight gradient: without groups a narrow image is padded."""
+    return p._replace(C=padded_channels(p.C)) if p.geometry.groups == 1 else p
+
+
 def pad_channels(t: torch.Tensor) -> torch.Tensor:
-    """Three channels become four (five: eight), zeros behind, so that a pixel is one aligned load."""
+    """The channels of :func:`padded_channels`, zeros behind."""
     c = t.shape[1]
-    padded = 4 if c <= 4 else 8
-    if c in (4, 8) or c > 8:
+    padded = padded_channels(c)
+    if c == padded:
         return t
     out = t.new_empty(t.shape[0], t.shape[2], t.shape[3], padded).permute(0, 3, 1, 2)
     out[:, :c].copy_(t)
@@ -659,6 +673,7 @@ def plan_epilogue_grad(
         },
         {
             "K": p.K, "Y_UNIT_C": y_unit, "Z_UNIT_C": z_unit,
+            "G_CHANNELS_LAST": g is None or layout_strides(g)[1],
             "Y_VEC": y_vec, "Z_VEC": z_vec,
             "ACTIVATION": activation,
             "BLOCK_M": config.BLOCK_M, "BLOCK_N": config.BLOCK_N,
@@ -930,12 +945,10 @@ def run_forward(
         x, weight = pad_channels(x), pad_channels(weight)
     x = channels_last(x)
     problem = problem_of(tuple(x.shape), tuple(weight.shape), pq, geometry, x.dtype, precision, is_channels_last)
-    config = resolve(FORWARD, problem, detect(x.device)).config
-    for launch in plan_forward(
-        problem, config, x, pack_weight(weight), y, z=z, bias=contiguous(bias), scale=contiguous(scale),
+    launch(
+        FORWARD, plan_forward, problem, x, pack_weight(weight), y, z=z, bias=contiguous(bias), scale=contiguous(scale),
         residual=residual, activation=activation,
-    ):  # fmt: skip
-        launch.run()
+    )  # fmt: skip
     return y, z
 
 
@@ -946,10 +959,9 @@ def run_input_grad(
     dx = empty_output(g, (g.shape[0], weight.shape[1] * geometry.groups, *hw), is_channels_last)
     pq = (g.shape[2], g.shape[3])
     problem = problem_of(tuple(dx.shape), tuple(weight.shape), pq, geometry, g.dtype, precision, is_channels_last)
-    config = resolve(INPUT_GRAD, problem, detect(g.device)).config
-    packed = pack_weight(weight)
-    for launch in plan_input_grad(problem, config, channels_last(g), packed, dx, _weight_strides(problem)):
-        launch.run()
+    launch(
+        INPUT_GRAD, plan_input_grad, problem, channels_last(g), pack_weight(weight), dx, _weight_strides(problem)
+    )  # fmt: skip
     return dx
 
 
@@ -965,27 +977,28 @@ def run_weight_grad(
     dw = empty_output(x, shape, is_channels_last)
     pq = (g.shape[2], g.shape[3])
     problem = problem_of(tuple(x.shape), shape, pq, geometry, x.dtype, precision, is_channels_last)
-    config = resolve(WEIGHT_GRAD, problem, detect(x.device)).config
-    for launch in plan_weight_grad(problem, config, x, channels_last(g), dw):
-        launch.run()
+    launch(WEIGHT_GRAD, plan_weight_grad, problem, x, channels_last(g), dw)
     return dw if shape[1] == c else empty_output(x, weight_shape, is_channels_last).copy_(dw[:, :c])
 
 
 def run_epilogue_grad(
-    dy: torch.Tensor, saved: torch.Tensor | None, activation: str, *, need_bias: bool
+    dy: torch.Tensor, saved: torch.Tensor | None, activation: str, *, need_bias: bool, is_channels_last: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The gradient at the activation's input, channels last, and the bias gradient if needed."""
+    """The gradient at the activation's input, laid out as asked, and the bias gradient if needed."""
     n, k, height, width = dy.shape
-    writes_g = saved is not None or (k > 1 and dy.stride(1) != 1)
+    g = empty_output(dy, tuple(dy.shape), is_channels_last)
     bias_grad = dy.new_empty(k) if need_bias else None
-    if not writes_g and bias_grad is None:
-        return dy, None
-    problem = EpilogueProblem(n * height * width, k, dy.dtype, saved is not None, writes_g, need_bias)
-    g = empty_output(dy, tuple(dy.shape), True) if writes_g else None
-    config = resolve(EPILOGUE_GRAD, problem, detect(dy.device)).config
-    for launch in plan_epilogue_grad(problem, config, dy, saved, g, bias_grad, activation):
-        launch.run()
-    return (dy if g is None else g), bias_grad
+    problem = EpilogueProblem(n * height * width, k, dy.dtype, saved is not None, True, need_bias)
+    launch(EPILOGUE_GRAD, plan_epilogue_grad, problem, dy, saved, g, bias_grad, activation)
+    return g, bias_grad
+
+
+def run_bias_grad(g: torch.Tensor) -> torch.Tensor:
+    n, k, height, width = g.shape
+    bias_grad = g.new_empty(k)
+    problem = EpilogueProblem(n * height * width, k, g.dtype, has_saved=False, writes_g=False, has_bias=True)
+    launch(EPILOGUE_GRAD, plan_epilogue_grad, problem, g, None, None, bias_grad, "none")
+    return bias_grad
 
 
 def contiguous(vector: torch.Tensor | None) -> torch.Tensor | None:

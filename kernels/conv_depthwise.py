@@ -27,9 +27,8 @@ import triton.language as tl
 
 from ..autotune import cost
 from ..autotune.config import Config, Estimate, Tunable, register
-from ..autotune.device import DeviceSpec, detect
-from ..autotune.resolve import resolve
-from ._launch import Launch, layout_strides, strides, unit_divisor
+from ..autotune.device import DeviceSpec
+from ._launch import Launch, launch, layout_strides, strides, unit_divisor
 from ._math import column_sum, narrow, pixel, tile_offsets
 from .conv import Conv2dProblem, Geometry, _epilogue, _features, contiguous, empty_output, problem_of, sum_splits
 
@@ -340,12 +339,10 @@ def run_forward(
     if residual is not None and strides(residual) != strides(y):
         residual = torch.empty_like(y).copy_(residual)
     problem = problem_of(tuple(x.shape), tuple(weight.shape), pq, geometry, x.dtype, precision, is_channels_last)
-    config = resolve(FORWARD, problem, detect(x.device)).config
-    for launch in plan_forward(
-        problem, config, x, taps_first(weight), y, z=z, bias=contiguous(bias), scale=contiguous(scale),
+    launch(
+        FORWARD, plan_forward, problem, x, taps_first(weight), y, z=z, bias=contiguous(bias), scale=contiguous(scale),
         residual=residual, activation=activation,
-    ):  # fmt: skip
-        launch.run()
+    )  # fmt: skip
     return y, z
 
 
@@ -356,9 +353,7 @@ def run_input_grad(
     dx = empty_output(g, (g.shape[0], geometry.groups, *hw), is_channels_last)
     pq = (g.shape[2], g.shape[3])
     problem = problem_of(tuple(dx.shape), tuple(weight.shape), pq, geometry, g.dtype, precision, is_channels_last)
-    config = resolve(INPUT_GRAD, problem, detect(g.device)).config
-    for launch in plan_input_grad(problem, config, g, taps_first(weight), dx):
-        launch.run()
+    launch(INPUT_GRAD, plan_input_grad, problem, g, taps_first(weight), dx)
     return dx
 
 
@@ -368,9 +363,7 @@ def run_weight_grad(
 ) -> torch.Tensor:  # fmt: skip
     dw = empty_output(x, weight_shape, is_channels_last)
     pq = (g.shape[2], g.shape[3])
-    x_last = x.shape[1] == 1 or x.stride(1) == 1
-    problem = problem_of(tuple(x.shape), weight_shape, pq, geometry, x.dtype, precision, x_last)
-    config = resolve(WEIGHT_GRAD, problem, detect(x.device)).config
-    for launch in plan_weight_grad(problem, config, x, g, dw):
-        launch.run()
+    unit_channels = x.shape[1] == 1 or x.stride(1) == 1
+    problem = problem_of(tuple(x.shape), weight_shape, pq, geometry, x.dtype, precision, unit_channels)
+    launch(WEIGHT_GRAD, plan_weight_grad, problem, x, g, dw)
     return dw

@@ -31,9 +31,8 @@ import triton.language as tl
 
 from ..autotune import cost
 from ..autotune.config import Config, Estimate, Tunable, register
-from ..autotune.device import DeviceSpec, detect
-from ..autotune.resolve import resolve
-from ._launch import Launch, layout_strides, unit_divisor
+from ..autotune.device import DeviceSpec
+from ._launch import Launch, launch, layout_strides, unit_divisor
 from ._math import narrow, pixel, tile_offsets
 
 SIZES = ["M", "H", "W", "P", "Q"]
@@ -365,9 +364,7 @@ def run_forward(
     index = None if index_dtype is None else torch.empty_like(y, dtype=index_dtype)
     index_bytes = 0 if index_dtype is None else index_dtype.itemsize
     problem = problem_of(tuple(x.shape), pq, window, x.dtype, index_bytes, x.stride(1) == 1)
-    config = resolve(FORWARD, problem, detect(x.device)).config
-    for launch in plan_forward(problem, config, x, y, index):
-        launch.run()
+    launch(FORWARD, plan_forward, problem, x, y, index)
     return y, index
 
 
@@ -378,7 +375,5 @@ def run_backward(
     dx = torch.empty((*dy.shape[:2], *hw), dtype=dy.dtype, device=dy.device, memory_format=layout)
     pq = (dy.shape[2], dy.shape[3])
     problem = problem_of(tuple(dx.shape), pq, window, dy.dtype, index.dtype.itemsize, is_channels_last)
-    config = resolve(BACKWARD, problem, detect(dy.device)).config
-    for launch in plan_backward(problem, config, dy, index, dx):
-        launch.run()
+    launch(BACKWARD, plan_backward, problem, dy, index, dx)
     return dx

@@ -26,6 +26,11 @@ def is_channels_last(t: torch.Tensor) -> bool:
     return True
 
 
+def has_unit_channels(t: torch.Tensor) -> bool:
+    """Are neighbouring channels neighbours in memory?"""
+    return t.shape[1] == 1 or t.stride(1) == 1
+
+
 def memory_format(channels_last: bool) -> torch.memory_format:
     return torch.channels_last if channels_last else torch.contiguous_format
 

@@ -13,7 +13,7 @@ from ..autotune.device import DeviceSpec
 from ..autotune.resolve import Choice, resolve
 from . import _checks
 from ._dispatch import choose, runs_kernels
-from ._layout import autocast, is_channels_last, memory_format
+from ._layout import autocast, has_unit_channels, is_channels_last, memory_format
 from ._register import below_autograd, register
 
 # Activations whose derivative needs their input; for the others the output is enough, and nothing more is saved.
@@ -73,13 +73,14 @@ def conv2d(
         input, weight, bias, stride, padding, dilation, groups,
         activation=activation, residual=residual, scale=scale, precision=precision,
     )  # fmt: skip
-    tensors = [t for t in (input, weight, bias, scale, residual) if t is not None]
     batched = input if input.dim() == 4 else input.unsqueeze(0)
+    call_tensors = (batched, weight, bias, scale, residual)
+    tensors = [t for t in call_tensors if t is not None]
     backend = choose(
         "conv2d",
         tensors,
         lambda device: _auto_rule(_problem(batched, weight, args, precision), device, activation, scale, residual),
-        lambda device: _kernel_choices(_problem(batched, weight, args, precision), device, tensors, activation, bias),
+        lambda device: _kernel_choices(_problem(batched, weight, args, precision), device, call_tensors, activation),
         lambda: _limits(batched, weight),
     )
     if backend == "torch":
@@ -151,40 +152,48 @@ def _problem(input: Tensor, weight: Tensor, args: _checks.Conv2dArgs, precision:
     return conv.problem_of(shape, tuple(weight.shape), pq, geometry, input.dtype, resolved, channels_last)
 
 
-def _is_depthwise(weight: Tensor, groups: int) -> bool:
-    return weight.shape[1] == 1 and groups > 1
+def _is_depthwise(per_group: int, groups: int) -> bool:
+    return per_group == 1 and groups > 1
 
 
 def _forward_choice(problem: Any, device: DeviceSpec) -> tuple[str, Choice]:
-    from ..kernels import conv, conv_depthwise
+    from ..kernels import conv
 
-    is_depthwise = problem.C == 1 and problem.geometry.groups > 1
-    tunable = (conv_depthwise if is_depthwise else conv).FORWARD
-    return tunable.name, resolve(tunable, problem, device)
+    tunable = _module(problem.C, problem.geometry.groups).FORWARD
+    return tunable.name, resolve(tunable, conv.pad_problem(problem), device)
 
 
 def _kernel_choices(
-    problem: Any, device: DeviceSpec, tensors: list[Tensor], activation: str | None, bias: Tensor | None
+    problem: Any, device: DeviceSpec, tensors: tuple[Tensor | None, ...], activation: str | None
 ) -> tuple[tuple[str, Choice], ...]:
-    """The kernels of a call and of its backward, in the order in which they run."""
-    from ..kernels import conv, conv_depthwise
+    """The kernels of a call and of its backward, for an output gradient that is laid out as the output."""
+    from ..kernels import conv
 
     forward = _forward_choice(problem, device)
-    if not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors)):
+    input, weight = tensors[:2]
+    assert input is not None
+    assert weight is not None
+    needs = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in tensors]
+    if not any(needs):
         return (forward,)
-    backward: list[tuple[Any, Any]] = []
+    need_input, need_weight, need_bias = needs[:3]
+    groups = problem.geometry.groups
+    module = _module(problem.C, groups)
+    filters = problem.K * groups
     has_saved = activation not in (None, "none")
-    writes_g = has_saved or not problem.channels_last
-    needs_bias = bias is not None and bias.requires_grad
-    if writes_g or needs_bias:
-        filters = problem.K * problem.geometry.groups
-        epilogue = conv.EpilogueProblem(problem.pixels, filters, tensors[0].dtype, has_saved, writes_g, needs_bias)
+    unit_channels = problem.channels_last or filters == 1 or problem.P * problem.Q == 1
+    relays = module is conv and not unit_channels and (need_input or need_weight)
+    backward: list[tuple[Any, Any]] = []
+    if has_saved or relays or need_bias:
+        writes_g = has_saved or relays
+        epilogue = conv.EpilogueProblem(problem.pixels, filters, input.dtype, has_saved, writes_g, need_bias)
         backward.append((conv.EPILOGUE_GRAD, epilogue))
-    module = conv if forward[0] == conv.FORWARD.name else conv_depthwise
-    if tensors[0].requires_grad:
-        backward.append((module.INPUT_GRAD, problem))
-    if tensors[1].requires_grad:
-        backward.append((module.WEIGHT_GRAD, problem))
+    if need_input:
+        backward.append((module.INPUT_GRAD, problem._replace(channels_last=is_channels_last(input))))
+    if need_weight:
+        # The depthwise kernel reads x as it lies, and its weights have one layout; the other kernel writes both.
+        decides = has_unit_channels(input) if module is not conv else is_channels_last(weight)
+        backward.append((module.WEIGHT_GRAD, conv.pad_problem(problem)._replace(channels_last=decides)))
     return forward, *((tunable.name, resolve(tunable, one, device)) for tunable, one in backward)
 
 
@@ -249,9 +258,9 @@ def _composite(
 def _derivative(saved: Tensor, activation: str) -> Tensor:
     """Derivative of the activation from its output, or from its input for SAVES_INPUT; differentiable itself."""
     if activation == "relu":
-        return (saved > 0).to(saved.dtype)
+        return (~(saved <= 0)).to(saved.dtype)  # 1 at NaN
     if activation == "relu6":
-        return ((saved > 0) & (saved < 6)).to(saved.dtype)
+        return (~((saved <= 0) | (saved >= 6))).to(saved.dtype)
     if activation == "leaky_relu":
         return torch.where(saved > 0, 1.0, 0.01).to(saved.dtype)
     if activation == "sigmoid":
@@ -276,10 +285,10 @@ def _derivative(saved: Tensor, activation: str) -> Tensor:
 # --- operators -------------------------------------------------------------------------------------------------------
 
 
-def _module(weight_shape: Any, groups: int) -> Any:
+def _module(per_group: int, groups: int) -> Any:
     from ..kernels import conv, conv_depthwise
 
-    return conv_depthwise if weight_shape[1] == 1 and groups > 1 else conv
+    return conv_depthwise if _is_depthwise(per_group, groups) else conv
 
 
 def _geometry(stride: Any, padding: Any, dilation: Any, groups: int) -> Any:
@@ -297,7 +306,7 @@ def _forward(
     channels_last = is_channels_last(input) or is_channels_last(weight)
     if runs_kernels(backend, input):
         pq = _output_size(input.shape[2:], weight.shape[2:], stride, padding, dilation)
-        return _module(weight.shape, groups).run_forward(
+        return _module(weight.shape[1], groups).run_forward(
             input, weight, pq, _geometry(stride, padding, dilation, groups), bias=bias, scale=scale,
             residual=residual, activation=activation, precision=precision, save_input=save_input,
             is_channels_last=channels_last,
@@ -352,9 +361,15 @@ class _Conv2d(torch.autograd.Function):
             return (None,) * 12
 
         # dz comes only from a second derivative, which reaches the activation's input through it.
+        # The dense kernels want g channels last, and what reads it may as well write it so; depthwise reads both.
         g, bias_grad = dy, None
-        if dy is not None and activation != "none":
-            g, bias_grad = OP_EPILOGUE_GRAD(dy, saved, activation, need_bias and dz is None, backend)
+        depthwise = _is_depthwise(weight.shape[1], groups)
+        relays = not depthwise and (need_input or need_weight) and dy is not None and not has_unit_channels(dy)
+        if dy is not None and (activation != "none" or (relays and runs_kernels(backend, dy))):
+            channels_last = not depthwise or is_channels_last(saved)
+            g, bias_grad = OP_EPILOGUE_GRAD(
+                dy, saved, activation, need_bias and dz is None, channels_last, backend
+            )  # fmt: skip
         if dz is not None:
             g, bias_grad = dz if g is None else g + dz, None
         if need_bias and bias_grad is None:
@@ -412,47 +427,49 @@ OP_SAVING_INPUT: Any = register(
 
 
 def _epilogue_grad(
-    dy: Tensor, saved: Tensor, activation: str, need_bias: bool, backend: str
+    dy: Tensor, saved: Tensor | None, activation: str, need_bias: bool, channels_last: bool, backend: str
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     if runs_kernels(backend, dy):
         from ..kernels.conv import run_epilogue_grad
 
-        g, bias_grad = run_epilogue_grad(dy, saved, activation, need_bias=need_bias)
-        assert g is not None
+        g, bias_grad = run_epilogue_grad(dy, saved, activation, need_bias=need_bias, is_channels_last=channels_last)
         return g, dy.new_empty(0) if bias_grad is None else bias_grad
-    g, bias_grad = _differentiable_epilogue_grad(dy, saved, activation, need_bias, backend)
-    return g.contiguous(memory_format=torch.channels_last), bias_grad
+    g, bias_grad = _differentiable_epilogue_grad(dy, saved, activation, need_bias)
+    # A new tensor also where nothing changes: an operator's outputs must not alias its inputs.
+    return torch.empty_like(g, memory_format=memory_format(channels_last)).copy_(g), bias_grad
 
 
 def _differentiable_epilogue_grad(
-    dy: Tensor, saved: Tensor, activation: str, need_bias: bool, backend: str
+    dy: Tensor, saved: Tensor | None, activation: str, need_bias: bool, *_: Any
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     wide = torch.promote_types(dy.dtype, torch.float32)
-    g = dy.to(wide) * _derivative(saved.to(wide), activation)
+    g = dy.to(wide)
+    if saved is not None:
+        g = g * _derivative(saved.to(wide), activation)
     bias_grad = g.sum((0, 2, 3)).to(dy.dtype) if need_bias else dy.new_empty(0)
     return g.to(dy.dtype), bias_grad
 
 
 def _epilogue_grad_autograd(*call: Any) -> tuple[Tensor, Tensor]:
     """A first backward runs the kernel; one that is differentiated again runs the formula in torch's operators."""
-    if torch.is_grad_enabled() and (call[0].requires_grad or call[1].requires_grad):
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in call[:2]):
         return _differentiable_epilogue_grad(*call)
     with below_autograd():
         return OP_EPILOGUE_GRAD(*call)
 
 
-def _fake_epilogue_grad(dy: Tensor, saved: Tensor, activation: str, need_bias: bool, backend: str) -> Any:
-    g = torch.empty_like(dy, memory_format=torch.channels_last)
+def _fake_epilogue_grad(
+    dy: Tensor, saved: Tensor | None, activation: str, need_bias: bool, channels_last: bool, backend: str
+) -> Any:  # fmt: skip
+    g = torch.empty_like(dy, memory_format=memory_format(channels_last))
     return g, dy.new_empty(dy.shape[1] if need_bias else 0)
 
 
 def _bias_grad(g: Tensor, backend: str) -> Tensor:
     if runs_kernels(backend, g):
-        from ..kernels.conv import run_epilogue_grad
+        from ..kernels.conv import run_bias_grad
 
-        bias_grad = run_epilogue_grad(g, None, "none", need_bias=True)[1]
-        assert bias_grad is not None
-        return bias_grad
+        return run_bias_grad(g)
     return g.sum((0, 2, 3))
 
 
@@ -464,7 +481,8 @@ def _bias_grad_autograd(g: Tensor, backend: str) -> Tensor:
 
 
 OP_EPILOGUE_GRAD: Any = register(
-    "conv2d_epilogue_grad(Tensor dy, Tensor saved, str activation, bool need_bias, str backend) -> (Tensor, Tensor)",
+    "conv2d_epilogue_grad(Tensor dy, Tensor? saved, str activation, bool need_bias, bool channels_last, str backend)"
+    " -> (Tensor, Tensor)",
     implementation=_epilogue_grad,
     fake=_fake_epilogue_grad,
     autograd=_epilogue_grad_autograd,
@@ -485,7 +503,7 @@ def _input_grad(
     stride: list[int], padding: list[int], dilation: list[int], groups: int, precision: str, backend: str,
 ) -> Tensor:  # fmt: skip
     if runs_kernels(backend, g):
-        return _module(weight.shape, groups).run_input_grad(
+        return _module(weight.shape[1], groups).run_input_grad(
             g, weight, (h, w), _geometry(stride, padding, dilation, groups), precision=precision,
             is_channels_last=channels_last,
         )  # fmt: skip
@@ -543,7 +561,7 @@ def _weight_grad(
 ) -> Tensor:  # fmt: skip
     shape = (g.shape[1], input.shape[1] // groups, r, s)
     if runs_kernels(backend, input):
-        return _module(shape, groups).run_weight_grad(
+        return _module(shape[1], groups).run_weight_grad(
             input, g, shape, _geometry(stride, padding, dilation, groups), precision=precision,
             is_channels_last=channels_last,
         )  # fmt: skip

@@ -67,7 +67,9 @@ class TestOperators:
         opcheck(ops.conv2d_weight_grad.default, (x, g, 3, 3, channels_last, *options))
         opcheck(ops.conv2d_bias_grad.default, (g, "auto"))
         for need_bias in (False, True):
-            opcheck(ops.conv2d_epilogue_grad.default, (g, g.detach().clone(), "silu", need_bias, "auto"))
+            for saved, activation in ((g.detach().clone(), "silu"), (None, "none")):
+                call = (g, saved, activation, need_bias, channels_last, "auto")
+                opcheck(ops.conv2d_epilogue_grad.default, call)
 
     @pytest.mark.parametrize("window", [*WINDOWS, EMPTY_WINDOW], ids=str)
     def test_opcheck_max_pool2d(self, window):

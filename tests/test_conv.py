@@ -121,6 +121,18 @@ class TestCases:
             tritune.conv2d(x, weight, activation=activation).sum().backward()
         torch.testing.assert_close(x.grad, wanted.grad, rtol=2 * torch.finfo(dtype).eps, atol=0)
 
+    @pytest.mark.parametrize("activation", ["relu", "leaky_relu", "hardswish", "hardsigmoid"])
+    @pytest.mark.parametrize("create_graph", [False, True])
+    def test_derivative_at_nan_is_torchs(self, activation, create_graph, device, tier):
+        # relu6 is left out: torch says 1 for a single element and 0 for a vector of them.
+        x = torch.tensor([1.0, float("nan"), -1.0, 2.0], device=device).view(1, 1, 2, 2).requires_grad_()
+        (wanted,) = torch.autograd.grad(ACTIVATIONS[activation](x).sum(), x)
+        weight = torch.ones(1, 1, 1, 1, device=device)
+        with tritune.use_backend(backend_of(tier)):
+            y = tritune.conv2d(x, weight, activation=activation)
+            (grad,) = torch.autograd.grad(y.sum(), x, create_graph=create_graph)
+        torch.testing.assert_close(grad, wanted, rtol=1e-6, atol=0)
+
 
 class TestBranches:
     """Paths that only a certain config, option or layout takes."""
@@ -189,13 +201,47 @@ class TestBranches:
     def test_unneeded_gradients_are_not_computed(self, device, monkeypatch):
         from tritune.kernels import conv
 
-        for name in ("run_input_grad", "run_epilogue_grad"):
+        for name in ("run_input_grad", "run_epilogue_grad", "run_bias_grad"):
             monkeypatch.setattr(conv, name, lambda *a, name=name, **k: pytest.fail(f"{name} ran"))
-        x = torch.randn(1, 8, 5, 5, device=device)
+        x = torch.randn(1, 8, 5, 5, device=device).to(memory_format=torch.channels_last)
         w = torch.randn(8, 8, 3, 3, device=device, requires_grad=True)
         with tritune.use_backend("triton"):
-            tritune.conv2d(x, w).sum().backward()
+            y = tritune.conv2d(x, w)
+            y.backward(torch.randn_like(y))
         assert w.grad is not None
+
+    @pytest.mark.parametrize("groups, passes", [(1, "relayed, with the bias"), (8, "the bias alone")])
+    def test_nchw_gradient_is_read_once(self, groups, passes, device, monkeypatch):
+        """Three gradients of a dense layer need dy channels last: one pass writes it so and sums the bias gradient."""
+        from tritune.kernels import conv
+
+        plans = []
+        plan = conv.plan_epilogue_grad
+        monkeypatch.setattr(
+            conv, "plan_epilogue_grad", lambda problem, *a: plans.append(problem) or plan(problem, *a)
+        )  # fmt: skip
+        monkeypatch.setattr(conv, "channels_last", lambda t: t if t.stride(1) == 1 else pytest.fail("copied by torch"))
+        x = torch.randn(2, 8, 5, 5, device=device, requires_grad=True)
+        w = torch.randn(8, 8 // groups, 3, 3, device=device, requires_grad=True)
+        b = torch.randn(8, device=device, requires_grad=True)
+        with tritune.use_backend("triton"):
+            x_last = x.to(memory_format=torch.channels_last) if groups == 1 else x
+            y = tritune.conv2d(x_last, w, b, groups=groups)
+            y.backward(torch.randn(y.shape, device=device))
+        assert [(p.writes_g, p.has_bias) for p in plans] == [(passes.startswith("relayed"), True)]
+
+    def test_depthwise_gradient_keeps_its_layout(self, device):
+        for layout in (torch.contiguous_format, torch.channels_last):
+            x = torch.randn(2, 8, 5, 5, device=device).to(memory_format=layout).requires_grad_()
+            seen = []
+            with tritune.use_backend("triton"):
+                residual = torch.randn(2, 8, 3, 3, device=device).to(memory_format=layout).requires_grad_()
+                y = tritune.conv2d(
+                    x, torch.randn(8, 1, 3, 3, device=device), groups=8, residual=residual, activation="silu"
+                )  # fmt: skip
+                residual.register_hook(seen.append)  # the residual's gradient is the one that the kernels pass on
+                y.sum().backward()
+            assert seen[0].is_contiguous(memory_format=layout) and x.grad.is_contiguous(memory_format=layout)
 
     @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy, inside the interpreter
     def test_nan_and_infinity_propagate_as_in_torch(self, device):

@@ -12,6 +12,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import test_conv
+import test_pool
 import torch
 import torch.nn.functional as F
 
@@ -261,3 +263,27 @@ def test_a_copy_under_another_name_registers_beside(tmp_path):
     mine = torch.ops.tritune.max_pool2d(x, [2, 2], [2, 2], [0, 0], [1, 1], False, "auto")
     assert torch.equal(torch.ops.tritune_base.max_pool2d(x, [2, 2], [2, 2], [0, 0], [1, 1], False, "auto"), mine)
     assert module.conv2d is not tritune.conv2d
+
+
+@pytest.mark.interpret
+@pytest.mark.parametrize("layout", ["nchw", "nhwc"])
+@pytest.mark.parametrize("case", test_conv.CASES + test_pool.CASES, ids=lambda case: case.id)
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even")
+def test_explains_what_runs(case, layout, monkeypatch):
+    """Every kernel of a call and of its backward, with its config, is listed beforehand, and no other."""
+    from tritune.kernels import _launch
+
+    launched = []
+
+    def resolve(tunable, *args):
+        choice = _resolve(tunable, *args)
+        launched.append((tunable.name, choice))
+        return choice
+
+    _resolve = _launch.resolve
+    monkeypatch.setattr(_launch, "resolve", resolve)
+    with tritune.use_backend("triton"), _dispatch.record() as decisions:
+        leaves = {name: t.requires_grad_() for name, t in case.inputs(torch.float16, layout, "cpu").items()}
+        y = case.op(**leaves, **case.kwargs)
+        torch.autograd.grad(y, list(leaves.values()), torch.randn_like(y))
+    assert set(launched) == set(decisions[0].kernels)
