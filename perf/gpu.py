@@ -48,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--budget", type=float, default=BUDGET_SECONDS, help="seconds for everything")
     parser.add_argument("--rehearse", action="store_true", help="on the CPU, tiny layers, Triton's interpreter")
     parser.add_argument("--tests", nargs="*", default=["tests"], help="what pytest -m gpu runs; nothing: no tests")
-    parser.add_argument("--cases", default=".cases", help="module whose CASES are measured")
+    parser.add_argument("--cases", default=".families", help="module whose CASES are measured")
     parser.add_argument(
         "--item-limit", type=float, default=ITEM_SECONDS, help="seconds after which a case counts as hung"
     )

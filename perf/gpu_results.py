@@ -1,6 +1,6 @@
 """The files of a GPU run, written again after each result so that an end at any time loses nothing.
 
-conv.json, pool.json       every measurement: {"schema", "suite", "env", "cases": [...]}, one case a line
+<family>.json              every measurement: {"schema", "suite", "env", "cases": [...]}, one case a line
 measured_configs.json      the best configs found: {"schema", "slug", "kernels": {"<kernel>": [entry, ...]}}
 gpu_tests.json, .txt       tier 4 of the tests
 summary.md                 for people
@@ -13,16 +13,13 @@ import os
 from pathlib import Path
 from typing import Any
 
-from .cases import PROVIDERS
+from .case import PROVIDERS
+from .families import FAMILIES
 from .gpu_tests import in_words
 
 SCHEMA = 1
 FULL_PEERS = ("torch", "torch_channels_last")  # those that compute all that we do
 TABLE_ROWS = 48
-
-
-def suite_of(op: str) -> str:
-    return next((suite for suite in ("conv", "pool") if suite in op), "other")
 
 
 class Results:
@@ -82,8 +79,8 @@ class Results:
 
     def write(self) -> None:
         self.out.mkdir(parents=True, exist_ok=True)
-        for suite in ("conv", "pool", "other"):
-            records = [record for record in self.records if suite_of(record["op"]) == suite]
+        for suite in FAMILIES:
+            records = [record for record in self.records if record["family"] == suite]
             if records:
                 head = json.dumps({"schema": SCHEMA, "suite": suite, "env": self.env})[:-1]
                 lines = ",\n".join(json.dumps(record) for record in records)

@@ -1,7 +1,7 @@
 """Configs for a machine that is not here: the cost model orders them, the compiler has the last word.
 
 ``tritune tune --static --target sm_90`` writes ``autotune/configs/<target>/<kernel>.json``: for each layer of
-:mod:`.problems` the best config by the model that also compiles clean (:func:`.static.faults`). The entries say
+:mod:`.families` the best config by the model that also compiles clean (:func:`.static.faults`). The entries say
 ``"source": "model"``: a guess that measured entries replace.
 """
 
@@ -18,10 +18,10 @@ import torch
 
 from ..autotune import store
 from ..autotune.config import Config, Tunable
-from ..autotune.device import named
+from ..autotune.device import TARGETS, named
 from ..autotune.resolve import ranked
-from .problems import problems
-from .static import TARGETS, TRITON, StaticProfile, faults, profile
+from .families import layers
+from .static import TRITON, StaticProfile, faults, profile
 
 CANDIDATES = 12  # of the model's order are compiled, then the layer gets no entry
 
@@ -43,9 +43,9 @@ def rank(target: str, pattern: str = "") -> Iterator[tuple[str, Tunable, Any, Be
         return None, None, passed_over
 
     with ThreadPoolExecutor(2) as pool:
-        layers = [layer for layer in problems(target) if pattern in f"{layer[1].name}/{layer[0]}"]
-        futures = [pool.submit(best, tunable, problem) for _, tunable, problem in layers]
-        for (name, tunable, problem), future in zip(layers, futures, strict=True):
+        selected = [layer for layer in layers(target) if pattern in f"{layer[1].name}/{layer[0]}"]
+        futures = [pool.submit(best, tunable, problem) for _, tunable, problem in selected]
+        for (name, tunable, problem), future in zip(selected, futures, strict=True):
             yield name, tunable, problem, future.result()
 
 

@@ -1,6 +1,6 @@
 """What the compiler made of every shipped config, with no GPU: registers, spills, shared memory, tensor cores, loads.
 
-``tritune bench static`` compiles the config that each layer of :mod:`.problems` gets on a target, holds the result to
+``tritune bench static`` compiles the config that each layer of :mod:`.families` gets on a target, holds the result to
 absolute rules (no spill, within shared memory, tensor cores and 16-byte loads where they are due) and compares it with
 the baseline in ``perf/baselines/static-<Triton minor>.json``. ``--update`` writes a new baseline: it prints what
 changes and refuses a regression unless ``--accept`` is given.
@@ -24,19 +24,16 @@ from pathlib import Path
 from typing import Any
 
 from ..autotune.config import Config, Tunable
-from ..autotune.device import DeviceSpec, named
+from ..autotune.device import TARGETS, DeviceSpec, named
 from ..autotune.resolve import resolve
-from .problems import problems
+from .families import family_of_kernel, layers
 
 BASELINES = Path(__file__).resolve().parent / "baselines"
 TRITON = metadata.version("triton")
-TARGETS = ("sm_90", "gfx942")
 GROWTH = 1.15  # instructions may grow this much before it counts as a regression
 # A width counts as the kernel's load width if this share of the bytes in its instructions travels in it; the bias,
 # loaded once outside the loop, stays below.
 SHARE = 0.2
-# These reduce with tensor cores wherever the precision has them.
-PRODUCTS = ("conv2d", "conv2d_input_grad", "conv2d_weight_grad")
 
 
 @dataclass(frozen=True)
@@ -147,37 +144,24 @@ def faults(kernel: str, problem: Any, one: StaticProfile, target: str) -> list[s
     if one.smem_bytes > limit:
         found.append(f"shared memory: {one.smem_bytes} bytes, the target has {limit}")
     wanted = _wanted_mma(kernel, problem, target)
-    if wanted and one.mma not in (wanted, "HGMMA"):
-        found.append(f"tensor cores: {one.mma or 'none'}, expected {wanted}")
-    due = _due_load_bytes(kernel, problem)
+    if wanted and one.mma not in wanted:
+        found.append(f"tensor cores: {one.mma or 'none'}, expected {wanted[0]}")
+    due = family_of_kernel(kernel).due_load_bytes(kernel, problem)
     if one.load_bytes < due:
         found.append(f"loads: {one.load_bytes} bytes wide, expected {due}")
     return found
 
 
-def _wanted_mma(kernel: str, problem: Any, target: str) -> str:
-    """Products of full tiles use the matrix units; fp32 in full precision has none on NVIDIA."""
-    if kernel not in PRODUCTS or (problem.precision == "ieee" and not target.startswith("gfx")):
-        return ""
+def _wanted_mma(kernel: str, problem: Any, target: str) -> tuple[str, ...]:
+    """Products of full tiles use the matrix units, the largest that the target has; fp32 in full precision has none on
+    NVIDIA. Tiles of fewer than 64 rows are too small for the units of sm_90 and sm_100."""
+    rows = family_of_kernel(kernel).wgmma_rows(kernel, problem)
+    if not rows or (problem.precision == "ieee" and not target.startswith("gfx")):
+        return ()
     if target.startswith("gfx"):
-        return "MFMA" if problem.precision == "16" else ""
-    # WGMMA takes 64 rows; a weight gradient of fewer output channels has only smaller tiles.
-    rows = problem.K if kernel == "conv2d_weight_grad" else problem.pixels
-    return "HGMMA" if target == "sm_90" and rows >= 64 else "HMMA"
-
-
-def _due_load_bytes(kernel: str, problem: Any) -> int:
-    """How wide every load has to be: 16 bytes for 16-bit channels last with channels in eights, else 0 for any."""
-    if problem.dtype.itemsize != 2 or not getattr(problem, "channels_last", True):
-        return 0
-    if kernel.startswith("conv2d_depthwise"):
-        return 16 if problem.geometry.groups % 8 == 0 and problem.K == 1 else 0
-    if kernel in PRODUCTS and problem.C % 8:
-        return 0
-    channels = problem.C if kernel.startswith("max_pool2d") else problem.K
-    if channels % 8:
-        return 0
-    return 8 if kernel == "max_pool2d_backward" else 16  # eight offsets of one byte
+        return ("MFMA",) if problem.precision == "16" else ()
+    large = {"sm_90": "HGMMA", "sm_100": "UTCHMMA"}.get(target)
+    return (large,) if large and rows >= 64 else tuple(filter(None, ("HMMA", large)))
 
 
 def regressions(old: StaticProfile, new: StaticProfile) -> list[str]:
@@ -220,7 +204,7 @@ class Row:
 
 def rows(targets: Iterable[str] = TARGETS, pattern: str = "") -> Iterator[Row]:
     for target in targets:
-        for name, tunable, problem in problems(target):
+        for name, tunable, problem in layers(target):
             config = resolve(tunable, problem, named(target)).config
             for index, launch in enumerate(tunable.launches(problem, config)):
                 full = f"{target}/{tunable.name}/{name}/{index}"

@@ -32,8 +32,9 @@ from torch import Tensor
 from ..autotune.device import detect
 from ..ops import record, use_backend
 from . import environment
-from .cases import FAMILIES, Case, prepare, providers, random_tensors, tiny
+from .case import Case, prepare, random_tensors
 from .check import EPSILON, Machine, argument_sets, compare, poisoned, set_cudnn, without_cudnn
+from .families import header, operator_of, tiny
 from .sweep import sweep_targets
 from .timer import Competitor, Timing, timer_for
 
@@ -44,11 +45,12 @@ CONTEXT_LOST = 3  # exit status: nothing more can run in this process
 
 
 def measure_case(case: Case, machine: Machine) -> dict[str, Any]:
-    tensors = random_tensors(case, machine.device, seed=0)
+    operator = operator_of(case)
+    tensors = random_tensors(operator, case, machine.device, seed=0)
     exact = in_float64(case, tensors)
-    set_cudnn("torch_channels_last")()
-    torchs = prepare(case, "torch_channels_last", tensors)()
-    call = prepare(case, "tritune", tensors)
+    set_cudnn(operator.yardstick)()
+    torchs = prepare(operator, case, operator.yardstick, tensors)()
+    call = prepare(operator, case, "tritune", tensors)
     with use_backend("triton"), record() as decisions:
         with poisoned():
             ours = call()
@@ -69,27 +71,28 @@ def measure_case(case: Case, machine: Machine) -> dict[str, Any]:
 def in_float64(case: Case, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """The reference."""
     with without_cudnn():
-        return prepare(case, "torch", {name: t.double() for name, t in tensors.items()})()
+        return prepare(operator_of(case), case, "torch", {name: t.double() for name, t in tensors.items()})()
 
 
 def _timed(case: Case, machine: Machine, tensors: dict[str, Tensor], ours: dict[str, Any]) -> list[dict[str, Any]]:
-    floor_us = FAMILIES[case.op].floor_us(case, machine.spec)
-    header = {**case.header(), "floor_us": round(floor_us, 3)}
-    records = [{**header, **ours}]
+    operator = operator_of(case)
+    floor_us = operator.floor_us(case, machine.spec)
+    head = {**header(case), "floor_us": round(floor_us, 3)}
+    records = [{**head, **ours}]
     if machine.timer is None:
         return records
     more = range(1, argument_sets(tensors, machine.spec))
-    sets = [tensors, *(random_tensors(case, machine.device, seed) for seed in more)]
+    sets = [tensors, *(random_tensors(operator, case, machine.device, seed) for seed in more)]
     competitors = {
-        provider: Competitor([prepare(case, provider, one) for one in sets], set_cudnn(provider))
-        for provider in providers(case)
+        provider: Competitor([prepare(operator, case, provider, one) for one in sets], set_cudnn(provider))
+        for provider in operator.providers_of(case)
         if provider != "tritune" or ours["correct"]
     }
     with use_backend("triton"):
         timings = machine.timer.measure(competitors, machine.seconds)
     for provider, timing in timings.items():
         if provider != "tritune":
-            records.append({**header, "provider": provider, "correct": None, "err": None, "source": "torch"})
+            records.append({**head, "provider": provider, "correct": None, "err": None, "source": "torch"})
         (one,) = (found for found in records if found["provider"] == provider)
         one.update(timing_fields(timing, floor_us))
     return records
@@ -126,7 +129,7 @@ def items(module: str, rehearse: bool) -> list[Item]:
     cases: Sequence[Case] = importlib.import_module(module, __package__).CASES
     if rehearse:
         cases = [tiny(case) for case in cases]
-    measured = [Item(case.header(), partial(measure_case, case)) for case in cases]
+    measured = [Item(header(case), partial(measure_case, case)) for case in cases]
     return measured + [Item(target.header(), target.run) for target in sweep_targets(cases)]
 
 
@@ -138,7 +141,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--untimed", action="store_true", help="only check, so that all kernels are compiled")
     parser.add_argument("--memory", type=float, default=1.0, help="fraction of the GPU's memory to use at most")
     parser.add_argument("--rehearse", action="store_true", help="tiny layers on the CPU, in Triton's interpreter")
-    parser.add_argument("--cases", default=".cases", help="module whose CASES are measured")
+    parser.add_argument("--cases", default=".families", help="module whose CASES are measured")
     parser.add_argument("--seconds", type=float, default=0.6, help="sampling time of one item")
     parser.add_argument("--child", action="store_true", help="end as soon as standard input does")
     args = parser.parse_args(argv)

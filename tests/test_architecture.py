@@ -116,17 +116,17 @@ def test_imports_go_down() -> None:
     [
         ("tritune.autotune.store", "from ..ops import conv", "a floor above"),
         ("tritune.autotune.store", "def f():\n    from .. import nn", "a floor above"),
-        ("tritune.nn", "from .perf import cases", "a floor above"),
+        ("tritune.nn", "from .perf import families", "a floor above"),
         ("tritune.ops.conv", "from tritune.autotune import store", "full name"),
         ("tritune.ops.conv", "import triton.language as tl", "triton at module level"),
-        ("tritune.perf.cases", "from triton import jit", "triton at module level"),
+        ("tritune.perf.families", "from triton import jit", "triton at module level"),
         ("tritune.ops.conv", "if x:\n    from ..kernels.conv import launch", "could not be loaded"),
         ("tritune.ops.conv", "from ..autotune.gone import x", "does not exist"),
         ("tritune.autotune.store", "from . import device", "cycle: "),
     ],
 )
 def test_a_breach_is_found(module: str, line: str, problem: str) -> None:
-    names = ["autotune.device", "autotune.store", "kernels.conv", "ops.conv", "perf.cases", "nn"]
+    names = ["autotune.device", "autotune.store", "kernels.conv", "ops.conv", "perf.families", "nn"]
     packages = ["tritune", "tritune.autotune", "tritune.kernels", "tritune.ops", "tritune.perf"]
     modules = dict.fromkeys([*packages, *(f"tritune.{name}" for name in names)], "")
     modules["tritune.kernels.conv"] = "import triton\nfrom ..autotune import device"

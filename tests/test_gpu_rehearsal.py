@@ -22,10 +22,10 @@ SOURCE = Path(tritune.__file__).resolve().parents[1]
 PLANTED = """
 import os, sys, time
 from dataclasses import replace
-from tritune.perf.cases import CASES as REAL, FAMILIES
+from tritune.perf import conv, pool
 
 def wrong(**arguments):
-    y = FAMILIES["conv2d"].torch(**arguments)
+    y = conv.OPERATORS["conv2d"].torch(**arguments)
     y[0, 0, 0, 0] += 1
     return y
 
@@ -38,12 +38,12 @@ def dies(**_):
 def hangs(**_):
     time.sleep(1000)
 
-CASES = [REAL[0]]
+CASES = [conv.CASES[0]]
 for fault in (raises, wrong, dies, hangs):
     op = f"conv2d_{fault.__name__}"
-    FAMILIES[op] = replace(FAMILIES["conv2d"], ours=fault)
-    CASES.append(replace(REAL[0], op=op, name=fault.__name__))
-CASES.append(REAL[2])
+    conv.OPERATORS[op] = replace(conv.OPERATORS["conv2d"], ours=fault)
+    CASES.append(replace(conv.CASES[0], op=op, name=fault.__name__))
+CASES.append(pool.CASES[0])
 """
 
 
@@ -82,8 +82,8 @@ def test_a_short_rehearsal(tmp_path):
     }  # fmt: skip
 
     cases = records(tmp_path / "out", "conv")
-    fields = {"id", "op", "shape", "dtype", "layout", "direction", "provider", "correct", "err", "floor_us", "source",
-              "device_us", "host_us", "method", "pct_limit"}  # fmt: skip
+    fields = {"id", "family", "op", "shape", "dtype", "layout", "direction", "provider", "correct", "err", "floor_us",
+              "source", "device_us", "host_us", "method", "pct_limit"}  # fmt: skip
     assert {case["provider"] for case in cases} == {"tritune", "torch", "torch_channels_last", "torch_bare"}
     for case in cases:
         ours = case["provider"] == "tritune"

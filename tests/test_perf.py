@@ -19,15 +19,16 @@ import tritune
 from tritune.autotune import device as devices
 from tritune.autotune import store
 from tritune.autotune.config import Config
-from tritune.perf import cases, environment, gpu, gpu_tests, timer
-from tritune.perf.cases import CASES
+from tritune.perf import environment, families, gpu, gpu_tests, timer
+from tritune.perf.case import Case, prepare, random_tensors
 from tritune.perf.check import argument_sets, compare
+from tritune.perf.families import CASES, operator_of
 
 ROOT = Path(__file__).resolve().parents[1]
 H200 = devices.named("h200")
 
 
-def case_named(start: str) -> cases.Case:
+def case_named(start: str) -> Case:
     """The forward of a layer, by the beginning of its id."""
     return next(case for case in CASES if case.id.startswith(start) and case.direction == "fwd")
 
@@ -58,21 +59,21 @@ class TestCases:
     def test_floor(self, case, floor_us):
         pytest.importorskip("triton")
         one = case_named(case)
-        assert cases.FAMILIES[one.op].floor_us(one, H200) == pytest.approx(floor_us, rel=0.02)
+        assert operator_of(one).floor_us(one, H200) == pytest.approx(floor_us, rel=0.02)
 
     def test_floor_of_the_gradients(self):
         pytest.importorskip("triton")
         by_id = {case.id: case for case in CASES}
         one = by_id["vgg-c3-bias+relu-bf16-nhwc-fwd+bwd"]
-        forward = cases.FAMILIES["conv2d"].floor_us(replace(one, direction="fwd"), H200)
-        assert cases.FAMILIES["conv2d"].floor_us(one, H200) == pytest.approx(3 * forward)  # bound by FLOPs
+        forward = operator_of(one).floor_us(replace(one, direction="fwd"), H200)
+        assert operator_of(one).floor_us(one, H200) == pytest.approx(3 * forward)  # bound by FLOPs
         pool = by_id["resnet50-maxpool-bf16-nhwc-fwd+bwd"]
         x, y = 32 * 64 * 112 * 112, 32 * 64 * 56 * 56
-        assert cases.FAMILIES["max_pool2d"].floor_us(pool, H200) == pytest.approx(2 * (2 * x + 3 * y) / 4.3e6)
+        assert operator_of(pool).floor_us(pool, H200) == pytest.approx(2 * (2 * x + 3 * y) / 4.3e6)
 
     @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
     def test_tiny_is_the_same_kind_of_layer(self, case):
-        small = cases.tiny(case)
+        small = families.tiny(case)
         assert small.id == case.id
         assert sum(torch.Size(shape).numel() for shape in small.shapes.values()) < 10_000
         for name, value in case.kwargs.items():
@@ -83,23 +84,23 @@ class TestCases:
             assert (small.shapes["weight"][1] == 1) == (case.shapes["weight"][1] == 1)
             assert (small.kwargs["groups"] > 1) == (case.kwargs["groups"] > 1)
             assert (small.kwargs["dilation"] > 1) == (case.kwargs["dilation"] > 1)
-        assert min(cases.output_size(small)) > 1
+        assert min(operator_of(small).output_shape(small)[2:]) > 1
 
     @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
     def test_providers_agree(self, case):
-        small = replace(cases.tiny(case), dtype="fp32")
-        tensors = cases.random_tensors(small, "cpu", seed=1)
-        assert all(0.5 < float(t.std()) * (t[0].numel() ** 0.5 if name == "weight" else 1) < 1.5
+        small = replace(families.tiny(case), dtype="fp32")
+        operator = operator_of(small)
+        tensors = random_tensors(operator, small, "cpu", seed=1)
+        assert all(0.5 < float(t.std()) * (t[0].numel() ** 0.5 if name.startswith("w") else 1) < 1.5
                    for name, t in tensors.items() if t.numel() > 50)  # fmt: skip
-        ours, theirs, last = (
-            cases.prepare(small, name, tensors)() for name in ("tritune", "torch", "torch_channels_last")
-        )
+        results = {name: prepare(operator, small, name, tensors)() for name in operator.providers}
+        ours = results["tritune"]
         assert set(ours) == {"output", *(f"grad {name}" for name in case.needs_grad)}
-        for name in ours:
-            torch.testing.assert_close(ours[name], theirs[name])
-            torch.testing.assert_close(last[name], theirs[name])
-        if "torch_bare" in cases.providers(small):
-            bare = cases.prepare(small, "torch_bare", tensors)()["output"]
+        for result in results.values():
+            for name in ours:
+                torch.testing.assert_close(ours[name], result[name])
+        if "torch_bare" in operator.providers_of(small):
+            bare = prepare(operator, small, "torch_bare", tensors)()["output"]
             assert not torch.equal(bare, ours["output"])
 
     def test_inputs_exceed_the_cache(self):
@@ -247,10 +248,11 @@ class TestTimerOnAGpu:
 
     def test_gradients_are_captured(self):
         case = replace(case_named("resnet50-s1-3x3-bf16"), direction="fwd+bwd")
-        tensors = cases.random_tensors(case, "cuda", seed=0)
+        operator = operator_of(case)
+        tensors = random_tensors(operator, case, "cuda", seed=0)
         with tritune.use_backend("triton"):
             competitors = {
-                name: timer.Competitor([cases.prepare(case, name, tensors)])
+                name: timer.Competitor([prepare(operator, case, name, tensors)])
                 for name in ("tritune", "torch_channels_last")
             }
             result = timer.timer_for("cuda").measure(competitors, 0.2)

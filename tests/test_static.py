@@ -15,11 +15,12 @@ import torch  # noqa: E402
 import triton.language as tl  # noqa: E402
 
 from tritune.autotune.config import TUNABLES  # noqa: E402
-from tritune.autotune.device import named  # noqa: E402
+from tritune.autotune.device import TARGETS, named  # noqa: E402
 from tritune.autotune.resolve import ranked, resolve  # noqa: E402
 from tritune.kernels import conv, conv_depthwise, pool  # noqa: E402
 from tritune.kernels._launch import Launch  # noqa: E402
-from tritune.perf import problems, static  # noqa: E402
+from tritune.perf import conv as conv_layers  # noqa: E402
+from tritune.perf import families, static  # noqa: E402
 
 pytestmark = pytest.mark.static
 
@@ -33,7 +34,7 @@ CHANNELS_LAST = conv.problem_of(
 
 @pytest.mark.compat
 @pytest.mark.parametrize("kernel", TUNABLES)
-@pytest.mark.parametrize("target", static.TARGETS)
+@pytest.mark.parametrize("target", TARGETS)
 def test_shipped_configs(target, kernel):
     """No spill, within shared memory, tensor cores and wide loads where due, nothing worse than the baseline."""
     baseline = static.load_baseline(static.BASELINES / f"static-{static.minor(static.TRITON)}.json")
@@ -50,10 +51,10 @@ def test_shipped_configs(target, kernel):
     assert bad == {}
 
 
-@pytest.mark.parametrize("target", static.TARGETS)
+@pytest.mark.parametrize("target", TARGETS)
 def test_every_layer_has_a_shipped_config(target):
     """What the suite compiles is what a user gets: the nearest entry is the layer's own."""
-    for name, tunable, problem in problems.problems(target):
+    for name, tunable, problem in families.layers(target):
         choice = resolve(tunable, problem, named(target))
         assert (choice.source, choice.distance) == ("target", 0), f"{tunable.name} {name}: {choice}"
 
@@ -64,21 +65,19 @@ def test_the_baseline_has_no_more_than_what_ships():
         assert set(static.load_baseline(path)) == names, path.name
 
 
-@pytest.mark.parametrize("label", ["r50-s1-3x3", "resnext-g32", "convnext-dw-s1"])
+@pytest.mark.parametrize("name", ["resnet50-s1-3x3", "resnext50-g32", "convnext-dw-s1"])
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_headline_layers_use_the_machine(label, precision):
+def test_headline_layers_use_the_machine(name, precision):
     """16-byte loads and WGMMA on sm_90, forward and both gradients, as the README says."""
-    row = {**problems.CONVOLUTIONS, **problems.DEPTHWISE}[label]
-    dtype, mode = problems.PRECISIONS[precision]
-    problem = problems._conv_problem(row, dtype, mode, True)
-    module = conv_depthwise if label.startswith("convnext-dw") else conv
+    problem = conv_layers.problem_of(conv_layers.LAYERS[name], precision)
+    module = conv_depthwise if name.startswith("convnext-dw") else conv
     for tunable in (module.FORWARD, module.INPUT_GRAD, module.WEIGHT_GRAD):
         launch = tunable.launches(problem, resolve(tunable, problem, named("sm_90")).config)[0]
         one = static.profile(launch, "sm_90")
         assert one.spill_bytes == 0
-        if label != "resnext-g32":  # four channels a group: 8 bytes is all there is side by side
+        if name != "resnext50-g32":  # four channels a group: 8 bytes is all there is side by side
             assert one.load_bytes == 16, tunable.name
-        if label == "r50-s1-3x3":
+        if name == "resnet50-s1-3x3":
             assert one.mma == "HGMMA", tunable.name
 
 
@@ -107,7 +106,7 @@ def sweep(kernel):
 
 @pytest.mark.parametrize("kernel", TUNABLES)
 def test_at_least_six_configs_are_chosen_by_shape(kernel):
-    for target in static.TARGETS:
+    for target in TARGETS:
         chosen = {ranked(TUNABLES[kernel], problem, named(target))[0][0] for problem in sweep(kernel)}
         assert len(chosen) >= 6, f"{target}: {chosen}"
 
@@ -125,7 +124,7 @@ def test_source_is_specialised_as_triton_would(kernel):
     backend = make_backend(triton.backends.compiler.GPUTarget("cuda", 90, 32))
     tunable = TUNABLES[kernel]
     seen = 0
-    for _, other, problem in problems.problems("sm_90"):
+    for _, other, problem in families.layers("sm_90"):
         if other is not tunable:
             continue
         for launch in tunable.launches(problem, ranked(tunable, problem, named("sm_90"))[0][0]):
@@ -250,7 +249,9 @@ def test_what_is_no_worse_is_printed_and_taken(change, tmp_path, capsys):
 def command(*options):
     parser = argparse.ArgumentParser()
     static.add_arguments(parser)
-    return static.main(parser.parse_args(["--target", "sm_90", "-k", "max_pool2d/r50-pool-bf16-nhwc", *options]))
+    return static.main(
+        parser.parse_args(["--target", "sm_90", "-k", "max_pool2d/resnet50-maxpool-bf16-nhwc", *options])
+    )
 
 
 def test_the_command(tmp_path, capsys):

@@ -13,6 +13,7 @@ from tritune.autotune.resolve import ranked  # noqa: E402
 from tritune.kernels import conv, conv_depthwise, pool  # noqa: E402, F401
 from tritune.kernels._launch import Launch  # noqa: E402
 from tritune.perf import traffic  # noqa: E402
+from tritune.perf.families import TRAFFIC  # noqa: E402
 
 pytestmark = pytest.mark.interpret
 
@@ -86,13 +87,13 @@ def test_no_more_than_the_formula(kernel, name):
         counted = traffic.measure(TUNABLES[kernel], problem, config)
         assert traffic.fault(kernel, problem, config, counted) == "", f"{config}: {counted}"
         # A formula that promises too little would prove nothing; what padding masks is not loaded.
-        expected = traffic.FORMULAS[kernel](problem, config)
+        expected = TRAFFIC[kernel](problem, config)
         is_exact = "padded" not in name and kernel != "max_pool2d_backward"
         assert counted.total >= (0.9 if is_exact else 0.4) * expected, f"{config}: {counted}, formula {expected}"
 
 
 def test_every_kernel_has_a_formula():
-    assert set(traffic.FORMULAS) == set(TUNABLES)
+    assert set(TRAFFIC) == set(TUNABLES)
 
 
 # --- planted ---------------------------------------------------------------------------------------------------------

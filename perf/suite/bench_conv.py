@@ -1,4 +1,4 @@
-"""conv2d as a model calls it, ours and torch's in one group of the table. On a GPU also the layers of perf/cases.py."""
+"""conv2d as a model calls it, ours and torch's in one group of the table. On a GPU also the layers of perf/conv.py."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from tritune.perf.cases import CASES, Case
+from tritune.perf.case import Case
+from tritune.perf.conv import CASES
 
 CPU_CASES = [
     Case("small", "conv2d", {"input": (1, 32, 32, 32), "weight": (32, 32, 3, 3), "bias": (32,)},
@@ -19,7 +20,7 @@ CPU_CASES = [
     Case("wide", "conv2d", {"input": (4, 64, 28, 28), "weight": (64, 64, 3, 3), "bias": (64,)},
          {"stride": 1, "padding": 1, "dilation": 1, "groups": 1}, "fp32", "nhwc", "fwd+bwd"),
 ]  # fmt: skip
-GPU_CASES = [case for case in CASES if case.op == "conv2d"][:6] if torch.cuda.is_available() else []
+GPU_CASES = CASES[:6] if torch.cuda.is_available() else []
 
 
 pytestmark = pytest.mark.benchmark(max_time=0.4, min_rounds=5, warmup=True, warmup_iterations=3)

@@ -1,4 +1,4 @@
-"""max_pool2d as a model calls it, ours and torch's in one group of the table. On a GPU also perf/cases.py's."""
+"""max_pool2d as a model calls it, ours and torch's in one group of the table. On a GPU also those of perf/pool.py."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from tritune.perf.cases import CASES, Case
+from tritune.perf.case import Case
+from tritune.perf.pool import CASES
 
 WINDOW = {"kernel_size": 3, "stride": 2, "padding": 1}
 CPU_CASES = [
@@ -15,7 +16,7 @@ CPU_CASES = [
     Case("stem", "max_pool2d", {"input": (2, 64, 56, 56)}, WINDOW, "fp32", "nhwc"),
     Case("stem", "max_pool2d", {"input": (2, 64, 56, 56)}, WINDOW, "fp32", "nchw", "fwd+bwd"),
 ]
-GPU_CASES = [case for case in CASES if case.op == "max_pool2d"][:4] if torch.cuda.is_available() else []
+GPU_CASES = CASES[:4] if torch.cuda.is_available() else []
 
 
 pytestmark = pytest.mark.benchmark(max_time=0.4, min_rounds=5, warmup=True, warmup_iterations=3)

@@ -16,13 +16,15 @@ if importlib.util.find_spec("tritune") is None:
 
 @pytest.fixture
 def bench_case(benchmark: Any) -> Callable[[Any, str, str], None]:
-    """Times one provider on one case of tritune.perf.cases; on a GPU a call and the wait for its result (the device's
+    """Times one provider on one case of a family; on a GPU a call and the wait for its result (the device's
     own time is what `make gpu` measures)."""
-    from tritune.perf.cases import prepare, random_tensors
+    from tritune.perf.case import prepare, random_tensors
+    from tritune.perf.families import operator_of
 
     def run(case: Any, provider: str, device: str) -> None:
         benchmark.group = case.id
-        call = prepare(case, provider, random_tensors(case, device, seed=0))
+        operator = operator_of(case)
+        call = prepare(operator, case, provider, random_tensors(operator, case, device, seed=0))
 
         def call_and_wait() -> None:
             call()

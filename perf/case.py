@@ -1,0 +1,196 @@
+"""What a family's performance file is made of: cases as plain data, the calls that are compared, random inputs.
+
+A case names shapes and arguments only. From it come random inputs, our call and its peers on the same inputs, the
+floor of its device time, and a tiny layer of the same kind for a rehearsal without a GPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..autotune.config import Tunable
+from ..autotune.device import DeviceSpec
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+# How a layer's products are computed: dtype of the operands, and the name that kernels know the precision by.
+PRECISIONS = {
+    "bf16": (torch.bfloat16, "16"), "fp16": (torch.float16, "16"), "tf32": (torch.float32, "tf32"),
+    "tf32x3": (torch.float32, "tf32x3"), "ieee": (torch.float32, "ieee"),
+}  # fmt: skip
+# Targets that get a config for every layer; the others get one for each family's headline layers.
+ALL_LAYERS = ("sm_90", "gfx942")
+PROVIDERS = {
+    "tritune": "this library's kernels",
+    "torch": "torch as called: images in NCHW, every step an operator, cuDNN's own choice of algorithm",
+    "torch_channels_last": "the same in channels last with torch.backends.cudnn.benchmark",
+    "torch_bare": "torch_channels_last without bias, activation and residual",
+}
+IMAGES = ("tritune", "torch", "torch_channels_last")
+Shape = tuple[int, ...]
+Layers = tuple[str, Tunable, Any]
+"""One line of the static suite: name, kernel, problem."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One layer to measure.
+
+    Attributes:
+        name: model and layer.
+        op: key of the family's OPERATORS.
+        shapes: of every tensor argument, the input first.
+        kwargs: the other arguments.
+        dtype: key of DTYPES.
+        layout: of the images that our call gets, ``"nhwc"`` or ``"nchw"`` (the peers have their own); ``""`` without.
+        direction: ``"fwd"``, or ``"fwd+bwd"``: the gradients of ``needs_grad`` too.
+        rank: 0 for what most models spend their time in, up to 3: the order in which a GPU run goes.
+    """
+
+    name: str
+    op: str
+    shapes: dict[str, Shape]
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    dtype: str = "bf16"
+    layout: str = "nhwc"
+    direction: str = "fwd"
+    rank: int = 1
+
+    @property
+    def epilogue(self) -> str:
+        """The pointwise steps around the operator."""
+        steps = [name for name in ("bias", "residual") if name in self.shapes]
+        return "+".join([*steps, *filter(None, [self.kwargs.get("activation")])])
+
+    @property
+    def precision(self) -> str:
+        return self.kwargs.get("precision", self.dtype)
+
+    @property
+    def id(self) -> str:
+        return "-".join(filter(None, [self.name, self.epilogue, self.precision, self.layout, self.direction]))
+
+    @property
+    def needs_grad(self) -> tuple[str, ...]:
+        """All tensors, but an image that enters a network: nobody asks for its gradient."""
+        if self.direction == "fwd":
+            return ()
+        return tuple(name for name, shape in self.shapes.items() if not (self.layout and shape[1:2] == (3,)))
+
+
+@dataclass(frozen=True)
+class Operator:
+    """How the cases of one operator run.
+
+    Attributes:
+        ours, torch: the operator and the same function by torch's own operators, called ``(**tensors, **kwargs)``;
+            one tensor is the result.
+        bare: torch's operator without the pointwise steps around it; ``None`` if there are none.
+        providers: who can run it, of PROVIDERS.
+        describe: the sizes of a case in one short line.
+        floor_us: device time in microseconds that the case cannot beat.
+        tiny: the same kind of layer with toy sizes.
+    """
+
+    ours: Callable[..., Tensor]
+    torch: Callable[..., Tensor]
+    bare: Callable[..., Tensor] | None
+    providers: tuple[str, ...]
+    describe: Callable[[Case], str]
+    floor_us: Callable[[Case, DeviceSpec], float]
+    tiny: Callable[[Case], Case]
+
+    def output_shape(self, case: Case) -> Shape:
+        tensors = {name: torch.empty(shape, device="meta") for name, shape in case.shapes.items()}
+        return tuple(self.torch(**tensors, **case.kwargs).shape)
+
+    @property
+    def yardstick(self) -> str:
+        """The peer whose rounding error ours is held to: torch with images as our kernels read them."""
+        return "torch_channels_last" if "torch_channels_last" in self.providers else "torch"
+
+    def providers_of(self, case: Case) -> list[str]:
+        """Without pointwise steps around the operator nothing is left to leave out."""
+        has_bare = self.bare is not None and case.epilogue and case.direction == "fwd"
+        return [*self.providers, *(["torch_bare"] if has_bare else [])]
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One kernel of a case, by itself: what the tuner measures.
+
+    Attributes:
+        tunable, problem: as the launcher looks the config up.
+        ours, torch: the kernel and torch's operator for the same result, on the case's tensors.
+    """
+
+    tunable: Tunable
+    problem: Any
+    ours: Callable[[dict[str, Tensor]], Tensor]
+    torch: Callable[[dict[str, Tensor]], Tensor]
+
+
+def random_tensors(operator: Operator, case: Case, device: str, seed: int) -> dict[str, Tensor]:
+    """Normally distributed arguments, and ``"dy"`` of the output's shape where there is a backward; never zeros, which
+    draw less power and so run at higher clocks. Weights are scaled so that outputs have a variance near 1."""
+    generator = torch.Generator(device).manual_seed(seed)
+    shapes = dict(case.shapes)
+    if case.direction != "fwd":
+        shapes["dy"] = operator.output_shape(case)
+    tensors = {}
+    for name, shape in shapes.items():
+        values = torch.randn(shape, dtype=torch.float32, device=device, generator=generator)
+        if name.startswith("w"):
+            values *= prod(shape[1:]) ** -0.5
+        tensors[name] = lay_out(values.to(DTYPES[case.dtype]), case.layout)
+    return tensors
+
+
+def lay_out(t: Tensor, layout: str) -> Tensor:
+    if not layout or t.dim() != 4:
+        return t
+    return t.contiguous(memory_format=torch.channels_last if layout == "nhwc" else torch.contiguous_format)
+
+
+def prepare(
+    operator: Operator, case: Case, provider: str, tensors: dict[str, Tensor]
+) -> Callable[[], dict[str, Tensor]]:
+    """The call of one provider on its own copy of the tensors, laid out as it wants them.
+
+    Returns:
+        A function without arguments; its result holds ``"output"`` and ``"grad <name>"`` of each gradient.
+    """
+    function = {"tritune": operator.ours, "torch_bare": operator.bare}.get(provider, operator.torch)
+    assert function is not None
+    layout = {"tritune": case.layout, "torch": "nchw"}.get(provider, "nhwc") if case.layout else ""
+    arguments = {name: lay_out(t, layout).detach() for name, t in tensors.items()}
+    dy = arguments.pop("dy", None)
+    for name in case.needs_grad:
+        arguments[name].requires_grad_()
+    leaves = [arguments[name] for name in case.needs_grad]
+    bound = partial(function, **arguments, **case.kwargs)
+    if not leaves:
+        return lambda: {"output": bound()}
+
+    def forward_and_backward() -> dict[str, Tensor]:
+        y = bound()
+        gradients = torch.autograd.grad(y, leaves, dy)
+        return {"output": y.detach(), **{f"grad {name}": g for name, g in zip(case.needs_grad, gradients, strict=True)}}
+
+    return forward_and_backward
+
+
+def stream_us(elements: float, flops: float, itemsize: int, rate_tflops: float, device: DeviceSpec) -> float:
+    """The longer of moving ``elements`` once and of ``flops`` at the rate of their unit."""
+    return max(elements * itemsize / (device.dram_gbs * 1e3), flops / (rate_tflops * 1e6))
+
+
+def precisions_for(target: str) -> list[str]:
+    """tf32x3 is NVIDIA's; the others compile for every target."""
+    return [one for one in PRECISIONS if one != "tf32x3" or target.startswith("sm_")]

@@ -1,0 +1,98 @@
+"""The operator families as the performance suite knows them, and everything that walks over all of them.
+
+Adding a family: a module with the names of :class:`Family`, and its line in FAMILIES.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from ..autotune.config import TUNABLES, Config
+from . import conv, pool
+from .case import Case, Kernel, Layers, Operator
+
+
+class Family(Protocol):
+    """What a family's module declares.
+
+    Attributes:
+        OPERATORS: how the cases of each operator run.
+        CASES: the layers to measure.
+        TUNED: names of cases whose kernels a GPU run tunes, most important first.
+        TRAFFIC: the bytes that each kernel's loads and stores should move, from problem and config.
+        layers: what ships for a target: ``(name, kernel, problem)``.
+        wgmma_rows: rows of the tiles that tensor cores multiply; 0 where a kernel has no products.
+        due_load_bytes: how wide every load has to be; 0 for any width.
+        kinds: the kernels of a training case, forward first.
+        kernel_tensors, kernel_of: one of those kernels by itself, and random tensors for it.
+    """
+
+    OPERATORS: dict[str, Operator]
+    CASES: tuple[Case, ...]
+    TUNED: tuple[str, ...]
+    TRAFFIC: dict[str, Callable[[Any, Config], float]]
+
+    def layers(self, target: str) -> Iterator[Layers]: ...
+    def wgmma_rows(self, kernel: str, problem: Any) -> int: ...
+    def due_load_bytes(self, kernel: str, problem: Any) -> int: ...
+    def kinds(self, one: Case) -> tuple[str, ...]: ...
+    def kernel_tensors(self, one: Case, kind: str, device: str, seed: int) -> dict[str, Tensor]: ...
+    def kernel_of(self, one: Case, kind: str, tensors: dict[str, Tensor]) -> Kernel: ...
+
+
+FAMILIES: dict[str, Family] = {"conv": conv, "pool": pool}  # type: ignore[dict-item]  # modules as instances
+# Most important first, whatever the family.
+CASES = tuple(sorted((case for family in FAMILIES.values() for case in family.CASES), key=lambda case: case.rank))
+TRAFFIC = {kernel: formula for family in FAMILIES.values() for kernel, formula in family.TRAFFIC.items()}
+
+
+def family_of_op(op: str) -> str:
+    """The name of the family that runs an operator's cases."""
+    return next(name for name, family in FAMILIES.items() if op in family.OPERATORS)
+
+
+def operator_of(case: Case) -> Operator:
+    return FAMILIES[family_of_op(case.op)].OPERATORS[case.op]
+
+
+def header(case: Case) -> dict[str, Any]:
+    """What names a case in a result."""
+    return {
+        "id": case.id, "family": family_of_op(case.op), "op": case.op, "shape": operator_of(case).describe(case),
+        "dtype": case.precision, "layout": case.layout, "direction": case.direction,
+    }  # fmt: skip
+
+
+def family_of_kernel(kernel: str) -> Family:
+    return next(family for family in FAMILIES.values() if kernel in family.TRAFFIC)
+
+
+def layers(target: str) -> Iterator[Layers]:
+    """``(name, kernel, problem)`` of everything that ships for a target."""
+    for family in FAMILIES.values():
+        yield from family.layers(target)
+
+
+def tiny(case: Case) -> Case:
+    """The same kind of layer, small enough for Triton's interpreter."""
+    return operator_of(case).tiny(case)
+
+
+def tuned_kernels() -> list[tuple[Case, str]]:
+    """The kernels that a GPU run tunes: the forward of every layer first, the families in turn."""
+    chosen = []
+    for family in FAMILIES.values():
+        place = {name: index for index, name in enumerate(family.TUNED)}
+        trained = {case.name: case for case in family.CASES if case.direction != "fwd" and case.rank < 3}
+        for name, case in trained.items():
+            if name in place:
+                chosen += [(kind != "fwd", place[name], case, kind) for kind in family.kinds(case)]
+    return [(case, kind) for _, _, case, kind in sorted(chosen, key=lambda row: row[:2])]
+
+
+def kernels_without_layers() -> set[str]:
+    """Registered kernels that nothing compiles; a test wants none."""
+    return set(TUNABLES) - {tunable.name for _, tunable, _ in layers("sm_90")}
