@@ -48,6 +48,12 @@ def tanh(x):
 
 
 @triton.jit
+def sigmoid(x):
+    """Logistic function in fp32; 0 and 1 at the ends, never NaN but for NaN."""
+    return 1.0 / (1.0 + tl.exp(-x))
+
+
+@triton.jit
 def activate(z, ACTIVATION: tl.constexpr):
     """The activation functions of ``torch.nn.functional`` in fp32; NaN in, NaN out."""
     if ACTIVATION == "relu":
@@ -57,7 +63,7 @@ def activate(z, ACTIVATION: tl.constexpr):
     elif ACTIVATION == "leaky_relu":
         return tl.where(z > 0.0, z, z * 0.01)
     elif ACTIVATION == "sigmoid":
-        return 1.0 / (1.0 + tl.exp(-z))
+        return sigmoid(z)
     elif ACTIVATION == "tanh":
         return tanh(z)
     elif ACTIVATION == "silu":

@@ -3,5 +3,18 @@
 from ._dispatch import Decision, UnsupportedError, explain, record, use_backend
 from .conv import conv2d
 from .pool import max_pool2d
+from .rnn import elman_step, gru, lstm, rnn
 
-__all__ = ["Decision", "UnsupportedError", "conv2d", "explain", "max_pool2d", "record", "use_backend"]
+__all__ = [
+    "Decision",
+    "UnsupportedError",
+    "conv2d",
+    "elman_step",
+    "explain",
+    "gru",
+    "lstm",
+    "max_pool2d",
+    "record",
+    "rnn",
+    "use_backend",
+]

@@ -16,8 +16,12 @@ from .ops import (
     Decision,
     UnsupportedError,
     conv2d,
+    elman_step,
     explain,
+    gru,
+    lstm,
     max_pool2d,
+    rnn,
     use_backend,
 )
 
@@ -26,8 +30,12 @@ __all__ = [
     "UnsupportedError",
     "__version__",
     "conv2d",
+    "elman_step",
     "explain",
+    "gru",
+    "lstm",
     "max_pool2d",
     "nn",
+    "rnn",
     "use_backend",
 ]
