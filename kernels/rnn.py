@@ -327,7 +327,7 @@ def smem_bytes(p: RnnProblem, block_b: int) -> int:
     return weights * (2 if p.precision == "tf32x3" else 1) + block_b * p.block_h * 4
 
 
-def _accepts(p: RnnProblem, config: Config, device: DeviceSpec) -> bool:
+def _accepts(p: RnnProblem, config: Config, device: DeviceSpec, untransposed: int) -> bool:
     """All weights on the chip, 16 bytes a thread in each load, and a thread's share of a few tiles in its registers."""
     tile = config.BLOCK_B * p.block_h
     if smem_bytes(p, config.BLOCK_B) > device.smem_kb * 1024 or config.BLOCK_B > max(16, 2 * p.B):
@@ -337,12 +337,24 @@ def _accepts(p: RnnProblem, config: Config, device: DeviceSpec) -> bool:
         return False
     if device.is_amd and (config.num_warps * 16 > p.block_h or config.BLOCK_B > 16):
         return False  # a warp's matrix tile has 16 columns: more warps repeat the work, and spill
+    if p.precision == "ieee" and not device.is_amd and p.block_h >= 64:
+        # The fp32 pipes take their operands from registers: few of them, and read as they lie, or they spill.
+        most = 112**2 if device.target == "sm_100" and p.cell == "lstm" else 128**2
+        return config.SWAP == untransposed and GATES[p.cell] * p.block_h**2 <= most
     return GATES[p.cell] * tile <= 80 * threads
+
+
+def _forward_accepts(p: RnnProblem, config: Config, device: DeviceSpec) -> bool:
+    return _accepts(p, config, device, untransposed=1)
+
+
+def _backward_accepts(p: RnnProblem, config: Config, device: DeviceSpec) -> bool:
+    return _accepts(p, config, device, untransposed=0)
 
 
 def fits(p: RnnProblem, device: DeviceSpec) -> bool:
     """Can one program hold the layer's weights?"""
-    return any(_accepts(p, config, device) for config in CONFIGS)
+    return any(_forward_accepts(p, config, device) for config in CONFIGS)
 
 
 def _estimate(p: RnnProblem, config: Config, device: DeviceSpec, elementwise: int, dram_bytes: float) -> Estimate:
@@ -400,8 +412,10 @@ def _backward_launches(p: RnnProblem, config: Config) -> list[Launch]:
     )  # fmt: skip
 
 
-FORWARD = register(Tunable("rnn", CONFIGS, _features, _accepts, _forward_estimate, _forward_launches))
-BACKWARD = register(Tunable("rnn_backward", CONFIGS, _features, _accepts, _backward_estimate, _backward_launches))
+FORWARD = register(Tunable("rnn", CONFIGS, _features, _forward_accepts, _forward_estimate, _forward_launches))
+BACKWARD = register(
+    Tunable("rnn_backward", CONFIGS, _features, _backward_accepts, _backward_estimate, _backward_launches)
+)
 
 
 # --- calls -----------------------------------------------------------------------------------------------------------

@@ -217,7 +217,7 @@ def _recur(
         # torch's own recurrences cannot be traced with gradients, so an operator stands for them, too.
         out, h_n, c_n, _ = OP(*call, saves, backend)
     elif backend == "torch":
-        out, h_n, c_n = _composite(*call[:-1])
+        out, h_n, c_n = _composite(*call[:-1])  # type: ignore[assignment]
     elif saves:
         out, h_n, c_n, _ = _Rnn.apply(*call, saves, backend)
     else:
@@ -300,7 +300,8 @@ def _composite(
     options = (has_biases, 1, 0.0, torch.is_grad_enabled(), directions == 2, False)
     sequence = input.flip(0) if reverse else input
     if cell == "lstm":
-        out, h_n, c_n = torch._VF.lstm(sequence, (h0, c0), parameters, *options)  # type: ignore[attr-defined]
+        assert c0 is not None
+        out, h_n, c_n = torch._VF.lstm(sequence, (h0, c0), parameters, *options)
     else:
         layer = {"tanh": "rnn_tanh", "relu": "rnn_relu", "gru": "gru"}[cell]
         (out, h_n), c_n = getattr(torch._VF, layer)(sequence, h0, parameters, *options), None
@@ -332,13 +333,14 @@ def _formula(
                 n = torch.tanh(x_n + torch.sigmoid(x_r + h_r) * h_n)
                 h = n + torch.sigmoid(x_z + h_z) * (h - n)
             elif cell == "lstm":
+                assert c is not None
                 i, f, g, o = (x[t] + a).chunk(4, -1)
                 c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
                 h = torch.sigmoid(o) * torch.tanh(c)
             else:
                 h = torch.relu(x[t] + a) if cell == "relu" else torch.tanh(x[t] + a)
             outs[t], cells[t] = h, c
-        directions.append([torch.stack(outs), h, *([c, torch.stack(cells)] if c is not None else [])])  # type: ignore[list-item]
+        directions.append([torch.stack(outs), h, *([c, torch.stack(cells)] if c is not None else [])])
     parts = list(zip(*directions, strict=True))
     out, h_n = torch.cat(parts[0], -1), torch.stack(parts[1])
     if cell == "lstm":
@@ -511,6 +513,7 @@ def _gate_grads(
             else:
                 assert c_t is not None
                 assert cells_before is not None
+                assert dc is not None
                 i, f, g, o = torch.sigmoid(a[0]), torch.sigmoid(a[1]), torch.tanh(a[2]), torch.sigmoid(a[3])
                 tanh_c = torch.tanh(c_t[t])
                 dc = dc + dh * o * (1 - tanh_c * tanh_c)
@@ -557,7 +560,7 @@ def _products(
     # The GRU's slots are n, r, z, hidden n; the rows of its weights are r, z, n.
     turn = before.shape[-1] if cell == "gru" else 0
     x = input.flatten(0, 1)
-    dx, dw_ih, dw_hh, db_ih, db_hh = ([] for _ in range(5))  # type: ignore[var-annotated]
+    dx, dw_ih, dw_hh, db_ih, db_hh = ([] for _ in range(5))
     for d in range(w_ih.shape[0]):
         slots = dgates[:, :, d].flatten(0, 1)
         to_input, to_hidden = (slots[:, :3], slots[:, 1:]) if turn else (slots, slots)
@@ -583,7 +586,7 @@ def _rolled(t: Tensor, rows: int) -> Tensor:
 def _backward_autograd(*call: Any) -> tuple[Tensor, ...]:
     """A first backward runs the kernel; one that is differentiated again runs the formula in torch's operators."""
     if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in call[:13]):
-        return _backward(*call[:-1], "torch")
+        return _backward(*(*call[:-1], "torch"))
     with below_autograd():
         return tuple(OP_BACKWARD(*call))
 

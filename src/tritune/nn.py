@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -71,6 +72,9 @@ class MaxPool2d(torch.nn.MaxPool2d):
 class _Recurrent(torch.nn.RNNBase):
     """What RNN, GRU and LSTM share. They derive from torch's base class, not from torch's own three, which Dynamo
     refuses to trace."""
+
+    _torch: type[torch.nn.RNNBase]
+    _run: Callable[..., tuple[Tensor, ...]]
 
     def forward(self, input: Any, hx: Any = None) -> Any:
         """As in torch. One layer on a padded batch is our operator; packed sequences, several layers and projections
@@ -149,8 +153,8 @@ class LSTM(_Recurrent):
     _torch = torch.nn.LSTM
     # torch's forward, which serves what we do not, calls these.
     get_expected_cell_size = torch.nn.LSTM.get_expected_cell_size
-    check_forward_args = torch.nn.LSTM.check_forward_args
-    permute_hidden = torch.nn.LSTM.permute_hidden
+    check_forward_args = torch.nn.LSTM.check_forward_args  # type: ignore[assignment]
+    permute_hidden = torch.nn.LSTM.permute_hidden  # type: ignore[assignment]
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__("LSTM", *args, **kwargs)

@@ -1,0 +1,212 @@
+"""Recurrent layers: what is compiled without a GPU, measured with one, and the bytes each kernel should move."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..autotune.config import Config
+from ..autotune.cost import cdiv
+from ..autotune.device import DeviceSpec
+from ..ops import gru, lstm, rnn
+from ..ops.rnn import _composite
+from .case import ALL_LAYERS, DTYPES, PRECISIONS, Case, Kernel, Layers, Operator, Shape, random_tensors, stream_us
+
+GATES = {"tanh": 1, "gru": 3, "lstm": 4}
+
+
+class Layer(NamedTuple):
+    """One layer over a batch of sequences."""
+
+    cell: str
+    T: int
+    B: int
+    I: int  # noqa: E741  as in the literature
+    H: int
+    directions: int = 1
+
+
+LAYERS = {
+    "tanh-256": Layer("tanh", 1024, 16, 256, 256),
+    "tanh-128": Layer("tanh", 512, 64, 128, 128),
+    "tanh-128-bidirectional": Layer("tanh", 512, 64, 128, 128, 2),
+    "tanh-64-batch1": Layer("tanh", 1024, 1, 64, 64),
+    "gru-128": Layer("gru", 512, 64, 128, 128),
+    "gru-100": Layer("gru", 512, 17, 64, 100),
+    "lstm-128": Layer("lstm", 512, 64, 128, 128),
+    "lstm-128-bidirectional": Layer("lstm", 256, 128, 128, 128, 2),
+    "lstm-64": Layer("lstm", 1024, 256, 64, 64),
+    "lstm-32": Layer("lstm", 100, 512, 16, 32),
+}
+# Compiled in the narrower precisions, too, and for every target (with half the hidden units where the chip is small).
+HEADLINE = ("tanh-128", "gru-128", "lstm-128")
+
+
+def problem_of(layer: Layer, label: str, saves: bool) -> Any:
+    from ..kernels.rnn import RnnProblem
+
+    dtype, precision = PRECISIONS[label]
+    return RnnProblem(layer.cell, layer.T, layer.B, layer.H, layer.directions, dtype, precision, saves)
+
+
+def layers(target: str) -> Iterator[Layers]:
+    from ..autotune.device import named
+    from ..kernels import rnn as kernels
+
+    device = named(target)
+    for name, layer in LAYERS.items():
+        if target not in ALL_LAYERS and name not in HEADLINE:
+            continue
+        for label in ("bf16", "fp16", "tf32", "ieee") if name in HEADLINE else ("bf16",):
+            one = layer
+            while not kernels.fits(problem_of(one, label, True), device):
+                one = one._replace(H=one.H // 2)
+            full = name if one.H == layer.H else f"{name}-as-{one.H}"
+            yield f"{full}-{label}", kernels.FORWARD, problem_of(one, label, False)
+            yield f"{full}-{label}", kernels.BACKWARD, problem_of(one, label, True)
+
+
+# --- what the compiler must make of them -----------------------------------------------------------------------------
+
+
+def wgmma_rows(kernel: str, problem: Any) -> int:
+    """A tile has 16 sequences and up, and the hidden units: mma.sync and the larger units both serve."""
+    return 16
+
+
+def due_load_bytes(kernel: str, problem: Any) -> int:
+    """16 bytes a load for 16-bit states of eights, where a tile has that much for every thread of two warps."""
+    return 8 if problem.dtype.itemsize == 2 and problem.H % 8 == 0 and problem.block_h >= 64 else 0
+
+
+# --- bytes that load and store instructions move: the formulas at the kernels' heads ----------------------------------
+
+
+def _weights(p: Any, config: Config) -> float:
+    programs = p.directions * cdiv(p.B, config.BLOCK_B)
+    return float(programs * GATES.get(p.cell, 1) * p.H**2 * p.dtype.itemsize)
+
+
+def _states(p: Any) -> float:
+    """First and last h, and LSTM's c."""
+    return float(2 * p.directions * p.B * p.H * p.dtype.itemsize * (2 if p.cell == "lstm" else 1))
+
+
+TRAFFIC: dict[str, Callable[[Any, Config], float]] = {
+    "rnn": lambda p, config: p.forward_bytes() + _weights(p, config) + _states(p),
+    "rnn_backward": lambda p, config: p.backward_bytes() + _weights(p, config) + _states(p),
+}
+
+
+# --- calls that are compared -----------------------------------------------------------------------------------------
+
+
+def _ours(
+    input: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor, b_hh: Tensor, *, cell: str, precision: str | None = None
+) -> Tensor:
+    function: Any = {"tanh": rnn, "gru": gru, "lstm": lstm}[cell]
+    return function(input, w_ih, w_hh, b_ih, b_hh, precision=precision)[0]
+
+
+def _torch(
+    input: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor, b_hh: Tensor, *, cell: str, precision: str | None = None
+) -> Tensor:
+    state = input.new_zeros(w_hh.shape[0], input.shape[1], w_hh.shape[-1])
+    return _composite(input, w_ih, w_hh, b_ih, b_hh, state, state if cell == "lstm" else None, cell, False)[0]
+
+
+def case(name: str, *, layer: Layer | None = None, dtype: str = "bf16", direction: str = "fwd", rank: int = 1) -> Case:
+    layer = LAYERS[name] if layer is None else layer
+    rows = (layer.directions, GATES[layer.cell] * layer.H)
+    shapes: dict[str, Shape] = {
+        "input": (layer.T, layer.B, layer.I), "w_ih": (*rows, layer.I), "w_hh": (*rows, layer.H), "b_ih": rows,
+        "b_hh": rows,
+    }  # fmt: skip
+    kwargs: dict[str, Any] = {"cell": layer.cell}
+    if dtype == "tf32":
+        dtype, kwargs["precision"] = "fp32", "tf32"
+    return Case(name, "rnn", shapes, kwargs, dtype, "", direction, rank)
+
+
+def layer_of(one: Case) -> Layer:
+    t, b, i = one.shapes["input"]
+    directions, _, h = one.shapes["w_hh"]
+    return Layer(one.kwargs["cell"], t, b, i, h, directions)
+
+
+def _describe(one: Case) -> str:
+    layer = layer_of(one)
+    return f"{layer.cell} T{layer.T} B{layer.B} I{layer.I} H{layer.H}" + (" x2" if layer.directions == 2 else "")
+
+
+def _floor_us(one: Case, device: DeviceSpec) -> float:
+    """Input and output once over the memory bus, or all products at the rate of their unit. What really bounds the
+    layer, the latency of T steps in a row, depends on the device in ways that only a measurement knows."""
+    layer = layer_of(one)
+    rows = layer.directions * GATES[layer.cell] * layer.H
+    flops = 2.0 * layer.T * layer.B * rows * (layer.I + layer.H)
+    elements = layer.T * layer.B * (layer.I + layer.directions * layer.H) + rows * (layer.I + layer.H)
+    passes = 1 if one.direction == "fwd" else 3
+    precision = one.precision if one.dtype == "fp32" else "16"
+    rate = device.tflops("ieee" if precision == "fp32" else precision)
+    return stream_us(passes * elements, passes * flops, DTYPES[one.dtype].itemsize, rate, device)
+
+
+def _tiny(one: Case) -> Case:
+    layer = layer_of(one)
+    small = layer._replace(T=min(layer.T, 3), B=min(layer.B, 3), I=min(layer.I, 8), H=min(layer.H, 20))
+    return replace(case(one.name, layer=small, dtype=one.precision), direction=one.direction, rank=one.rank)
+
+
+OPERATORS = {"rnn": Operator(_ours, _torch, None, ("tritune", "torch"), _describe, _floor_us, _tiny)}
+
+
+def _cases() -> Iterable[Case]:
+    for name in ("lstm-128", "gru-128", "tanh-256"):
+        yield case(name, rank=0)
+    yield case("lstm-128", direction="fwd+bwd", rank=0)
+    for name in LAYERS:
+        if name not in ("lstm-128", "gru-128", "tanh-256"):
+            yield case(name, rank=1)
+    for name in ("gru-128", "tanh-256", "lstm-64", "lstm-128-bidirectional"):
+        yield case(name, direction="fwd+bwd", rank=2)
+    yield case("lstm-128", dtype="fp16", rank=3)
+    yield case("tanh-128", dtype="tf32", rank=3)
+
+
+CASES = tuple(_cases())
+
+
+# --- kernels by themselves -------------------------------------------------------------------------------------------
+
+TUNED = ("lstm-128", "gru-128", "tanh-256", "lstm-64")
+
+
+def kinds(one: Case) -> tuple[str, ...]:
+    return ("fwd",)
+
+
+def kernel_tensors(one: Case, kind: str, device: str, seed: int) -> dict[str, Tensor]:
+    return random_tensors(OPERATORS["rnn"], one, device, seed)
+
+
+def kernel_of(one: Case, kind: str, tensors: dict[str, Tensor]) -> Kernel:
+    """The forward kernel with the product before it, as torch's layer has it."""
+    from ..kernels import rnn as kernels
+
+    layer, dtype = layer_of(one), tensors["input"].dtype
+    precision = one.kwargs.get("precision", "ieee") if dtype == torch.float32 else "16"
+    problem = kernels.RnnProblem(layer.cell, layer.T, layer.B, layer.H, layer.directions, dtype, precision, False)
+    names = ("input", "w_ih", "w_hh", "b_ih", "b_hh")
+
+    def ours(t: dict[str, Tensor]) -> Tensor:
+        from ..ops import use_backend
+
+        with use_backend("triton"), torch.no_grad():
+            return _ours(*(t[name] for name in names), **one.kwargs)
+
+    return Kernel(kernels.FORWARD, problem, ours, lambda t: _torch(*(t[name] for name in names), **one.kwargs))

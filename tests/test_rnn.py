@@ -1,0 +1,422 @@
+"""rnn, gru, lstm and their modules on every backend: values, gradients, states, directions, edge cases."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from harness import Case, backend_of, check, poisoned
+from torch import Tensor
+
+import tritune
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+GATES = {"tanh": 1, "relu": 1, "gru": 3, "lstm": 4}
+every_backend = [pytest.mark.torch, pytest.mark.interpret, pytest.mark.gpu]
+kernels_only = [pytest.mark.interpret, pytest.mark.gpu]
+
+
+def function(cell: str) -> Callable[..., Any]:
+    return {"gru": tritune.gru, "lstm": tritune.lstm}.get(cell, tritune.rnn)
+
+
+def joined(outputs: Any) -> Tensor:
+    """All results as one tensor, so that each takes part in the comparison and in the gradient."""
+    return torch.cat([t.flatten() for t in outputs])
+
+
+def ours(cell: str, **arguments: Any) -> Tensor:
+    options = {"nonlinearity": cell} if cell in ("tanh", "relu") else {}
+    return joined(function(cell)(**arguments, **options))
+
+
+def torchs(
+    cell: str, input: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None = None, b_hh: Tensor | None = None,
+    h0: Tensor | None = None, c0: Tensor | None = None, reverse: bool = False,
+) -> Tensor:  # fmt: skip
+    """torch's own layer on the same arguments."""
+    if w_ih.dim() == 2:
+        w_ih, w_hh = w_ih[None], w_hh[None]
+        b_ih, b_hh = (None if b is None else b[None] for b in (b_ih, b_hh))
+    batched = input.dim() == 3
+    directions, size = len(w_ih), w_hh.shape[-1]
+    biases = [torch.zeros_like(w_ih[..., 0]) if b is None else b for b in (b_ih, b_hh)]
+    weights = [t[d] for d in range(directions) for t in (w_ih, w_hh, *biases)]
+    x = input if batched else input.unsqueeze(1)
+    zero = x.new_zeros(directions, x.shape[1], size)
+    h, c = (zero if s is None else s if batched else s.unsqueeze(1) for s in (h0, c0))
+    options = (weights, True, 1, 0.0, True, directions == 2, False)
+    x = x.flip(0) if reverse else x
+    if cell == "lstm":
+        out, *states = torch._VF.lstm(x, (h, c), *options)
+    else:
+        name = "gru" if cell == "gru" else f"rnn_{cell}"
+        out, *states = getattr(torch._VF, name)(x, h, *options)
+    return joined([out.flip(0) if reverse else out, *states])
+
+
+class CoarseCase(Case):
+    """Quarters of small integers, whose sums are exact in every dtype: rounding must not move relu across its kink."""
+
+    def inputs(self, dtype: torch.dtype, layout: str, device: str) -> dict[str, Tensor]:
+        return {name: t.mul(2).round().div(4) for name, t in super().inputs(dtype, layout, device).items()}
+
+
+def case(
+    id: str, cell: str, t: int, b: int, i: int, h: int, *, directions: int = 1, biases: str = "both",
+    states: bool = True, reverse: bool = False,
+) -> Case:  # fmt: skip
+    lead = (2,) if directions == 2 else ()
+    rows = GATES[cell] * h
+    shapes: dict[str, tuple[int, ...]] = {
+        "input": (t, b, i), "w_ih": (*lead, rows, i), "w_hh": (*lead, rows, h)
+    }  # fmt: skip
+    for name in {"both": ("b_ih", "b_hh"), "none": ()}.get(biases, (biases,)):
+        shapes[name] = (*lead, rows)
+    if states:
+        shapes["h0"] = (directions, b, h)
+        if cell == "lstm":
+            shapes["c0"] = (directions, b, h)
+    kwargs = {"reverse": True} if reverse else {}
+    kind = CoarseCase if cell == "relu" else Case
+    return kind(
+        id, lambda **arguments: ours(cell, **arguments), lambda **arguments: torchs(cell, **arguments), shapes, kwargs
+    )
+
+
+CASES = [
+    *(case(f"{cell}-plain", cell, 3, 5, 4, 20) for cell in GATES),
+    *(case(f"{cell}-bidirectional", cell, 4, 2, 3, 9, directions=2) for cell in GATES),
+    *(case(f"{cell}-no-bias", cell, 2, 8, 12, 16, biases="none", states=False) for cell in ("tanh", "gru", "lstm")),
+    case("gru-input-bias", "gru", 2, 9, 12, 16, biases="b_ih"),
+    case("gru-hidden-bias", "gru", 2, 9, 12, 16, biases="b_hh"),
+    case("lstm-hidden-bias", "lstm", 2, 9, 12, 16, biases="b_hh"),
+    *(case(f"{cell}-reverse", cell, 3, 7, 12, 15, reverse=True) for cell in ("relu", "gru", "lstm")),
+    *(case(f"{cell}-one-step", cell, 1, 4, 10, 30) for cell in ("tanh", "gru", "lstm")),
+    case("lstm-two-tiles", "lstm", 2, 19, 3, 33),
+]
+COMPAT = ("lstm-bidirectional", "gru-plain", "tanh-plain")
+
+
+def parameters() -> list[Any]:
+    rows = []
+    for one, dtype in itertools.product(CASES, DTYPES):
+        marks = [pytest.mark.compat] if one.id in COMPAT else []
+        rows.append(pytest.param(one, dtype, id=f"{one.id}-{str(dtype)[6:]}", marks=marks))
+    return rows
+
+
+class TestCases:
+    pytestmark = every_backend
+
+    @pytest.mark.parametrize("case, dtype", parameters())
+    def test_values_and_gradients(self, case, dtype, device, tier):
+        check(case, dtype, "nchw", device, backend_of(tier))
+
+    @pytest.mark.parametrize("case", CASES[1:4], ids=lambda case: case.id)
+    def test_strided_views(self, case, device, tier):
+        check(case, torch.float32, "strided", device, backend_of(tier))
+
+
+def layers(name: str, *args: Any, device: str, **kwargs: Any) -> tuple[Any, Any]:
+    """Our module and torch's with the same weights."""
+    theirs = getattr(torch.nn, name)(*args, **kwargs).to(device)
+    mine = getattr(tritune.nn, name)(*args, **kwargs).to(device)
+    mine.load_state_dict(theirs.state_dict())
+    return mine, theirs
+
+
+def assert_same(got: Any, wanted: Any) -> None:
+    torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
+
+
+MODULES = ("RNN", "GRU", "LSTM")
+
+
+class TestModules:
+    pytestmark = every_backend
+
+    @pytest.mark.parametrize("name", MODULES)
+    @pytest.mark.parametrize("bidirectional", [False, True])
+    @pytest.mark.parametrize("batch_first", [False, True])
+    def test_batches(self, name, bidirectional, batch_first, device, tier):
+        mine, theirs = layers(name, 3, 5, bidirectional=bidirectional, batch_first=batch_first, device=device)
+        x = torch.randn(2, 4, 3, device=device)
+        with tritune.use_backend(backend_of(tier)), poisoned():
+            got = mine(x)
+        wanted = theirs(x)
+        assert_same(got, wanted)
+        assert got[0].stride() == wanted[0].stride()
+
+    @pytest.mark.parametrize("name", MODULES)
+    def test_one_sequence(self, name, device, tier):
+        mine, theirs = layers(name, 3, 5, bidirectional=True, device=device)
+        x, h = torch.randn(4, 3, device=device), torch.randn(2, 5, device=device)
+        state = (h, h + 1) if name == "LSTM" else h
+        with tritune.use_backend(backend_of(tier)):
+            assert_same(mine(x, state), theirs(x, state))
+
+    @pytest.mark.parametrize("name", MODULES)
+    def test_an_empty_batch(self, name, device, tier):
+        mine, _ = layers(name, 3, 5, device=device)
+        x = torch.randn(4, 0, 3, device=device, requires_grad=True)
+        with tritune.use_backend(backend_of(tier)):
+            out, state = mine(x)
+            out.sum().backward()
+        assert out.shape == (4, 0, 5) and x.grad.shape == x.shape
+        assert (state[0] if name == "LSTM" else state).shape == (1, 0, 5)
+        assert all(not parameter.grad.any() for parameter in mine.parameters())
+
+    @pytest.mark.filterwarnings("ignore:overflow encountered in exp")  # inf, of which 1 / (1 + inf) is made
+    @pytest.mark.parametrize("name", MODULES)
+    def test_large_inputs_saturate(self, name, device, tier):
+        mine, _ = layers(name, 3, 5, device=device)
+        with tritune.use_backend(backend_of(tier)):
+            for size in (100.0, 1e4):
+                out = mine(size * torch.randn(3, 2, 3, device=device))[0]
+                assert out.isfinite().all() and out.abs().max() <= 1
+
+    @pytest.mark.parametrize("name", MODULES)
+    def test_gradient_through_the_last_state_only(self, name, device, tier):
+        """In evaluation mode, too, where cuDNN has no backward."""
+        mine, theirs = layers(name, 3, 5, device=device)
+        theirs = copy.deepcopy(theirs).cpu()
+        mine.eval()
+        x = torch.randn(3, 2, 3)
+        grads = []
+        for model, backend in ((mine, backend_of(tier)), (theirs, "torch")):
+            with tritune.use_backend(backend):
+                state = model(x.to(next(model.parameters()).device))[1]
+            last = state[1] if name == "LSTM" else state
+            grads.append([g.cpu() for g in torch.autograd.grad(last.square().sum(), list(model.parameters()))])
+        assert_same(*grads)
+
+    @pytest.mark.parametrize("name", MODULES)
+    def test_frozen_parameters_get_no_gradient(self, name, device, tier):
+        mine, _ = layers(name, 3, 5, device=device)
+        mine.weight_ih_l0.requires_grad_(False)
+        mine.bias_hh_l0.requires_grad_(False)
+        with tritune.use_backend(backend_of(tier)):
+            mine(torch.randn(2, 2, 3, device=device))[0].sum().backward()
+        assert mine.weight_ih_l0.grad is None and mine.bias_hh_l0.grad is None
+        assert mine.weight_hh_l0.grad is not None and mine.bias_ih_l0.grad is not None
+
+    def test_nan_stays_in_its_sequence(self, device, tier):
+        mine, _ = layers("GRU", 3, 5, device=device)
+        x = torch.randn(3, 4, 3, device=device)
+        x[1, 2] = float("nan")
+        with tritune.use_backend(backend_of(tier)):
+            out = mine(x)[0]
+        assert out[1:, 2].isnan().all() and out[:, [0, 1, 3]].isfinite().all() and out[0].isfinite().all()
+
+
+@pytest.mark.torch
+class TestModulesAreTorchs:
+    @pytest.mark.parametrize("name", MODULES)
+    @pytest.mark.parametrize(
+        "options",
+        [{"num_layers": 2, "dropout": 0.0}, {"num_layers": 2, "bidirectional": True, "bias": False}, {"bias": False}],
+        ids=str,
+    )
+    def test_state_dict_repr_and_values(self, name, options):
+        mine, theirs = layers(name, 3, 4, **options, device="cpu")
+        assert list(mine.state_dict()) == list(theirs.state_dict())
+        assert repr(mine) == repr(theirs)
+        x = torch.randn(5, 2, 3)
+        assert_same(mine(x), theirs(x))
+
+    @pytest.mark.parametrize("name", MODULES)
+    def test_initial_values_are_torchs(self, name):
+        torch.manual_seed(3)
+        theirs = getattr(torch.nn, name)(3, 4)
+        torch.manual_seed(3)
+        mine = getattr(tritune.nn, name)(3, 4)
+        for key, value in theirs.state_dict().items():
+            assert torch.equal(mine.state_dict()[key], value)
+
+    @pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
+    def test_projections(self):
+        mine, theirs = layers("LSTM", 3, 4, 2, proj_size=2, bidirectional=True, device="cpu")
+        x = torch.randn(5, 2, 3)
+        assert_same(mine(x), theirs(x))
+        assert mine(x)[0].shape == (5, 2, 4)
+
+    @pytest.mark.parametrize("name", MODULES)
+    def test_packed_sequences_unsorted(self, name):
+        mine, theirs = layers(name, 3, 4, 2, bidirectional=True, device="cpu")
+        x = torch.randn(5, 3, 3)
+        packed = torch.nn.utils.rnn.pack_padded_sequence(x, torch.tensor([2, 5, 3]), enforce_sorted=False)
+        got, wanted = mine(packed), theirs(packed)
+        assert_same(got[0].data, wanted[0].data)
+        assert_same(got[1], wanted[1])
+
+    @pytest.mark.parametrize("name", MODULES)
+    def test_copies_and_pickles(self, name):
+        mine, _ = layers(name, 3, 4, device="cpu")
+        x = torch.randn(5, 2, 3)
+        for twin in (copy.deepcopy(mine), pickle.loads(pickle.dumps(mine))):
+            assert_same(twin(x), mine(x))
+
+    def test_autocast(self):
+        mine, theirs = layers("LSTM", 3, 4, device="cpu")
+        x = torch.randn(5, 2, 3)
+        with torch.autocast("cpu", torch.bfloat16):
+            got, wanted = mine(x), theirs(x)
+        assert got[0].dtype == wanted[0].dtype == torch.bfloat16
+        torch.testing.assert_close(got[0], wanted[0], rtol=0.02, atol=0.02)
+
+    @pytest.mark.parametrize("name", MODULES)
+    def test_functional_call(self, name):
+        mine, _ = layers(name, 3, 4, device="cpu")
+        x = torch.randn(5, 2, 3)
+        other = {key: value + 0.1 for key, value in mine.state_dict().items()}
+        got = torch.func.functional_call(mine, other, (x,))
+        mine.load_state_dict(other)
+        assert_same(got, mine(x))
+
+    def test_a_long_sequence(self):
+        """Beyond 65 535 steps, where cuDNN ends."""
+        x, w, h = torch.randn(70_000, 1, 1), 0.1 * torch.randn(1, 1), 0.5 * torch.ones(1, 1)
+        out, h_n = tritune.rnn(x, w, h)
+        assert out.shape == (70_000, 1, 1) and torch.equal(out[-1], h_n[0])
+
+
+@pytest.mark.interpret
+@pytest.mark.gpu
+class TestKernels:
+    @pytest.mark.parametrize("swap", [0, 1])
+    @pytest.mark.parametrize("block", [16, 32])
+    @pytest.mark.parametrize("cell", GATES)
+    def test_tiles(self, cell, block, swap, device):
+        from tritune.autotune.config import Config
+        from tritune.autotune.resolve import override
+        from tritune.kernels import rnn
+
+        config = Config(BLOCK_B=block, SWAP=swap, num_warps=4, num_stages=1)
+        with override(rnn.FORWARD, config), override(rnn.BACKWARD, config):
+            check(case("tiles", cell, 3, 18, 3, 20, directions=2), torch.float16, "nchw", device, "triton")
+
+    def test_a_hidden_size_beyond_the_chip(self, device):
+        x, w_ih, w_hh = (torch.randn(s, device=device) for s in ((2, 1, 3), (1024, 3), (1024, 1024)))
+        with tritune.use_backend("triton"), pytest.raises(tritune.UnsupportedError, match="hidden_size=1024"):
+            tritune.rnn(x, w_ih, w_hh)
+        out, _ = tritune.rnn(x, w_ih, w_hh)
+        assert out.shape == (2, 1, 1024)
+
+    @pytest.mark.parametrize(
+        "options, reason",
+        [({"num_layers": 2}, "num_layers=2"), ({"proj_size": 2}, "proj_size=2")],
+    )
+    def test_what_modules_leave_to_torch_is_named(self, options, reason, device):
+        model = tritune.nn.LSTM(3, 4, **options).to(device)
+        with tritune.use_backend("triton"), pytest.raises(tritune.UnsupportedError, match=reason):
+            model(torch.randn(2, 1, 3, device=device))
+
+    def test_packed_sequences_are_left_to_torch(self, device):
+        model = tritune.nn.GRU(3, 4).to(device)
+        packed = torch.nn.utils.rnn.pack_padded_sequence(torch.randn(3, 2, 3, device=device), torch.tensor([3, 1]))
+        with tritune.use_backend("triton"), pytest.raises(tritune.UnsupportedError, match="packed"):
+            model(packed)
+
+    def test_gates_are_not_saved(self, device):
+        """Input, weights, output and the cells: two numbers a hidden unit and step, not six."""
+        x, w_ih, w_hh = (torch.randn(s, device=device, requires_grad=True) for s in ((7, 3, 2), (32, 2), (32, 8)))
+        with tritune.use_backend("triton"):
+            out, _, _ = tritune.lstm(x, w_ih, w_hh)
+        node = out.grad_fn
+        saved = [t for t in node.saved_tensors if t is not None and t.shape[:1] == (7,)]
+        assert sorted(tuple(t.shape) for t in saved) == [(7, 3, 2), (7, 3, 8), (7, 3, 8)]
+
+    def test_the_last_state_is_the_last_output(self, device):
+        x, w_ih, w_hh = (torch.randn(s, device=device) for s in ((4, 3, 2), (2, 24, 2), (2, 24, 8)))
+        with tritune.use_backend("triton"):
+            out, h_n = tritune.gru(x, w_ih, w_hh)
+        assert torch.equal(out[-1, :, :8], h_n[0]) and torch.equal(out[0, :, 8:], h_n[1])
+
+
+class TestElman:
+    pytestmark = every_backend
+
+    def test_the_formulas(self, device, tier):
+        sizes = ((2, 3), (2, 5), (5, 3), (5, 5), (5,), (4, 5), (4,), (6, 4))
+        x, h, W_xh, W_hh, b_h, W_ho, b_o, W_yh = (torch.randn(size, device=device) for size in sizes)
+        with tritune.use_backend(backend_of(tier)):
+            new_h, o, y = tritune.elman_step(x, h, W_xh, W_hh, b_h, W_ho, b_o, W_yh)
+            alone = tritune.elman_step(x[0], h[0], W_xh, W_hh, b_h, W_ho, b_o, W_yh)
+            bare = tritune.elman_step(x, h, W_xh, W_hh)
+        wanted_h = torch.tanh(h @ W_hh.T + x @ W_xh.T + b_h)
+        wanted_o = wanted_h @ W_ho.T + b_o
+        assert_same((new_h, o, y), (wanted_h, wanted_o, torch.tanh(wanted_o @ W_yh.T)))
+        assert_same(alone, (wanted_h[0], wanted_o[0], y[0]))
+        assert_same(bare[0], torch.tanh(h @ W_hh.T + x @ W_xh.T))
+        assert bare[1:] == (None, None)
+
+    @pytest.mark.parametrize("batch_first", [False, True])
+    def test_the_module_is_its_steps(self, batch_first, device, tier):
+        net = tritune.nn.ElmanRNN(3, 6, 4, 2, batch_first=batch_first).to(device)
+        x, h = torch.randn(5, 2, 3, device=device), torch.randn(2, 6, device=device)
+        with tritune.use_backend(backend_of(tier)):
+            y, o, h_n = net(x.transpose(0, 1) if batch_first else x, h)
+            steps = []
+            for x_t in x:
+                h, o_t, y_t = net.step(x_t, h)
+                steps.append((y_t, o_t))
+        if batch_first:
+            y, o = y.transpose(0, 1), o.transpose(0, 1)
+        assert_same(y, torch.stack([y_t for y_t, _ in steps]))
+        assert_same(o, torch.stack([o_t for _, o_t in steps]))
+        assert_same(h_n, h)
+        assert y.shape == (5, 2, 2) and o.shape == (5, 2, 4)
+
+    def test_one_sequence(self, device, tier):
+        net = tritune.nn.ElmanRNN(3, 6, 4).to(device)
+        x = torch.randn(5, 3, device=device)
+        with tritune.use_backend(backend_of(tier)):
+            y, _, h = net(x)
+            batched, _, _ = net(x.unsqueeze(1), torch.zeros(1, 6, device=device))
+        assert y.shape == (5, 4) and h.shape == (6,)
+        assert_same(y, batched[:, 0])
+
+
+@pytest.mark.static
+def test_changing_sizes_compile_once():
+    from tritune.kernels import rnn
+
+    binaries: dict[str, set[str]] = {}
+    for tunable in (rnn.FORWARD, rnn.BACKWARD):
+        for t, b in ((1, 1), (16, 16), (7, 5), (65_600, 1), (3, 2_000)):
+            problem = rnn.RnnProblem("lstm", t, b, 24, 2, torch.bfloat16, "16", True)
+            for launch in tunable.launches(problem, tunable.configs[2]):
+                source = launch.source()
+                key = (source.signature, source.constants, source.attrs)
+                binaries.setdefault(tunable.name, set()).add(repr([sorted(part.items()) for part in key]))
+    assert {name: len(found) for name, found in binaries.items()} == {"rnn": 1, "rnn_backward": 1}
+
+
+@pytest.mark.static
+@pytest.mark.parametrize(
+    "cell, dtype, target, largest",
+    [
+        ("tanh", torch.bfloat16, "sm_90", 256),
+        ("gru", torch.bfloat16, "sm_90", 128),
+        ("lstm", torch.bfloat16, "sm_90", 128),
+        ("tanh", torch.float32, "sm_90", 128),
+        ("lstm", torch.float32, "sm_90", 64),
+        ("lstm", torch.bfloat16, "sm_120", 64),
+        ("lstm", torch.bfloat16, "gfx942", 64),
+    ],
+)
+def test_the_largest_hidden_size(cell, dtype, target, largest):
+    from tritune.autotune.device import named
+    from tritune.kernels import rnn
+
+    def fits(h: int) -> bool:
+        precision = "ieee" if dtype is torch.float32 else "16"
+        return rnn.fits(rnn.RnnProblem(cell, 8, 8, h, 1, dtype, precision, True), named(target))
+
+    assert fits(largest) and not fits(largest + 1)
