@@ -211,11 +211,11 @@ def _recur(
         lambda: _limits(problem(), input.device),
     )  # fmt: skip
     call = (input, w_ih, w_hh, b_ih, b_hh, h0, c0, cell, reverse, resolved)
-    if in_transform():
-        out, h_n, c_n, _ = _formula(*call[:-1])
-    elif torch.compiler.is_compiling():
+    if torch.compiler.is_compiling():
         # torch's own recurrences cannot be traced with gradients, so an operator stands for them, too.
         out, h_n, c_n, _ = OP(*call, saves, backend)
+    elif in_transform():
+        out, h_n, c_n, _ = _formula(*call[:-1])
     elif backend == "torch":
         out, h_n, c_n = _composite(*call[:-1])  # type: ignore[assignment]
     elif saves:

@@ -44,7 +44,7 @@ def check_rnn(
         if optional is not None and not isinstance(optional, Tensor):
             raise TypeError(f"{argument} must be a Tensor or None, got {type(optional).__name__}")
     if input.dim() not in (2, 3):
-        kind = "" if cell == "lstm" else " tensor"
+        kind = " tensor" if name == "RNN" else ""
         raise ValueError(f"{name}: Expected input to be 2D or 3D, got {input.dim()}D{kind} instead")
     is_batched, is_stacked = input.dim() == 3, w_ih.dim() == 3
     _check_weights(cell, w_ih, w_hh, b_ih, b_hh)

@@ -19,7 +19,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from importlib import metadata, util
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -80,15 +80,17 @@ def _narrowest(widths: Iterable[int]) -> int:
 
 _PTX_ACCESS = re.compile(r"\b(ld|st)\.global((?:\.\w+)*?)(?:\.v(\d))?\.[bfsu](\d+)\b")
 _PTX_COPY = re.compile(r"cp\.async\.c[ag]\.shared\.global(?:\.\S+)? \[[^\]]*\], \[[^\]]*\], (0x[0-9a-f]+|\d+)")
-_TOOLS = Path(str(util.find_spec("triton").origin)).parent / "backends" / "nvidia" / "bin"  # type: ignore[union-attr]
 
 
 def _read_nvidia(compiled: Any, num_warps: int, device: DeviceSpec) -> StaticProfile:
+    import triton
+
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        usage = _run(_TOOLS / "cuobjdump", "-res-usage", file.name)
-        sass = _run(_TOOLS / "nvdisasm", "-c", file.name)
+        usage = _run(tools / "cuobjdump", "-res-usage", file.name)
+        sass = _run(tools / "nvdisasm", "-c", file.name)
     registers, stack = (int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK"))  # type: ignore[index]
     opcodes = Counter(re.findall(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?\w+\s+)?(\w+)", sass, re.MULTILINE))
     ptx = compiled.asm["ptx"]

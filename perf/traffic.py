@@ -68,7 +68,7 @@ def measure(tunable: Tunable, problem: Any, config: Config) -> Traffic:
         if id(value) not in tensors:
             tensors[id(value)] = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype)
             if value.is_floating_point():
-                tensors[id(value)].normal_()
+                tensors[id(value)].uniform_(-1, 1)  # as states are: none may grow without bound
             else:
                 tensors[id(value)].random_(4)  # places in a window
         return tensors[id(value)]

@@ -21,12 +21,21 @@ ACTIVATIONS = ("none", "relu", "relu6", "leaky_relu", "silu", "gelu", "gelu_tanh
 GEOMETRY = ((2, 1), (1, 1), (1, 1), 2)
 WINDOWS = [((3, 2), (2, 1), (1, 1), (1, 1), False), ((2, 2), (2, 2), (0, 0), (1, 1), True)]
 EMPTY_WINDOW = ((2, 2), (1, 1), (1, 1), (8, 8), False)
+CELLS = {"tanh": 1, "relu": 1, "gru": 3, "lstm": 4}
 
 
 def tensors(dtype: torch.dtype, device: str = "cpu") -> list[torch.Tensor]:
     """input, weight, bias, scale, residual for GEOMETRY."""
     shapes = ((2, 4, 7, 6), (6, 2, 3, 3), (6,), (6,), (2, 6, 4, 6))
     return [torch.randn(shape, dtype=dtype, device=device, requires_grad=True) for shape in shapes]
+
+
+def sequence(cell: str, directions: int, dtype: torch.dtype, device: str = "cpu") -> list[torch.Tensor | None]:
+    """input, w_ih, w_hh, b_ih, b_hh, h0, c0 of a small layer."""
+    t, b, i, h = 3, 2, 3, 4
+    rows, states = (directions, CELLS[cell] * h), (directions, b, h)
+    shapes = ((t, b, i), (*rows, i), (*rows, h), rows, rows, states, states if cell == "lstm" else None)
+    return [None if s is None else torch.randn(s, dtype=dtype, device=device, requires_grad=True) for s in shapes]
 
 
 @pytest.mark.torch
@@ -80,15 +89,42 @@ class TestOperators:
         dy = torch.randn_like(y).requires_grad_()
         opcheck(ops.max_pool2d_backward.default, (dy, offsets.detach(), 8, 8, False, *window[:4], "auto"))
 
+    @pytest.mark.parametrize("directions, reverse", [(1, False), (1, True), (2, False)])
+    @pytest.mark.parametrize("cell", CELLS)
+    def test_gradients_of_rnn(self, cell, directions, reverse):
+        """Of everything that comes out: the output, both last states, and LSTM's cells."""
+
+        def layer(*args: Any) -> Any:
+            full = args if cell == "lstm" else (*args, None)
+            outputs = ops.rnn(*full, cell, reverse, "ieee", True, "auto")
+            return tuple(t for t in outputs if t.numel())
+
+        args = [t for t in sequence(cell, directions, torch.float64) if t is not None]
+        assert gradcheck(layer, args, fast_mode=True)
+        assert gradgradcheck(layer, args, fast_mode=True)
+
+    @pytest.mark.parametrize("cell", CELLS)
+    @pytest.mark.parametrize("directions", [1, 2])
+    def test_opcheck_rnn(self, cell, directions):
+        args = sequence(cell, directions, torch.float32)
+        opcheck(ops.rnn.default, (*args, cell, False, "ieee", True, "auto"))
+        plain = [None if t is None else t.detach() for t in args]
+        out, h_n, _, cells = ops.rnn(*plain, cell, False, "ieee", True, "auto")
+        lstm = cell == "lstm"
+        grads = (torch.randn_like(out), torch.randn_like(h_n), torch.randn_like(h_n) if lstm else None, None)
+        for needs in ([True] * 5, [False, True, False, True, False]):
+            call = (*plain, out, cells if lstm else None, *grads, needs, cell, False, "ieee", "auto")
+            opcheck(ops.rnn_backward.default, call)
+
     def test_every_operator_is_checked(self):
         """A new operator must join the tests above."""
-        names = {name for name in dir(ops) if name.startswith(("conv2d", "max_pool2d"))}
+        names = {name for name in dir(ops) if name.startswith(("conv2d", "max_pool2d", "rnn"))}
         registered = {schema.name.split("::")[1] for schema in torch._C._jit_get_all_schemas()
                       if schema.name.startswith("tritune::")}  # fmt: skip
         assert registered == {
             "conv2d", "conv2d_saving_input", "conv2d_epilogue_grad", "conv2d_bias_grad", "conv2d_input_grad",
             "conv2d_weight_grad", "max_pool2d", "max_pool2d_with_offsets", "max_pool2d_with_indices",
-            "max_pool2d_backward",
+            "max_pool2d_backward", "rnn", "rnn_backward",
         }  # fmt: skip
         assert names <= registered
 
@@ -129,13 +165,45 @@ class TestSecondDerivativeOfKernels:
             results.append(torch.autograd.grad((first**2).sum(), x)[0])
         torch.testing.assert_close(*results)
 
+    @pytest.mark.parametrize("cell", CELLS)
+    def test_rnn(self, cell, device):
+        def second(args: list[torch.Tensor], backend: str) -> list[torch.Tensor]:
+            x, w_ih, w_hh, b_ih, b_hh, *states = args
+            options = {"nonlinearity": cell} if cell in ("tanh", "relu") else {}
+            with tritune.use_backend(backend):
+                fn = {"gru": tritune.gru, "lstm": tritune.lstm}.get(cell, tritune.rnn)
+                outputs = fn(x, w_ih, w_hh, b_ih, b_hh, *states, **options)
+            first = torch.autograd.grad(sum((y * y).sum() for y in outputs), args, create_graph=True)
+            return list(torch.autograd.grad(sum((g * g).sum() for g in first), args))
+
+        args = [t for t in sequence(cell, 2, torch.float32, device) if t is not None]
+        exact = second([t.detach().double().cpu().requires_grad_() for t in args], "torch")
+        for got, wanted in zip(second(args, "triton"), exact, strict=True):
+            error = (got.double().cpu() - wanted).abs().max() / wanted.abs().max()
+            assert error < 1e-5
+
+
+def lstm_by_steps(x: torch.Tensor, w_ih: torch.Tensor, w_hh: torch.Tensor) -> torch.Tensor:
+    """[B, T, I] to [B, T, H]; torch's own layer has no derivatives under transforms."""
+    h = c = x.new_zeros(x.shape[0], w_hh.shape[1])
+    outs = []
+    for x_t in x.unbind(1):
+        i, f, g, o = (x_t @ w_ih.T + h @ w_hh.T).chunk(4, 1)
+        c = f.sigmoid() * c + i.sigmoid() * g.tanh()
+        h = o.sigmoid() * c.tanh()
+        outs.append(h)
+    return torch.stack(outs, 1)
+
 
 def calls(device: str) -> list[Any]:
     x, w = torch.randn(2, 4, 6, 6, device=device), torch.randn(4, 4, 3, 3, device=device)
+    w_ih, w_hh = torch.randn(12, 4, device=device), torch.randn(12, 3, device=device)
     return [
         (lambda x: tritune.conv2d(x, w, padding=1, activation="gelu"),
          lambda x: F.gelu(F.conv2d(x, w, padding=1)), x),
         (lambda x: tritune.max_pool2d(x, 2), lambda x: F.max_pool2d(x, 2), x),
+        (lambda x: tritune.lstm(x, w_ih, w_hh, batch_first=True)[0],
+         lambda x: lstm_by_steps(x, w_ih, w_hh), torch.randn(2, 5, 4, device=device)),
     ]  # fmt: skip
 
 

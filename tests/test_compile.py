@@ -124,6 +124,48 @@ class TestCompile:
             compiled(torch.randn(1, 2, 4, 4, device=device), torch.randn(2, 2, 3, 3, device=device))
 
 
+class Sequences(torch.nn.Module):
+    """torch's own layers end a trace: with gradients by an error, and as modules in any case."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm = tritune.nn.LSTM(3, 4, bidirectional=True)
+        self.gru = tritune.nn.GRU(8, 4, batch_first=True)
+        self.elman = tritune.nn.ElmanRNN(4, 4, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out = self.gru(self.lstm(x)[0].transpose(0, 1))[0]
+        return self.elman(out.transpose(0, 1))[0]
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*lru_cache:UserWarning")
+class TestCompiledSequences:
+    pytestmark = tiers
+
+    def test_training_in_one_graph(self, device, tier):
+        net, recorder = Sequences().to(device), Recorder()
+        compiled = torch.compile(net, fullgraph=True, backend=recorder)
+        x = torch.randn(5, 2, 3, device=device)
+        with tritune.use_backend(backend_of(tier)):
+            wanted = net(x)
+            wanted_grads = torch.autograd.grad(wanted.square().sum(), list(net.parameters()))
+            y = compiled(x)
+            grads = torch.autograd.grad(y.square().sum(), list(net.parameters()))
+        torch.testing.assert_close(y, wanted)
+        torch.testing.assert_close(grads, wanted_grads)
+        assert {"tritune.rnn.default", "tritune.rnn_backward.default"} <= recorder.ops
+
+    def test_changing_sizes_compile_once(self, device, tier):
+        net, recorder = Sequences().to(device), Recorder()
+        compiled = torch.compile(net, fullgraph=True, dynamic=True, backend=recorder)
+        with tritune.use_backend(backend_of(tier)), torch.no_grad():
+            for t, b in ((5, 2), (3, 4), (7, 3)):
+                x = torch.randn(t, b, 3, device=device)
+                torch.testing.assert_close(compiled(x), net(x))
+        assert recorder.graphs == 1
+
+
 LOAD_AND_RUN = """
 import sys, torch, tritune
 program = torch.export.load(sys.argv[1])
@@ -142,9 +184,10 @@ print("ok", sorted({str(n.target) for n in program.graph.nodes if "tritune" in s
 class TestExport:
     pytestmark = [pytest.mark.torch, pytest.mark.interpret]
 
-    def test_saved_and_loaded_in_a_fresh_process(self, tier, tmp_path, monkeypatch):
+    @pytest.mark.parametrize("kind", [Net, Sequences])
+    def test_saved_and_loaded_in_a_fresh_process(self, kind, tier, tmp_path, monkeypatch):
         """Exported for the kernels, a program keeps our operators, and still runs where there is no GPU."""
-        net, x = Net().eval(), torch.randn(2, 3, 8, 8)
+        net, x = kind().eval(), torch.randn(2, 3, 8, 8) if kind is Net else torch.randn(5, 2, 3)
         with tritune.use_backend(backend_of(tier)):
             program = torch.export.export(net, (x,))
         torch.export.save(program, tmp_path / "net.pt2")
@@ -155,7 +198,10 @@ class TestExport:
             capture_output=True, text=True, timeout=300, check=False,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
-        assert ("tritune.conv2d.default" in done.stdout) == (tier == "interpret"), done.stdout
+        if kind is Net:
+            assert ("tritune.conv2d.default" in done.stdout) == (tier == "interpret"), done.stdout
+        else:
+            assert "tritune.rnn.default" in done.stdout
 
 
 @pytest.mark.torch
@@ -172,10 +218,14 @@ class TestFake:
             z = tritune.max_pool2d(y, 3, 2, 1)
             assert z.device.type == "cuda" and z.shape == (2, 16, 5, 4) and z.dtype == torch.bfloat16
             assert y.is_contiguous(memory_format=layout) and z.is_contiguous(memory_format=layout)
+            sizes = ((5, 2, 8), (2, 64, 8), (2, 64, 16))
+            out, h, c = tritune.lstm(*(torch.empty(s, device="cuda", dtype=torch.bfloat16) for s in sizes))
+            assert out.shape == (5, 2, 32) and h.shape == c.shape == (2, 2, 16) and out.device.type == "cuda"
 
     def test_meta_tensors(self):
         x, w = torch.empty(2, 8, 9, 7, device="meta"), torch.empty(16, 8, 3, 3, device="meta")
         assert tritune.conv2d(x, w, stride=2, activation="relu").shape == (2, 16, 4, 3)
         assert tritune.max_pool2d(x, 3, 2, 1).shape == (2, 8, 5, 4)
+        assert tritune.nn.GRU(3, 4, device="meta")(torch.empty(5, 2, 3, device="meta"))[0].shape == (5, 2, 4)
         _, offsets = torch.ops.tritune.max_pool2d_with_offsets(x, [3, 3], [2, 2], [1, 1], [1, 1], False, "auto")
         assert offsets.dtype == torch.uint8

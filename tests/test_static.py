@@ -17,7 +17,7 @@ import triton.language as tl  # noqa: E402
 from tritune.autotune.config import TUNABLES  # noqa: E402
 from tritune.autotune.device import TARGETS, named  # noqa: E402
 from tritune.autotune.resolve import ranked, resolve  # noqa: E402
-from tritune.kernels import conv, conv_depthwise, pool  # noqa: E402
+from tritune.kernels import conv, conv_depthwise, pool, rnn  # noqa: E402
 from tritune.kernels._launch import Launch  # noqa: E402
 from tritune.perf import conv as conv_layers  # noqa: E402
 from tritune.perf import families, static  # noqa: E402
@@ -94,6 +94,11 @@ def sweep(kernel):
                     x, w = (n, channels, size, size), (channels, channels, 3, 3)
                     if kernel == "conv2d_epilogue_grad":
                         yield conv.EpilogueProblem(n * size * size, channels, torch.bfloat16, True, True, last)
+                    elif kernel.startswith("rnn"):
+                        cell = "lstm" if last else "tanh"
+                        if channels <= 128:
+                            batch = n * size // 7
+                            yield rnn.RnnProblem(cell, 64, batch, channels, 1, torch.bfloat16, "16", True)
                     elif kernel.startswith("max_pool2d"):
                         window = pool.Window(2, 2, 2, 2, 0, 0, 1, 1)
                         yield pool.problem_of(x, (size // 2, size // 2), window, torch.bfloat16, 1, last)
@@ -107,7 +112,8 @@ def sweep(kernel):
 @pytest.mark.parametrize("kernel", TUNABLES)
 def test_at_least_six_configs_are_chosen_by_shape(kernel):
     for target in TARGETS:
-        chosen = {ranked(TUNABLES[kernel], problem, named(target))[0][0] for problem in sweep(kernel)}
+        covered = (p for p in sweep(kernel) if not kernel.startswith("rnn") or rnn.fits(p, named(target)))
+        chosen = {ranked(TUNABLES[kernel], problem, named(target))[0][0] for problem in covered}
         assert len(chosen) >= 6, f"{target}: {chosen}"
 
 

@@ -10,7 +10,7 @@ import triton.language as tl  # noqa: E402
 from tritune.autotune.config import TUNABLES, Config, Tunable  # noqa: E402
 from tritune.autotune.device import named  # noqa: E402
 from tritune.autotune.resolve import ranked  # noqa: E402
-from tritune.kernels import conv, conv_depthwise, pool  # noqa: E402, F401
+from tritune.kernels import conv, conv_depthwise, pool, rnn  # noqa: E402, F401
 from tritune.kernels._launch import Launch  # noqa: E402
 from tritune.perf import traffic  # noqa: E402
 from tritune.perf.families import TRAFFIC  # noqa: E402
@@ -62,7 +62,16 @@ EPILOGUES = {
 }
 
 
+SEQUENCES = {
+    **{cell: rnn.RnnProblem(cell, 6, 9, 24, 1, torch.float16, "16", True) for cell in ("tanh", "relu", "gru", "lstm")},
+    "both-directions": rnn.RnnProblem("lstm", 5, 20, 16, 2, torch.float32, "ieee", True),
+    "no-backward": rnn.RnnProblem("lstm", 8, 4, 20, 1, torch.float16, "16", False),
+}
+
+
 def problems_of(kernel):
+    if kernel.startswith("rnn"):
+        return SEQUENCES
     if kernel == "conv2d_epilogue_grad":
         return EPILOGUES
     if kernel.startswith("max_pool2d"):
