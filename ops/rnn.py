@@ -217,7 +217,7 @@ def _recur(
     elif in_transform():
         out, h_n, c_n, _ = _formula(*call[:-1])
     elif backend == "torch":
-        out, h_n, c_n = _composite(*call[:-1])  # type: ignore[assignment]
+        out, h_n, c_n = _composite(*call[:-1])
     elif saves:
         out, h_n, c_n, _ = _Rnn.apply(*call, saves, backend)
     else:
