@@ -335,8 +335,10 @@ def _accepts(p: RnnProblem, config: Config, device: DeviceSpec, untransposed: in
     threads = config.num_warps * device.warp_size
     if tile < threads * 16 // p.dtype.itemsize and config.num_warps > (1 if device.is_amd else 2):
         return False
-    if device.is_amd and (config.num_warps * 16 > p.block_h or config.BLOCK_B > 16):
-        return False  # a warp's matrix tile has 16 columns: more warps repeat the work, and spill
+    if device.is_amd:
+        # A warp multiplies tiles of 16 x 16 or 32 x 32: more warps than tiles repeat the work, and spill.
+        side = 16 if config.BLOCK_B == 16 else 32
+        return config.num_warps * side**2 <= max(tile, 256) and GATES[p.cell] * tile <= 64 * threads
     if p.precision == "ieee" and not device.is_amd and p.block_h >= 64:
         # The fp32 pipes take their operands from registers: few of them, and read as they lie, or they spill.
         most = 112**2 if device.target == "sm_100" and p.cell == "lstm" else 128**2
