@@ -28,6 +28,15 @@ def narrow(x, DTYPE: tl.constexpr):
 
 
 @triton.jit
+def only_if(mask, condition):
+    """A mask where a scalar condition holds. Triton 3.9's interpreter makes no mask of a tile and a boolean scalar."""
+    if INTERPRETED:
+        return mask & (tl.zeros_like(mask).to(tl.int32) + tl.where(condition, 1, 0) > 0)
+    else:
+        return mask & condition
+
+
+@triton.jit
 def column_sum(x):
     """Sum over rows in fp32. A GPU adds in a tree, the interpreter one by one: there fp64 keeps the tree's accuracy."""
     if INTERPRETED:

@@ -36,7 +36,7 @@ from ..autotune import cost
 from ..autotune.config import Config, Estimate, Tunable, register
 from ..autotune.device import DeviceSpec
 from ._launch import Launch, launch
-from ._math import dot, narrow, sigmoid, tanh
+from ._math import dot, narrow, only_if, sigmoid, tanh
 
 GATES = {"tanh": 1, "relu": 1, "gru": 3, "lstm": 4}
 SLOTS = {"tanh": 1, "relu": 1, "gru": 4, "lstm": 4}  # of the gate buffer in backward
@@ -192,8 +192,8 @@ def _rnn_backward_kernel(
             a_1 = tl.load(gates_t + H + gates_off, mask=mask, other=0.0).to(tl.float32)
             a_2 = tl.load(gates_t + 2 * H + gates_off, mask=mask, other=0.0).to(tl.float32)
             a_3 = tl.load(gates_t + 3 * H + gates_off, mask=mask, other=0.0).to(tl.float32)
-            between = mask & (is_first == 0)
-            first = mask & is_first
+            between = only_if(mask, is_first == 0)
+            first = only_if(mask, is_first)
             if CELL == "gru":
                 h = tl.load(out_ptr + before * B * (D * H) + out_off, mask=between, other=0.0).to(tl.float32)
                 h += tl.load(h0_ptr + state_off, mask=first, other=0.0).to(tl.float32)
