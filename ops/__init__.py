@@ -1,6 +1,7 @@
 """Operators: validation, schemas, autograd, dispatch and the torch fallback. Kernels are imported where they run."""
 
 from ._dispatch import Decision, UnsupportedError, explain, record, use_backend
+from .attention import attention, attention_pool, scaled_dot_product_attention
 from .conv import conv2d
 from .pool import max_pool2d
 from .rnn import elman_step, gru, lstm, rnn
@@ -8,6 +9,8 @@ from .rnn import elman_step, gru, lstm, rnn
 __all__ = [
     "Decision",
     "UnsupportedError",
+    "attention",
+    "attention_pool",
     "conv2d",
     "elman_step",
     "explain",
@@ -16,5 +19,6 @@ __all__ = [
     "max_pool2d",
     "record",
     "rnn",
+    "scaled_dot_product_attention",
     "use_backend",
 ]

@@ -208,6 +208,19 @@ def choose(
     return chosen
 
 
+def resolved_precision(input: torch.Tensor, precision: str | None, knobs: Any, group: str = "") -> str:
+    """How fp32 is multiplied where the caller did not say: as torch would, by the ``fp32_precision`` of ``knobs`` or of
+    a group of them, and where that is not set by ``allow_tf32``."""
+    if precision is not None:
+        return precision
+    if input.dtype is not torch.float32 or input.device.type != "cuda":
+        return "ieee"
+    setting = getattr(getattr(knobs, group, knobs), "fp32_precision", "none")
+    if setting == "none":
+        setting = "tf32" if knobs.allow_tf32 else "ieee"
+    return "tf32" if setting == "tf32" else "ieee"
+
+
 def runs_kernels(backend: str, tensor: torch.Tensor) -> bool:
     """Inside an operator, which is told its backend: is this a call for the kernels?
 

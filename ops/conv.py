@@ -12,7 +12,7 @@ from torch import Tensor
 from ..autotune.device import DeviceSpec
 from ..autotune.resolve import Choice, resolve
 from . import _checks
-from ._dispatch import choose, runs_kernels
+from ._dispatch import choose, resolved_precision, runs_kernels
 from ._layout import autocast, has_unit_channels, is_channels_last, memory_format
 from ._register import below_autograd, register
 
@@ -90,7 +90,7 @@ def conv2d(
         batched = F.pad(batched, args.pad_extra)
     if residual is not None and input.dim() == 3:
         residual = residual.unsqueeze(0)
-    resolved = _resolved_precision(input, precision)
+    resolved = resolved_precision(input, precision, torch.backends.cudnn, "conv")
     call = (
         batched, weight, bias, scale, residual, args.stride, args.padding, args.dilation, args.groups,
         activation or "none", resolved, "triton",
@@ -126,19 +126,6 @@ def _output_size(hw: Any, window: Any, stride: Any, padding: Any, dilation: Any)
     )
 
 
-def _resolved_precision(input: Tensor, precision: str | None) -> str:
-    """How fp32 is multiplied where the caller did not say: as torch would in cuDNN."""
-    if precision is not None:
-        return precision
-    if input.dtype is not torch.float32 or input.device.type != "cuda":
-        return "ieee"
-    conv = getattr(torch.backends.cudnn, "conv", None)
-    setting = getattr(conv, "fp32_precision", "none")
-    if setting == "none":
-        setting = "tf32" if torch.backends.cudnn.allow_tf32 else "ieee"
-    return "tf32" if setting == "tf32" else "ieee"
-
-
 def _problem(input: Tensor, weight: Tensor, args: _checks.Conv2dArgs, precision: str | None) -> Any:
     from ..kernels import conv
 
@@ -148,7 +135,7 @@ def _problem(input: Tensor, weight: Tensor, args: _checks.Conv2dArgs, precision:
     shape = (n, c, h + extra[2] + extra[3], w + extra[0] + extra[1])
     pq = _output_size(shape[2:], weight.shape[2:], args.stride, args.padding, args.dilation)
     channels_last = is_channels_last(input) or is_channels_last(weight)
-    resolved = _resolved_precision(input, precision)
+    resolved = resolved_precision(input, precision, torch.backends.cudnn, "conv")
     return conv.problem_of(shape, tuple(weight.shape), pq, geometry, input.dtype, resolved, channels_last)
 
 

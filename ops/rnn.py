@@ -12,7 +12,7 @@ from torch import Tensor
 from ..autotune.device import DeviceSpec, detect
 from ..autotune.resolve import Choice, resolve
 from . import rnn_checks
-from ._dispatch import choose, in_transform, runs_kernels
+from ._dispatch import choose, in_transform, resolved_precision, runs_kernels
 from ._layout import autocast
 from ._register import below_autograd, register
 
@@ -201,7 +201,7 @@ def _recur(
     assert h0 is not None
     tensors = [t for t in (input, w_ih, w_hh, b_ih, b_hh, h0, c0) if t is not None]
     saves = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-    resolved = _resolved_precision(input, precision)
+    resolved = resolved_precision(input, precision, torch.backends.cudnn, "rnn")
 
     def problem() -> Any:
         return _problem(cell, input, w_hh, resolved, saves)
@@ -245,18 +245,6 @@ def _limits(problem: Any, where: torch.device) -> str | None:
     if fits(problem, device):
         return None
     return f"hidden_size={problem.H} in {problem.dtype}: one multiprocessor of {device.slug} cannot hold the weights"
-
-
-def _resolved_precision(input: Tensor, precision: str | None) -> str:
-    """How fp32 is multiplied where the caller did not say: as torch would in cuDNN."""
-    if precision is not None:
-        return precision
-    if input.dtype is not torch.float32 or input.device.type != "cuda":
-        return "ieee"
-    setting = getattr(getattr(torch.backends.cudnn, "rnn", None), "fp32_precision", "none")
-    if setting == "none":
-        setting = "tf32" if torch.backends.cudnn.allow_tf32 else "ieee"
-    return "tf32" if setting == "tf32" else "ieee"
 
 
 def _problem(cell: str, input: Tensor, w_hh: Tensor, precision: str, saves: bool) -> Any:

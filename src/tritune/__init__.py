@@ -15,6 +15,8 @@ from ._version import __version__
 from .ops import (
     Decision,
     UnsupportedError,
+    attention,
+    attention_pool,
     conv2d,
     elman_step,
     explain,
@@ -22,6 +24,7 @@ from .ops import (
     lstm,
     max_pool2d,
     rnn,
+    scaled_dot_product_attention,
     use_backend,
 )
 
@@ -29,6 +32,8 @@ __all__ = [
     "Decision",
     "UnsupportedError",
     "__version__",
+    "attention",
+    "attention_pool",
     "conv2d",
     "elman_step",
     "explain",
@@ -37,5 +42,6 @@ __all__ = [
     "max_pool2d",
     "nn",
     "rnn",
+    "scaled_dot_product_attention",
     "use_backend",
 ]

@@ -1,0 +1,732 @@
+"""Attention with dot-product or cosine scores: public functions, operators, autograd, torch implementation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import inf
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..autotune.device import DeviceSpec
+from ..autotune.resolve import Choice, resolve
+from . import attention_checks
+from ._dispatch import choose, in_transform, is_plain, resolved_precision, runs_kernels
+from ._layout import autocast
+from ._register import below_autograd, register
+from .attention_checks import AttentionArgs
+
+
+def scaled_dot_product_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    r"""torch's scaled dot-product attention, with its signature.
+
+    .. math:: \mathrm{softmax}(scale \cdot Q K^T + mask)\, V
+
+    A drop-in for :func:`torch.nn.functional.scaled_dot_product_attention`, with derivatives of every order. Dropout is
+    left to torch.
+
+    Args:
+        query, key, value: ``[..., H, M, D]``, ``[..., H, N, D]``, ``[..., H, N, DV]``; leading dimensions broadcast.
+        attn_mask: broadcastable to ``[..., H, M, N]``; bool, True where a query sees a key, or numbers to add.
+        dropout_p: probability of dropping a weight.
+        is_causal: query i sees keys up to i; not together with ``attn_mask``.
+        scale: default ``D ** -0.5``.
+        enable_gqa: key and value may have fewer heads, each for as many consecutive heads of the query.
+
+    Returns:
+        ``[..., H, M, DV]``. Rows that see no key are 0.
+
+    Raises:
+        RuntimeError, TypeError: what torch raises, with torch's text, from one check for all backends.
+        UnsupportedError: under ``use_backend("triton")``, for what no kernel covers.
+
+    Example::
+
+        >>> q, k, v = torch.randn(2, 8, 100, 64), torch.randn(2, 8, 200, 64), torch.randn(2, 8, 200, 32)
+        >>> tritune.scaled_dot_product_attention(q, k, v).shape
+        torch.Size([2, 8, 100, 32])
+    """
+    attention_checks.check_scaled_dot_product_attention(
+        query, key, value, attn_mask, dropout_p, is_causal, scale
+    )  # fmt: skip
+    mask, bias = (attn_mask, None) if attn_mask is not None and attn_mask.dtype is torch.bool else (None, attn_mask)
+    return _attend(
+        "scaled_dot_product_attention", query, key, value, mask, bias, scale=scale, is_causal=is_causal,
+        enable_gqa=enable_gqa, dropout_p=dropout_p,
+    )[0]  # fmt: skip
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    score: str = "dot",
+    scale: float | Tensor | None = None,
+    attn_mask: Tensor | None = None,
+    bias: Tensor | None = None,
+    is_causal: bool = False,
+    causal_alignment: str = "top_left",
+    enable_gqa: bool = False,
+    return_lse: bool = False,
+    eps: float = 1e-6,
+    precision: str | None = None,
+) -> Any:
+    r"""Attention with dot-product or cosine scores.
+
+    .. math::
+        s_{ij} = scale \cdot q_i \cdot k_j + bias_{ij} \quad\text{or}\quad
+        s_{ij} = scale \cdot \frac{q_i}{\max(|q_i|, eps)} \cdot \frac{k_j}{\max(|k_j|, eps)} + bias_{ij}, \qquad
+        out_i = \sum_j \frac{\exp s_{ij}}{\sum_l \exp s_{il}} v_j
+
+    The kernels never hold the scores in memory, forward or backward: memory grows with M + N, not with M * N. Mask,
+    bias and causality combine: a key is hidden if any of them hides it.
+
+    Args:
+        query, key, value: ``[..., H, M, D]``, ``[..., H, N, D]``, ``[..., H, N, DV]`` of one dtype; leading dimensions
+            broadcast, strides are free.
+        score: ``"dot"``, or ``"cosine"`` for rows divided by their length.
+        scale: a number, or a tensor ``[]`` or ``[H]``, which gets a gradient; default: ``D ** -0.5``, and 1 for cosine.
+        attn_mask: bool, True where a query sees a key; broadcastable to ``[..., H, M, N]``.
+        bias: added to the scores, broadcastable like the mask; float32 or the dtype of ``query``. Its gradient is
+            summed in the kernel where it was broadcast.
+        is_causal: query i sees keys up to i, or with ``causal_alignment="bottom_right"`` up to i + N - M.
+        enable_gqa: key and value may have fewer heads, each for as many consecutive heads of the query.
+        return_lse: also return the logarithm of the sum of exponentials; it has a gradient.
+        eps: length below which a row of cosine scores counts as that long.
+        precision: how fp32 is multiplied, as in :func:`tritune.conv2d`; default: torch's setting for matrix products.
+
+    Returns:
+        ``[..., H, M, DV]``; with ``return_lse`` a pair with ``[..., H, M]`` in float32 (float64 for float64). A row
+        that sees no key is 0, its lse ``-inf``, its gradients 0.
+
+    Raises:
+        RuntimeError, TypeError, ValueError: for arguments that do not fit, before anything runs.
+        UnsupportedError: under ``use_backend("triton")``, for what no kernel covers.
+
+    Example::
+
+        >>> q, k, v = (torch.randn(2, 8, 100, 64) for _ in range(3))
+        >>> out, lse = tritune.attention(q, k, v, score="cosine", scale=10.0, is_causal=True, return_lse=True)
+        >>> out.shape, lse.shape
+        (torch.Size([2, 8, 100, 64]), torch.Size([2, 8, 100]))
+    """
+    attention_checks.check_attention(
+        query, key, value, attn_mask, bias, score=score, scale=scale, causal_alignment=causal_alignment, eps=eps,
+        precision=precision,
+    )  # fmt: skip
+    out, lse = _attend(
+        "attention", query, key, value, attn_mask, bias, score=score, scale=scale, is_causal=is_causal,
+        bottom_right=causal_alignment == "bottom_right", enable_gqa=enable_gqa, wants_lse=return_lse, eps=eps,
+        precision=precision,
+    )  # fmt: skip
+    return (out, lse) if return_lse else out
+
+
+def attention_pool(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    score: str = "dot",
+    scale: float | Tensor | None = None,
+    attn_mask: Tensor | None = None,
+    eps: float = 1e-6,
+    precision: str | None = None,
+) -> Tensor:
+    r"""Attention pooling: each of a few queries, the same for the whole batch, gives one weighted mean of the values.
+
+    .. math:: y_m = \sum_j \mathrm{softmax}_j(s(q_m, k_j))\, v_j
+
+    Args:
+        query: ``[H, M, D]``, or ``[M, D]`` without heads, or with leading dimensions of its own.
+        key, value: ``[B, H, N, D]``, ``[B, H, N, DV]``, or without H.
+        attn_mask: bool ``[B, N]``, True at the keys that count, or of more dimensions as in :func:`attention`.
+        score, scale, eps, precision: as in :func:`attention`.
+
+    Returns:
+        ``[B, H, M, DV]``, or without H. A sequence without any key that counts gives 0.
+
+    Example::
+
+        >>> x = torch.randn(2, 50, 16)  # two sequences of 50
+        >>> tritune.attention_pool(torch.randn(1, 16), x, x, score="cosine", scale=5.0).shape
+        torch.Size([2, 1, 16])
+    """
+    if isinstance(attn_mask, Tensor) and isinstance(key, Tensor) and attn_mask.dim() == 2 and key.dim() > 2:
+        attn_mask = attn_mask.view(attn_mask.shape[0], *(1,) * (key.dim() - 2), attn_mask.shape[1])
+    pooled: Tensor = attention(
+        query, key, value, score=score, scale=scale, attn_mask=attn_mask, eps=eps, precision=precision
+    )
+    return pooled
+
+
+def _attend(
+    op: str, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, bias: Tensor | None, *, scale: Any,
+    is_causal: bool, enable_gqa: bool, score: str = "dot", bottom_right: bool = False, wants_lse: bool = False,
+    eps: float = 1e-6, precision: str | None = None, dropout_p: float = 0.0,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Every call, of any number of dimensions: ``(out, lse)``."""
+    query, key, value, bias = autocast(query, key, value, bias)
+    masks = (("attn_mask", mask), ("bias" if op == "attention" else "attn_mask", bias))
+    args = attention_checks.check_operands(query, key, value, masks, scale, enable_gqa)
+    if isinstance(scale, Tensor) and op != "attention":
+        scale = float(scale)
+    q, k, v = (_four_dims(t, args, t is query) for t in (query, key, value))
+    mask, bias = (None if t is None else _four_dims_of_mask(t, args) for t in (mask, bias))
+    group = q.shape[1] // k.shape[1] if args.group > 1 else 1
+    if scale is None:
+        scale = 1.0 if score == "cosine" else max(1, q.shape[3]) ** -0.5
+    shift = None if not is_causal else k.shape[2] - q.shape[2] if bottom_right else 0
+
+    tensors = [t for t in (q, k, v, bias, scale) if isinstance(t, Tensor)]
+    saves = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+    bounded = score == "cosine" and bias is None and not isinstance(scale, Tensor) and _is_bounded(scale, q.dtype)
+    resolved = resolved_precision(q, precision, torch.backends.cuda.matmul)
+
+    def problem() -> Any:
+        return _problem(q, k, v, mask, bias, shift, bounded, resolved, saves)
+
+    backend = choose(
+        op, tensors[: 3 + (bias is not None)],
+        lambda device: _auto_rule(problem(), device, wants_lse),
+        lambda device: _kernel_choices(problem(), device, score == "cosine", bias is not None and bias.requires_grad),
+        lambda: _limits(q, v, mask, dropout_p),
+    )  # fmt: skip
+    if score == "cosine":
+        q, k = (_normalized(t, eps, backend) for t in (q, k))
+    if isinstance(scale, Tensor):
+        q, scale = q * scale.to(q.dtype).view(-1, 1, 1), 1.0
+    call = (q, k, v, mask, bias, float(scale), shift)
+    if backend == "torch":
+        out, lse = _on_torch(call, group, wants_lse, dropout_p, saves)
+    elif torch.compiler.is_compiling():
+        out, lse, _ = OP(*call, bounded, wants_lse, saves, resolved, backend)
+    elif saves:
+        out, lse, _ = _Attention.apply(*call, bounded, wants_lse, saves, resolved, backend)
+    else:
+        with below_autograd():
+            out, lse, _ = OP(*call, bounded, wants_lse, saves, resolved, backend)
+    return _original_dims(out, args, 2), _original_dims(lse, args, 1) if wants_lse else lse
+
+
+def _four_dims(t: Tensor, args: AttentionArgs, is_query: bool) -> Tensor:
+    """[B, H, S, D], broadcast; of key and value only as many heads as there are groups."""
+    if args.heads is None:
+        return t.view(1, 1, *t.shape) if t.dim() == 2 else t
+    heads = args.heads if is_query or args.group == 1 else args.heads // args.group
+    have = t.shape[-3] if t.dim() > 2 else 1
+    if have not in (1, heads):
+        t = t.repeat_interleave(heads // have, -3)  # grouped heads of key and value that differ in number
+    t = t.expand(*args.batch, heads, *t.shape[-2:])
+    return t.unsqueeze(0) if not args.batch else t.flatten(0, len(args.batch) - 1)
+
+
+def _four_dims_of_mask(t: Tensor, args: AttentionArgs) -> Tensor:
+    """[B, H, M, N] with 1 wherever it is broadcast, so that its gradient is summed there."""
+    known = len(args.batch) + (args.heads is not None) + 2
+    t = t.view(*(1,) * (max(known, 4) - t.dim()), *t.shape)
+    if len(args.batch) < 2:
+        return t
+    if any(size != 1 for size in t.shape[: len(args.batch)]):
+        t = t.expand(*args.batch, *t.shape[len(args.batch) :])
+    return t.flatten(0, len(args.batch) - 1)
+
+
+def _original_dims(t: Tensor, args: AttentionArgs, last: int) -> Tensor:
+    if args.heads is None:
+        return t.squeeze(0).squeeze(0)
+    if not args.batch:
+        return t.squeeze(0)
+    return t if len(args.batch) == 1 else t.unflatten(0, args.batch)
+
+
+def _is_bounded(scale: float, dtype: torch.dtype) -> bool:
+    """May exp(s - |scale|) of scores from -|scale| on be kept in this dtype?"""
+    return abs(scale) <= (4.5 if dtype is torch.float16 else 40.0)
+
+
+# --- the choice of backend -------------------------------------------------------------------------------------------
+
+
+def _limits(q: Tensor, v: Tensor, mask: Tensor | None, dropout_p: float) -> str | None:
+    if dropout_p:
+        return f"dropout_p={dropout_p:g}"
+    if torch.compiler.is_compiling():
+        return None
+    if mask is not None and not is_plain(mask):
+        return f"attn_mask is a {type(mask).__name__}"
+    from ..kernels.attention import MAX_HEAD
+
+    largest = max(q.shape[3], v.shape[3])
+    return f"a head dimension of {largest}: no kernel has more than {MAX_HEAD}" if largest > MAX_HEAD else None
+
+
+def _problem(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, bias: Tensor | None, shift: int | None, bounded: bool,
+    precision: str, saves: bool,
+) -> Any:  # fmt: skip
+    from ..kernels.attention import AttentionProblem
+
+    b, h, m, d = q.shape
+    dims = "" if bias is None else "".join(dim for dim, size in zip("bhmn", bias.shape, strict=True) if size != 1)
+    return AttentionProblem(
+        b, h, m, k.shape[2], d, v.shape[3], h // max(1, k.shape[1]), q.dtype,
+        precision if q.dtype is torch.float32 else "16", shift, mask is not None, None if bias is None else bias.dtype,
+        dims, bounded, saves,
+    )  # fmt: skip
+
+
+def _kernel_choices(
+    problem: Any, device: DeviceSpec, normalizes: bool, needs_bias: bool
+) -> tuple[tuple[str, Choice], ...]:
+    from ..kernels import attention as kernels
+
+    tunables: list[Any] = [kernels.FORWARD]
+    if problem.saves:
+        tunables += [kernels.DELTA, kernels.KEY_VALUE_GRAD, kernels.QUERY_GRAD]
+        tunables += [kernels.BIAS_GRAD] if needs_bias else []
+    found = [(tunable.name, resolve(tunable, problem, device)) for tunable in tunables]
+    if normalizes:
+        rows = kernels.NormalizeProblem(problem.B * problem.H * problem.M, problem.D, problem.dtype)
+        both = (kernels.NORMALIZE, kernels.NORMALIZE_GRAD)
+        found += [(tunable.name, resolve(tunable, rows, device)) for tunable in both[: 1 + problem.saves]]
+    return tuple(found)
+
+
+def _auto_rule(problem: Any, device: DeviceSpec, wants_lse: bool) -> tuple[bool, str]:
+    """By measurement if there is one: each kernel of backward was timed against torch's whole backward. Else only where
+    torch has no fused operator and would write the matrix of scores."""
+    choices = dict(_kernel_choices(problem, device, False, False))
+    timed = [choice for name, choice in choices.items() if name != "attention_delta"]
+    if all(choice.us and choice.torch_us for choice in timed):
+        ours_us = sum(choice.us or 0.0 for choice in timed)
+        torch_us = (timed[0].torch_us or 0.0) + max((choice.torch_us or 0.0 for choice in timed[1:]), default=0.0)
+        return ours_us < torch_us, f"measured: {ours_us:.1f} us against {torch_us:.1f} us of torch"
+    if wants_lse and problem.M * problem.N >= 4 * (problem.M + problem.N) * (problem.D + problem.DV):
+        return True, "not measured; torch has no fused attention that returns lse, and would write all scores"
+    return False, "not measured, and torch has a fused kernel as well: `tritune tune` can"
+
+
+# --- torch's implementations -----------------------------------------------------------------------------------------
+
+
+def _visible(m: int, n: int, shift: int, device: torch.device) -> Tensor:
+    """[M, N]: key j <= query i + shift."""
+    return torch.arange(n, device=device) <= torch.arange(m, device=device).unsqueeze(1) + shift
+
+
+def _hidden(q: Tensor, k: Tensor, mask: Tensor | None, shift: int | None) -> Tensor | None:
+    """Mask and causality in one mask."""
+    if shift is None:
+        return mask
+    visible = _visible(q.shape[2], k.shape[2], shift, q.device)
+    return visible if mask is None else mask & visible
+
+
+def _on_torch(
+    call: tuple[Any, ...], group: int, wants_lse: bool, dropout_p: float, saves: bool
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    q = call[0]
+    if wants_lse or in_transform():
+        return _formula(*call)
+    if saves and not dropout_p and not torch.compiler.is_compiling() and is_plain(q):
+        return _OnTorch.apply(*call, group), q.new_empty(0)
+    return _composite(*call, group=group, dropout_p=dropout_p), q.new_empty(0)
+
+
+def _composite(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, bias: Tensor | None, scale: float, shift: int | None, *,
+    group: int, dropout_p: float = 0.0,
+) -> Tensor:  # fmt: skip
+    """torch's own attention."""
+    if scale <= 0:
+        # torch's kernel for the CPU hides keys before it scales: -inf times 0 or less is NaN.
+        q, scale = q * scale, 1.0
+    is_causal = shift is not None and mask is None and bias is None and _is_zero(shift)
+    if not is_causal:
+        mask = _hidden(q, k, mask, shift)
+    if bias is not None:
+        mask = bias if mask is None else torch.where(mask, bias, -inf)
+    return F.scaled_dot_product_attention(
+        q, k, v, mask, dropout_p, is_causal, scale=scale, enable_gqa=group > 1
+    )  # fmt: skip
+
+
+def _is_zero(shift: Any) -> bool:
+    return isinstance(shift, int) and shift == 0
+
+
+def _formula(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, bias: Tensor | None, scale: float, shift: int | None
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The definition with all scores at once, for every transform and derivative."""
+    p, lse = _weights(q, k, mask, bias, scale, shift)
+    return (p @ _repeated(v, q).to(p.dtype)).to(q.dtype), lse
+
+
+def _repeated(t: Tensor, q: Tensor) -> Tensor:
+    """Key or value with as many heads as the query."""
+    return t if t.shape[1] == q.shape[1] else t.repeat_interleave(q.shape[1] // t.shape[1], 1)
+
+
+def _weights(
+    q: Tensor, k: Tensor, mask: Tensor | None, bias: Tensor | None, scale: float, shift: int | None
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """``(p, lse)`` in float32 at least."""
+    wide = torch.promote_types(q.dtype, torch.float32)
+    s = (q.to(wide) * scale) @ _repeated(k, q).to(wide).transpose(-1, -2)
+    if bias is not None:
+        s = s + bias.to(wide)
+    mask = _hidden(q, k, mask, shift)
+    if mask is not None:
+        s = torch.where(mask, s, -inf)
+    # Rows that see nothing are computed as if they saw all, and taken back: no NaN on the way, nor in a derivative.
+    empty = (s == -inf).all(-1, keepdim=True)
+    s = torch.where(empty, 0.0, s)
+    if k.shape[2] == 0:
+        return s, torch.full_like(s.sum(-1), -inf)
+    p = torch.where(empty, 0.0, torch.softmax(s, -1))
+    return p, torch.where(empty.squeeze(-1), -inf, torch.logsumexp(s, -1))
+
+
+def _grads(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, bias: Tensor | None, dout: Tensor, dlse: Tensor | None,
+    scale: float, shift: int | None, needs: Sequence[bool],
+) -> tuple[Tensor | None, ...]:  # fmt: skip
+    """The gradients of :func:`_formula` as functions of its arguments, in torch's operators."""
+    p, _ = _weights(q, k, mask, bias, scale, shift)
+    wide = p.dtype
+    dout, keys = dout.to(wide), _repeated(k, q).to(wide)
+    dp = dout @ _repeated(v, q).to(wide).transpose(-1, -2)
+    inner = (p * dp).sum(-1, keepdim=True)
+    ds = p * (dp - (inner if dlse is None else inner - dlse.unsqueeze(-1)))
+    needs_q, needs_k, needs_v, needs_bias = needs
+    dq = (scale * (ds @ keys)).to(q.dtype) if needs_q else None
+    dk = _folded(scale * (ds.transpose(-1, -2) @ q.to(wide)), k) if needs_k else None
+    dv = _folded(p.transpose(-1, -2) @ dout, v) if needs_v else None
+    dbias = ds.sum_to_size(bias.shape).to(bias.dtype) if bias is not None and needs_bias else None
+    return dq, dk, dv, dbias
+
+
+def _folded(grad: Tensor, t: Tensor) -> Tensor:
+    """Sums over the query heads that share a head of ``t``."""
+    if grad.shape[1] != t.shape[1]:
+        grad = grad.unflatten(1, (t.shape[1], -1)).sum(2)
+    return grad.to(t.dtype)
+
+
+class _OnTorch(torch.autograd.Function):
+    """torch's attention with a second derivative, which its fused kernels lack. The first is torch's own: the graph
+    that it records in forward is kept and walked in backward."""
+
+    @staticmethod
+    def forward(ctx: Any, *call: Any) -> Tensor:
+        tensors, (scale, shift, group) = call[:5], call[5:]
+        with torch.enable_grad():
+            leaves: list[Any] = [None if t is None else t.detach().requires_grad_(t.requires_grad) for t in tensors]
+            q, k, v, mask, bias = leaves
+            out = _composite(q, k, v, mask, bias, scale, shift, group=group)
+        ctx.graph = (out, leaves)
+        ctx.save_for_backward(*tensors)
+        ctx.options = (scale, shift)
+        return out.detach()
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+        tensors, needs = ctx.saved_tensors, ctx.needs_input_grad
+        scale, shift = ctx.options
+        if torch.is_grad_enabled():
+            q, k, v, mask, bias = tensors
+            wanted = [*needs[:3], needs[4]]
+            dq, dk, dv, dbias = _grads(q, k, v, mask, bias, dout, None, scale, shift, wanted)
+            return dq, dk, dv, None, dbias, None, None, None
+        out, leaves = ctx.graph
+        inputs = [leaf for leaf, need in zip(leaves, needs[:5], strict=True) if need]
+        grads = iter(torch.autograd.grad(out, inputs, dout, retain_graph=True))
+        return *(next(grads) if need else None for need in needs[:5]), None, None, None
+
+
+# --- operators -------------------------------------------------------------------------------------------------------
+
+
+def _forward(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, bias: Tensor | None, scale: float,
+    shift: int | None, bounded: bool, wants_lse: bool, saves: bool, precision: str, backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    if runs_kernels(backend, query):
+        from ..kernels.attention import Scores, run_forward
+
+        problem = _problem(query, key, value, attn_mask, bias, shift, bounded, precision, saves)
+        scores = Scores(attn_mask, bias, scale)
+        found = run_forward(problem, query, key, value, scores, wants_lse=wants_lse)
+        out, lse, stats = (query.new_empty(0, dtype=torch.float32) if t is None else t for t in found)
+        return out, lse, stats
+    args = (query, key, value, attn_mask, bias, scale, shift)
+    lse = stats = query.new_empty(0, dtype=_lse_dtype(query))
+    if not (wants_lse or saves):
+        result = _composite(*args, group=query.shape[1] // max(1, key.shape[1]))
+    else:
+        result, full_lse = _formula(*args)
+        lse = full_lse if wants_lse else lse
+        stats = _stats(full_lse, bias) if saves else stats
+    return _empty_rows(query, value.shape[3]).copy_(result), lse, stats
+
+
+def _lse_dtype(query: Tensor) -> torch.dtype:
+    return torch.promote_types(query.dtype, torch.float32)
+
+
+def _empty_rows(like: Tensor, size: int) -> Tensor:
+    """The layout of a result: heads and sequence as ``like`` has them in memory. The kernels' launcher agrees."""
+    b, h, s, _ = like.shape
+    if like.stride(1) < like.stride(2):
+        return like.new_empty(b, s, h, size).transpose(1, 2)
+    return like.new_empty(b, h, s, size)
+
+
+def _stats(lse: Tensor, bias: Tensor | None) -> Tensor:
+    """What the kernels keep for backward, from lse: see the head of ``kernels/attention.py``."""
+    kept = torch.where(lse == -inf, inf, lse)
+    return torch.stack([kept, torch.zeros_like(kept)]) if bias is not None else kept.unsqueeze(0) / 0.6931471805599453
+
+
+def _fake_forward(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Any, bias: Any, scale: float, shift: Any, bounded: bool,
+    wants_lse: bool, saves: bool, precision: str, backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    rows, dtype = query.shape[:3], _lse_dtype(query)
+    return (
+        _empty_rows(query, value.shape[3]), query.new_empty(rows if wants_lse else 0, dtype=dtype),
+        query.new_empty((1 if bias is None else 2, *rows) if saves else 0, dtype=dtype),
+    )  # fmt: skip
+
+
+class _Attention(torch.autograd.Function):
+    """``(out, lse, stats)`` of OP."""
+
+    @staticmethod
+    def forward(ctx: Any, *call: Any) -> tuple[Tensor, ...]:
+        with below_autograd():
+            out, lse, stats = OP(*call)
+        ctx.save_for_backward(*call[:5], out, stats)
+        ctx.options = (*call[5:8], call[10], call[11])
+        ctx.mark_non_differentiable(stats)
+        ctx.set_materialize_grads(False)
+        return out, lse, stats
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+        tensors = ctx.saved_tensors
+        dout = torch.zeros_like(tensors[5]) if dout is None else dout
+        needs = ctx.needs_input_grad[:5]
+        dq, dk, dv, dbias = OP_BACKWARD(*tensors, dout, dlse, [*needs[:3], needs[4]], *ctx.options)
+        grads = (dq, dk, dv, None, dbias)
+        return *(grad if need else None for grad, need in zip(grads, needs, strict=True)), *(None,) * 7
+
+
+def _autograd(*call: Any) -> tuple[Tensor, ...]:
+    if not torch.is_grad_enabled() or not any(isinstance(t, Tensor) and t.requires_grad for t in call[:5]):
+        with below_autograd():
+            return tuple(OP(*call))
+    return tuple(_Attention.apply(*call[:9], True, *call[10:]))
+
+
+_TENSORS = "Tensor query, Tensor key, Tensor value, Tensor? attn_mask, Tensor? bias"
+OP: Any = register(
+    f"attention({_TENSORS}, float scale, SymInt? shift, bool bounded, bool wants_lse, bool saves, str precision, "
+    "str backend) -> (Tensor, Tensor, Tensor)",
+    implementation=_forward,
+    fake=_fake_forward,
+    autograd=_autograd,
+)
+
+
+def _backward(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, bias: Tensor | None, out: Tensor,
+    stats: Tensor, dout: Tensor, dlse: Tensor | None, needs: list[bool], scale: float, shift: int | None,
+    bounded: bool, precision: str, backend: str,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    if runs_kernels(backend, query):
+        from ..kernels.attention import Scores, run_backward
+
+        problem = _problem(query, key, value, attn_mask, bias, shift, bounded, precision, True)
+        scores = Scores(attn_mask, bias, scale)
+        found = run_backward(problem, query, key, value, scores, out, stats, dout, dlse, needs)
+    else:
+        *grads, dbias = _grads(query, key, value, attn_mask, bias, dout, dlse, scale, shift, needs)
+        laid_out = (
+            None if grad is None else _empty_rows(like, grad.shape[3]).copy_(grad)
+            for grad, like in zip(grads, (query, key, value), strict=True)
+        )
+        found = (*laid_out, dbias)
+    needs_both = (needs[0], needs[1] or needs[2], needs[1] or needs[2], needs[3])
+    return tuple(
+        query.new_empty(0) if grad is None or not need else grad for grad, need in zip(found, needs_both, strict=True)
+    )
+
+
+def _backward_autograd(*call: Any) -> tuple[Tensor, ...]:
+    """A first backward runs the kernels; one that is differentiated again runs the formula in torch's operators."""
+    if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in call[:9]):
+        query, key, value, mask, bias, _, _, dout, dlse, needs, scale, shift, *_ = call
+        grads = _grads(query, key, value, mask, bias, dout, dlse, scale, shift, needs)
+        return tuple(query.new_empty(0) if grad is None else grad for grad in grads)
+    with below_autograd():
+        return tuple(OP_BACKWARD(*call))
+
+
+def _fake_backward(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Any, bias: Tensor | None, out: Any, stats: Any, dout: Any,
+    dlse: Any, needs: list[bool], *_: Any,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    nothing = query.new_empty(0)
+    pair = needs[1] or needs[2]
+    return (
+        _empty_rows(query, query.shape[3]) if needs[0] else nothing,
+        _empty_rows(key, key.shape[3]) if pair else query.new_empty(0),
+        _empty_rows(value, value.shape[3]) if pair else query.new_empty(0),
+        query.new_empty(0) if bias is None or not needs[3] else bias.new_empty(bias.shape),
+    )
+
+
+OP_BACKWARD: Any = register(
+    f"attention_backward({_TENSORS}, Tensor out, Tensor stats, Tensor dout, Tensor? dlse, bool[] needs, float scale, "
+    "SymInt? shift, bool bounded, str precision, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
+    implementation=_backward,
+    fake=_fake_backward,
+    autograd=_backward_autograd,
+)
+
+
+# --- rows of unit length, for cosine scores --------------------------------------------------------------------------
+
+
+def _normalized(t: Tensor, eps: float, backend: str) -> Tensor:
+    """``t / max(|t|, eps)`` of the rows of [B, H, S, D]."""
+    if backend == "torch":
+        return _unit(t, eps)
+    if torch.compiler.is_compiling():
+        return OP_NORMALIZE(t, eps, backend)[0]
+    if torch.is_grad_enabled() and t.requires_grad:
+        return _Normalize.apply(t, eps, backend)[0]
+    with below_autograd():
+        return OP_NORMALIZE(t, eps, backend)[0]
+
+
+def _lengths(t: Tensor, eps: float) -> Tensor:
+    """[..., 1]: max(|t|, eps) in float32 at least. Divided by their largest element first, rows neither overflow nor
+    vanish when they are squared."""
+    wide = t.to(torch.promote_types(t.dtype, torch.float32))
+    if t.shape[-1] == 0:
+        return torch.full_like(wide.sum(-1, keepdim=True), eps)
+    largest = wide.detach().abs().amax(-1, keepdim=True)
+    largest = torch.where(largest == 0, 1.0, largest)
+    scaled = wide / largest
+    is_short = torch.linalg.vector_norm(scaled.detach(), dim=-1, keepdim=True) * largest < eps
+    # The length of a short row has no part in the result, and at 0 no derivative.
+    length = torch.linalg.vector_norm(torch.where(is_short, 1.0, scaled), dim=-1, keepdim=True) * largest
+    return torch.where(is_short, eps, length)
+
+
+def _unit(t: Tensor, eps: float) -> Tensor:
+    lengths = _lengths(t, eps)
+    return (t.to(lengths.dtype) / lengths).to(t.dtype)
+
+
+def _unit_grad(t: Tensor, dout: Tensor, eps: float) -> Tensor:
+    """The gradient of :func:`_unit` as a function of its argument."""
+    lengths = _lengths(t, eps)
+    unit = t.to(lengths.dtype) / lengths
+    along = (unit * dout).sum(-1, keepdim=True)
+    return ((dout - torch.where(lengths == eps, 0.0, along) * unit) / lengths).to(t.dtype)
+
+
+def _normalize(input: Tensor, eps: float, backend: str) -> tuple[Tensor, Tensor]:
+    if runs_kernels(backend, input):
+        from ..kernels.attention import run_normalize
+
+        return run_normalize(_rows_problem(input), input, eps)
+    inverse = 1 / _lengths(input, eps)
+    out = _empty_rows(input, input.shape[3]).copy_((input * inverse).to(input.dtype))
+    return out, inverse.squeeze(-1)
+
+
+def _rows_problem(t: Tensor) -> Any:
+    from ..kernels.attention import NormalizeProblem
+
+    return NormalizeProblem(t.shape[0] * t.shape[1] * t.shape[2], t.shape[3], t.dtype)
+
+
+def _fake_normalize(input: Tensor, eps: float, backend: str) -> tuple[Tensor, Tensor]:
+    return _empty_rows(input, input.shape[3]), input.new_empty(input.shape[:3], dtype=_lse_dtype(input))
+
+
+class _Normalize(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, input: Tensor, eps: float, backend: str) -> tuple[Tensor, Tensor]:
+        with below_autograd():
+            out, inverse = OP_NORMALIZE(input, eps, backend)
+        ctx.save_for_backward(input, out, inverse)
+        ctx.options = (eps, backend)
+        ctx.mark_non_differentiable(inverse)
+        return out, inverse
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor, _: None) -> tuple[Tensor | None, ...]:
+        return OP_NORMALIZE_BACKWARD(*ctx.saved_tensors, dout, *ctx.options), None, None
+
+
+def _normalize_autograd(input: Tensor, eps: float, backend: str) -> tuple[Tensor, Tensor]:
+    if torch.is_grad_enabled() and input.requires_grad:
+        return _Normalize.apply(input, eps, backend)
+    with below_autograd():
+        return OP_NORMALIZE(input, eps, backend)
+
+
+OP_NORMALIZE: Any = register(
+    "attention_normalize(Tensor input, float eps, str backend) -> (Tensor, Tensor)",
+    implementation=_normalize,
+    fake=_fake_normalize,
+    autograd=_normalize_autograd,
+)
+
+
+def _normalize_backward(
+    input: Tensor, out: Tensor, inverse: Tensor, dout: Tensor, eps: float, backend: str
+) -> Tensor:  # fmt: skip
+    if runs_kernels(backend, input):
+        from ..kernels.attention import run_normalize_grad
+
+        return run_normalize_grad(_rows_problem(out), out, inverse, dout, eps)
+    return _empty_rows(out, out.shape[3]).copy_(_unit_grad(input, dout, eps))
+
+
+def _normalize_backward_autograd(
+    input: Tensor, out: Tensor, inverse: Tensor, dout: Tensor, eps: float, backend: str
+) -> Tensor:  # fmt: skip
+    if torch.is_grad_enabled() and (input.requires_grad or dout.requires_grad):
+        return _unit_grad(input, dout, eps)
+    with below_autograd():
+        return OP_NORMALIZE_BACKWARD(input, out, inverse, dout, eps, backend)
+
+
+OP_NORMALIZE_BACKWARD: Any = register(
+    "attention_normalize_backward(Tensor input, Tensor out, Tensor inverse, Tensor dout, float eps, str backend)"
+    " -> Tensor",
+    implementation=_normalize_backward,
+    fake=lambda input, out, inverse, dout, eps, backend: _empty_rows(out, out.shape[3]),
+    autograd=_normalize_backward_autograd,
+)
