@@ -11,9 +11,9 @@ read once a tile of the other. Then |s| <= |scale|, and with BOUNDED that bound 
 
 B sequences, H query heads, GROUP query heads for each head of key and value, M queries, N keys, D and DV numbers a
 head, padded to a power of two with zeros. One program serves BLOCK_M queries of one head, or in the gradients of key
-and value BLOCK_N keys. The forward pass keeps lse for the backward; with a bias in two parts, maximum and rest, since
-their sum would lose the rest where biases are as large as ``finfo.min``. Nobody adds to what another program wrote, so
-each run gives the same bits.
+and value BLOCK_N keys. The forward pass keeps lse for the backward; with a bias or in full fp32 in two parts, the
+maximum and the inverse of the sum: one number would lose the sum where biases are as large as ``finfo.min``. Nobody
+adds to what another program wrote, so each run gives the same bits.
 
 Bytes (e: bytes an element, T_M = ceil(M / BLOCK_M), T_N alike; causal kernels skip the tiles that nobody sees):
 
@@ -44,6 +44,9 @@ from ._math import column_sum, dot, narrow
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
+# The same in two parts, of which the first has few digits: multiplied by a small integer it is exact.
+LN2_HIGH = tl.constexpr(0.693359375)
+LN2_LOW = tl.constexpr(-2.12194440e-4)
 
 # Sizes and strides of batch, head and sequence: none of them may compile anything anew.
 _SIZES = ["H", "M", "N", "shift", "scale"]
@@ -81,15 +84,17 @@ def _store_rows(ptr, values, first, count, stride, SIZE: tl.constexpr, WIDTH: tl
 @triton.jit
 def _scores(products, i, j, M, N, shift, scale,
             mask_ptr, mask_m, mask_n, MASK_VEC: tl.constexpr, bias_ptr, bias_m, bias_n, BIAS_VEC: tl.constexpr,
-            CAUSAL: tl.constexpr, CHECK: tl.constexpr):  # fmt: skip
-    """Scores of queries ``i`` and keys ``j`` (one a column, the other a row) from their products: in units of log 2,
-    with a bias in natural ones. CHECK: some key may lie behind the end or be hidden by causality."""
+            CAUSAL: tl.constexpr, UNIT: tl.constexpr, CHECK: tl.constexpr):  # fmt: skip
+    """Scores of queries ``i`` and keys ``j`` (one a column, the other a row) from their products, in units of log 2 or
+    natural ones. CHECK: some key may lie behind the end or be hidden by causality."""
     inside = (i < M) & (j < N)
-    if bias_ptr is not None:
-        bias = tl.load(bias_ptr + i.to(tl.int64) * bias_m * BIAS_VEC + j * bias_n, mask=inside, other=0.0)
-        s = products * scale + bias.to(tl.float32)
-    else:
+    if UNIT == "log2":
         s = products * (scale * LOG2E)
+    else:
+        s = products * scale
+    if bias_ptr is not None:
+        bias = tl.load(bias_ptr + i.to(tl.int64) * bias_m * BIAS_VEC + j * bias_n, mask=inside, other=float("-inf"))
+        s += bias.to(tl.float32)
     if mask_ptr is not None:
         seen = tl.load(mask_ptr + i.to(tl.int64) * mask_m * MASK_VEC + j * mask_n, mask=inside, other=0)
         s = tl.where(seen != 0, s, float("-inf"))
@@ -102,12 +107,17 @@ def _scores(products, i, j, M, N, shift, scale,
 
 
 @triton.jit
-def _exp(s, NATURAL: tl.constexpr):
-    """Exponential of differences of scores in either unit. To multiply after the subtraction keeps finfo.min finite."""
-    if NATURAL:
+def _exp(s, UNIT: tl.constexpr):
+    """Exponential of differences of scores. To multiply after the subtraction keeps finfo.min finite; "exact" loses
+    nothing of a long difference, as torch's own exponential in fp32."""
+    if UNIT == "log2":
+        return tl.exp2(s)
+    elif UNIT == "natural":
         return tl.exp2(s * LOG2E)
     else:
-        return tl.exp2(s)
+        x = tl.where(s < -150.0, -150.0, s)  # 0 all the same, and NaN stays
+        n = tl.floor(x * LOG2E + 0.5)
+        return tl.exp2(n) * tl.exp2((x - n * LN2_HIGH - n * LN2_LOW) * LOG2E)
 
 
 @triton.jit
@@ -129,24 +139,23 @@ def _whole_keys(first, rows: tl.constexpr, N, shift, CAUSAL: tl.constexpr, BLOCK
 def _attend(acc, total, top, q, first_row, begin, end, k_ptr, v_ptr, stride_ks, stride_vs, M, N, shift, scale,
             mask_ptr, mask_m, mask_n, MASK_VEC: tl.constexpr, bias_ptr, bias_m, bias_n, BIAS_VEC: tl.constexpr,
             D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, VEC: tl.constexpr,
-            CAUSAL: tl.constexpr, BOUNDED: tl.constexpr, PRECISION: tl.constexpr,
+            CAUSAL: tl.constexpr, BOUNDED: tl.constexpr, UNIT: tl.constexpr, PRECISION: tl.constexpr,
             BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CHECK: tl.constexpr):  # fmt: skip
     """Adds the keys from ``begin`` to ``end`` to the running sums."""
-    NATURAL: tl.constexpr = bias_ptr is not None
     i = (first_row + tl.arange(0, BLOCK_M))[:, None]
     for start in range(begin, end, BLOCK_N):
         k = _rows(k_ptr, start, N, stride_ks, D, BLOCK_D, BLOCK_N, VEC, CHECK)
         products = dot(q, tl.trans(k), tl.zeros([BLOCK_M, BLOCK_N], tl.float32), PRECISION)
         j = (start + tl.arange(0, BLOCK_N))[None, :]
         s = _scores(products, i, j, M, N, shift, scale, mask_ptr, mask_m, mask_n, MASK_VEC,
-                    bias_ptr, bias_m, bias_n, BIAS_VEC, CAUSAL, CHECK)  # fmt: skip
+                    bias_ptr, bias_m, bias_n, BIAS_VEC, CAUSAL, UNIT, CHECK)  # fmt: skip
         if BOUNDED:
-            p = tl.exp2(s - top[:, None])
+            p = _exp(s - top[:, None], UNIT)
         else:
             new_top = tl.maximum(top, tl.max(s, 1))
             base = tl.where(new_top == float("-inf"), 0.0, new_top)  # a row that has seen nothing yet
-            p = _exp(s - base[:, None], NATURAL)
-            kept = _exp(top - base, NATURAL)
+            p = _exp(s - base[:, None], UNIT)
+            kept = _exp(top - base, UNIT)
             acc = acc * kept[:, None]
             total = total * kept
             top = new_top
@@ -165,7 +174,7 @@ def _attention_kernel(
     H, M, N, shift, scale,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, GROUP: tl.constexpr,
     VEC: tl.constexpr, MASK_VEC: tl.constexpr, BIAS_VEC: tl.constexpr, CAUSAL: tl.constexpr, BOUNDED: tl.constexpr,
-    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    UNIT: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """q [B, H, M, D], k [B, H / GROUP, N, D], v [B, H / GROUP, N, DV], mask and bias [B, H, M, N] by strides,
     o [B, H, M, DV], lse, top, rest [B, H, M]."""
@@ -186,19 +195,19 @@ def _attention_kernel(
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     if BOUNDED:
-        top = tl.zeros([BLOCK_M], tl.float32) + tl.abs(scale) * LOG2E
+        top = tl.zeros([BLOCK_M], tl.float32) + tl.abs(scale) * (LOG2E if UNIT == "log2" else 1.0)
     else:
         top = tl.full([BLOCK_M], float("-inf"), tl.float32)
     whole, end = _whole_keys(first_row, BLOCK_M, N, shift, CAUSAL, BLOCK_N)
     acc, total, top = _attend(
         acc, total, top, q, first_row, 0, whole, k_ptr, v_ptr, stride_ks, stride_vs, M, N, shift, scale,
         mask_ptr, stride_mask_m, mask_n, MASK_VEC, bias_ptr, stride_bias_m, bias_n, BIAS_VEC,
-        D, DV, BLOCK_D, BLOCK_DV, VEC, CAUSAL, BOUNDED, PRECISION, BLOCK_M, BLOCK_N, False,
+        D, DV, BLOCK_D, BLOCK_DV, VEC, CAUSAL, BOUNDED, UNIT, PRECISION, BLOCK_M, BLOCK_N, False,
     )  # fmt: skip
     acc, total, top = _attend(
         acc, total, top, q, first_row, whole, end, k_ptr, v_ptr, stride_ks, stride_vs, M, N, shift, scale,
         mask_ptr, stride_mask_m, mask_n, MASK_VEC, bias_ptr, stride_bias_m, bias_n, BIAS_VEC,
-        D, DV, BLOCK_D, BLOCK_DV, VEC, CAUSAL, BOUNDED, PRECISION, BLOCK_M, BLOCK_N, True,
+        D, DV, BLOCK_D, BLOCK_DV, VEC, CAUSAL, BOUNDED, UNIT, PRECISION, BLOCK_M, BLOCK_N, True,
     )  # fmt: skip
     empty = total == 0.0
     inverse = tl.where(empty, 0.0, 1.0 / tl.where(empty, 1.0, total))
@@ -206,20 +215,18 @@ def _attention_kernel(
     i = first_row + tl.arange(0, BLOCK_M)
     row = bh * M + i
     base = tl.where(top == float("-inf"), 0.0, top)
-    if bias_ptr is not None:
-        rest = tl.log(tl.where(empty, 1.0, total))
-        lse = base + rest
+    if UNIT == "log2":
+        lse = (base + tl.log2(tl.where(empty, 1.0, total))) * LN2
     else:
-        rest = tl.log2(tl.where(empty, 1.0, total))
-        lse = (base + rest) * LN2
+        lse = base + tl.log(tl.where(empty, 1.0, total))
     if lse_ptr is not None:
         tl.store(lse_ptr + row, tl.where(empty, float("-inf"), lse), mask=i < M)
-    # For backward, in the unit of the scores. With +inf every exp(s - top - rest) of an empty row is 0.
+    # For backward, in the unit of the scores. With 0 and +inf every probability of an empty row is 0.
     if rest_ptr is not None:
         tl.store(top_ptr + row, base, mask=i < M)
-        tl.store(rest_ptr + row, tl.where(empty, float("inf"), rest), mask=i < M)
+        tl.store(rest_ptr + row, inverse, mask=i < M)
     elif top_ptr is not None:
-        tl.store(top_ptr + row, tl.where(empty, float("inf"), base + rest), mask=i < M)
+        tl.store(top_ptr + row, tl.where(empty, float("inf"), lse * LOG2E), mask=i < M)
 
 
 # --- backward --------------------------------------------------------------------------------------------------------
@@ -247,14 +254,23 @@ def _delta_kernel(
 
 
 @triton.jit
-def _probabilities(s, top, rest_ptr, row, inside, ROWS: tl.constexpr):
-    """exp(s - lse) in queries of axis ROWS, with lse in one part or two."""
-    s -= tl.expand_dims(top, 1 - ROWS)
+def _row_statistics(top_ptr, rest_ptr, delta_ptr, row, inside):
+    """lse, in one part or two, and delta. Of rows outside: such that all their probabilities are 0."""
+    top = tl.load(top_ptr + row, mask=inside, other=float("inf"))
+    rest = top
     if rest_ptr is not None:
-        rest = tl.load(rest_ptr + row, mask=inside, other=float("inf"))
-        return tl.exp2((s - tl.expand_dims(rest, 1 - ROWS)) * LOG2E)
+        rest = tl.load(rest_ptr + row, mask=inside, other=0.0)
+    delta = tl.load(delta_ptr + row, mask=inside, other=0.0)
+    return top, rest, delta
+
+
+@triton.jit
+def _probabilities(s, top, rest, UNIT: tl.constexpr):
+    """exp(s - lse), with lse in one part or two."""
+    if UNIT == "log2":
+        return _exp(s - top, UNIT)
     else:
-        return tl.exp2(s)
+        return _exp(s - top, UNIT) * rest
 
 
 @triton.jit
@@ -262,7 +278,7 @@ def _gather_queries(dk, dv, k, v, first_key, begin, end, q_ptr, do_ptr, top_ptr,
                     stride_qs, stride_dos, M, N, shift, scale,
                     mask_ptr, mask_m, mask_n, MASK_VEC: tl.constexpr, bias_ptr, bias_m, bias_n, BIAS_VEC: tl.constexpr,
                     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-                    VEC: tl.constexpr, CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
+                    VEC: tl.constexpr, CAUSAL: tl.constexpr, UNIT: tl.constexpr, PRECISION: tl.constexpr,
                     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CHECK: tl.constexpr):  # fmt: skip
     """Adds what the queries from ``begin`` to ``end`` give to the gradients of a tile of keys. All is transposed."""
     j = (first_key + tl.arange(0, BLOCK_N))[:, None]
@@ -271,12 +287,11 @@ def _gather_queries(dk, dv, k, v, first_key, begin, end, q_ptr, do_ptr, top_ptr,
         i = rows[None, :]
         q = _rows(q_ptr, start, M, stride_qs, D, BLOCK_D, BLOCK_M, VEC, True)
         do = _rows(do_ptr, start, M, stride_dos, DV, BLOCK_DV, BLOCK_M, VEC, True)
-        top = tl.load(top_ptr + rows, mask=rows < M, other=float("inf"))
-        delta = tl.load(delta_ptr + rows, mask=rows < M, other=0.0)
+        top, rest, delta = _row_statistics(top_ptr, rest_ptr, delta_ptr, rows, rows < M)
         products = dot(k, tl.trans(q), tl.zeros([BLOCK_N, BLOCK_M], tl.float32), PRECISION)
         s = _scores(products, i, j, M, N, shift, scale, mask_ptr, mask_m, mask_n, MASK_VEC,
-                    bias_ptr, bias_m, bias_n, BIAS_VEC, CAUSAL, CHECK)  # fmt: skip
-        p = _probabilities(s, top, rest_ptr, rows, rows < M, 1)
+                    bias_ptr, bias_m, bias_n, BIAS_VEC, CAUSAL, UNIT, CHECK)  # fmt: skip
+        p = _probabilities(s, top[None, :], rest[None, :], UNIT)
         dv = dot(narrow(p, do.dtype), do, dv, PRECISION)
         dp = dot(v, tl.trans(do), tl.zeros([BLOCK_N, BLOCK_M], tl.float32), PRECISION)
         ds = p * (dp - delta[None, :])
@@ -293,7 +308,7 @@ def _key_value_grad_kernel(
     H, M, N, shift, scale,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, GROUP: tl.constexpr,
     VEC: tl.constexpr, MASK_VEC: tl.constexpr, BIAS_VEC: tl.constexpr, CAUSAL: tl.constexpr,
-    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    UNIT: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """The query heads of a group are walked one after the other, so no partial sums meet in memory."""
     tiles = tl.cdiv(N, BLOCK_N)
@@ -328,14 +343,14 @@ def _key_value_grad_kernel(
                 dk, dv, k, v, first_key, begin, tl.minimum(whole, M), q_ptr, do_ptr,
                 top_ptr + row, rest_row, delta_ptr + row, stride_qs, stride_dos, M, N, shift, scale,
                 mask_ptr, stride_mask_m, mask_n, MASK_VEC, bias_ptr, stride_bias_m, bias_n, BIAS_VEC,
-                D, DV, BLOCK_D, BLOCK_DV, VEC, CAUSAL, PRECISION, BLOCK_M, BLOCK_N, True,
+                D, DV, BLOCK_D, BLOCK_DV, VEC, CAUSAL, UNIT, PRECISION, BLOCK_M, BLOCK_N, True,
             )  # fmt: skip
         # Keys behind the end are not stored: nothing has to hide them.
         dk, dv = _gather_queries(
             dk, dv, k, v, first_key, whole, M, q_ptr, do_ptr,
             top_ptr + row, rest_row, delta_ptr + row, stride_qs, stride_dos, M, N, shift, scale,
             mask_ptr, stride_mask_m, mask_n, MASK_VEC, bias_ptr, stride_bias_m, bias_n, BIAS_VEC,
-            D, DV, BLOCK_D, BLOCK_DV, VEC, CAUSAL, PRECISION, BLOCK_M, BLOCK_N, False,
+            D, DV, BLOCK_D, BLOCK_DV, VEC, CAUSAL, UNIT, PRECISION, BLOCK_M, BLOCK_N, False,
         )  # fmt: skip
         row += M
         q_ptr += tl.cast(stride_qh, tl.int64) * VEC
@@ -351,23 +366,22 @@ def _key_value_grad_kernel(
 
 
 @triton.jit
-def _gather_keys(dq, q, do, top, rest_ptr, delta, first_row, begin, end, k_ptr, v_ptr, stride_ks, stride_vs,
+def _gather_keys(dq, q, do, top, rest, delta, first_row, begin, end, k_ptr, v_ptr, stride_ks, stride_vs,
                  M, N, shift, scale,
                  mask_ptr, mask_m, mask_n, MASK_VEC: tl.constexpr, bias_ptr, bias_m, bias_n, BIAS_VEC: tl.constexpr,
                  D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, VEC: tl.constexpr,
-                 CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
+                 CAUSAL: tl.constexpr, UNIT: tl.constexpr, PRECISION: tl.constexpr,
                  BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CHECK: tl.constexpr):  # fmt: skip
     """Adds what the keys from ``begin`` to ``end`` give to the gradient of a tile of queries."""
-    rows = first_row + tl.arange(0, BLOCK_M)
-    i = rows[:, None]
+    i = (first_row + tl.arange(0, BLOCK_M))[:, None]
     for start in range(begin, end, BLOCK_N):
         k = _rows(k_ptr, start, N, stride_ks, D, BLOCK_D, BLOCK_N, VEC, CHECK)
         v = _rows(v_ptr, start, N, stride_vs, DV, BLOCK_DV, BLOCK_N, VEC, CHECK)
         j = (start + tl.arange(0, BLOCK_N))[None, :]
         products = dot(q, tl.trans(k), tl.zeros([BLOCK_M, BLOCK_N], tl.float32), PRECISION)
         s = _scores(products, i, j, M, N, shift, scale, mask_ptr, mask_m, mask_n, MASK_VEC,
-                    bias_ptr, bias_m, bias_n, BIAS_VEC, CAUSAL, CHECK)  # fmt: skip
-        p = _probabilities(s, top, rest_ptr, rows, rows < M, 0)
+                    bias_ptr, bias_m, bias_n, BIAS_VEC, CAUSAL, UNIT, CHECK)  # fmt: skip
+        p = _probabilities(s, top[:, None], rest[:, None], UNIT)
         dp = dot(do, tl.trans(v), tl.zeros([BLOCK_M, BLOCK_N], tl.float32), PRECISION)
         ds = p * (dp - delta[:, None])
         dq = dot(narrow(ds, k.dtype), k, dq, PRECISION)
@@ -383,7 +397,7 @@ def _query_grad_kernel(
     H, M, N, shift, scale,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, GROUP: tl.constexpr,
     VEC: tl.constexpr, MASK_VEC: tl.constexpr, BIAS_VEC: tl.constexpr, CAUSAL: tl.constexpr,
-    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    UNIT: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     tiles = tl.cdiv(M, BLOCK_M)
     first_row = (tiles - 1 - tl.program_id(0) % tiles) * BLOCK_M
@@ -401,21 +415,18 @@ def _query_grad_kernel(
     q = _rows(q_ptr, first_row, M, stride_qs, D, BLOCK_D, BLOCK_M, VEC, True)
     do = _rows(do_ptr, first_row, M, stride_dos, DV, BLOCK_DV, BLOCK_M, VEC, True)
     i = first_row + tl.arange(0, BLOCK_M)
-    top = tl.load(top_ptr + bh * M + i, mask=i < M, other=float("inf"))
-    delta = tl.load(delta_ptr + bh * M + i, mask=i < M, other=0.0)
-    if rest_ptr is not None:
-        rest_ptr += bh * M
+    top, rest, delta = _row_statistics(top_ptr, rest_ptr, delta_ptr, bh * M + i, i < M)
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     whole, end = _whole_keys(first_row, BLOCK_M, N, shift, CAUSAL, BLOCK_N)
     dq = _gather_keys(
-        dq, q, do, top, rest_ptr, delta, first_row, 0, whole, k_ptr, v_ptr, stride_ks, stride_vs, M, N, shift, scale,
+        dq, q, do, top, rest, delta, first_row, 0, whole, k_ptr, v_ptr, stride_ks, stride_vs, M, N, shift, scale,
         mask_ptr, stride_mask_m, mask_n, MASK_VEC, bias_ptr, stride_bias_m, bias_n, BIAS_VEC,
-        D, DV, BLOCK_D, BLOCK_DV, VEC, CAUSAL, PRECISION, BLOCK_M, BLOCK_N, False,
+        D, DV, BLOCK_D, BLOCK_DV, VEC, CAUSAL, UNIT, PRECISION, BLOCK_M, BLOCK_N, False,
     )  # fmt: skip
     dq = _gather_keys(
-        dq, q, do, top, rest_ptr, delta, first_row, whole, end, k_ptr, v_ptr, stride_ks, stride_vs, M, N, shift, scale,
+        dq, q, do, top, rest, delta, first_row, whole, end, k_ptr, v_ptr, stride_ks, stride_vs, M, N, shift, scale,
         mask_ptr, stride_mask_m, mask_n, MASK_VEC, bias_ptr, stride_bias_m, bias_n, BIAS_VEC,
-        D, DV, BLOCK_D, BLOCK_DV, VEC, CAUSAL, PRECISION, BLOCK_M, BLOCK_N, True,
+        D, DV, BLOCK_D, BLOCK_DV, VEC, CAUSAL, UNIT, PRECISION, BLOCK_M, BLOCK_N, True,
     )  # fmt: skip
     _store_rows(dq_ptr, dq * scale, first_row, M, stride_dqs, D, BLOCK_D, BLOCK_M, VEC)
 
@@ -428,8 +439,8 @@ def _bias_grad_kernel(
     stride_mask_b, stride_mask_h, stride_mask_m, mask_n, stride_bias_b, stride_bias_h, stride_bias_m, bias_n,
     B, H, M, N, shift, scale,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, GROUP: tl.constexpr,
-    VEC: tl.constexpr, MASK_VEC: tl.constexpr, BIAS_VEC: tl.constexpr, CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
-    SUM_B: tl.constexpr, SUM_H: tl.constexpr, SUM_M: tl.constexpr, SUM_N: tl.constexpr,
+    VEC: tl.constexpr, MASK_VEC: tl.constexpr, BIAS_VEC: tl.constexpr, CAUSAL: tl.constexpr, UNIT: tl.constexpr,
+    PRECISION: tl.constexpr, SUM_B: tl.constexpr, SUM_H: tl.constexpr, SUM_M: tl.constexpr, SUM_N: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """dbias [B or 1, H or 1, M or 1, N or 1], contiguous. Where the bias was broadcast (SUM_...) one program walks all
@@ -464,13 +475,11 @@ def _bias_grad_kernel(
         k = _rows(k_tile, first_key, N, stride_ks, D, BLOCK_D, BLOCK_N, VEC, True)
         v = _rows(v_tile, first_key, N, stride_vs, DV, BLOCK_DV, BLOCK_N, VEC, True)
         do = _rows(do_tile, first_row, M, stride_dos, DV, BLOCK_DV, BLOCK_M, VEC, True)
-        row = (b * H + h) * M + i
-        top = tl.load(top_ptr + row, mask=i < M, other=float("inf"))
-        delta = tl.load(delta_ptr + row, mask=i < M, other=0.0)
+        top, rest, delta = _row_statistics(top_ptr, rest_ptr, delta_ptr, (b * H + h) * M + i, i < M)
         products = dot(q, tl.trans(k), tl.zeros([BLOCK_M, BLOCK_N], tl.float32), PRECISION)
         s = _scores(products, i[:, None], j[None, :], M, N, shift, scale, mask_tile, stride_mask_m, mask_n, MASK_VEC,
-                    bias_tile, stride_bias_m, bias_n, BIAS_VEC, CAUSAL, True)  # fmt: skip
-        p = _probabilities(s, top, rest_ptr, row, i < M, 0)
+                    bias_tile, stride_bias_m, bias_n, BIAS_VEC, CAUSAL, UNIT, True)  # fmt: skip
+        p = _probabilities(s, top[:, None], rest[:, None], UNIT)
         dp = dot(do, tl.trans(v), tl.zeros([BLOCK_M, BLOCK_N], tl.float32), PRECISION)
         acc += p * (dp - delta[:, None])
     i = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -496,16 +505,17 @@ def _normalize_kernel(
     q_ptr, o_ptr, inverse_ptr, stride_qb, stride_qh, stride_qs, stride_ob, stride_oh, stride_os, H, M, limit,
     D: tl.constexpr, BLOCK_D: tl.constexpr, VEC: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """o = q / max(|q|, 1 / limit), and that quotient's inverse divisor. Divided by their largest element first, rows
-    neither overflow nor vanish when they are squared."""
+    """o = q / max(|q|, 1 / limit), and that quotient's inverse divisor. Divided by a power of two near their largest
+    element first, rows neither overflow nor vanish when they are squared."""
     tiles = tl.cdiv(M, BLOCK_M)
     first_row = tl.program_id(0) % tiles * BLOCK_M
     bh = (tl.program_id(0) // tiles).to(tl.int64)
     b, h = bh // H, bh % H
     q_ptr += (b * stride_qb + h * stride_qh) * VEC
     x = _rows(q_ptr, first_row, M, stride_qs, D, BLOCK_D, BLOCK_M, VEC, True).to(tl.float32)
-    largest = tl.max(tl.abs(x), 1)
-    safe = tl.where(largest == 0.0, 1.0, largest)
+    # The power of two at or below the largest element: to divide by it and multiply again is exact.
+    power = (tl.max(tl.abs(x), 1).to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
+    safe = tl.where(power == 0.0, 1.0, power)
     y = x / safe[:, None]
     length = tl.sqrt(tl.sum(y * y, 1))
     unit = 1.0 / tl.where(length == 0.0, 1.0, length)
@@ -573,6 +583,16 @@ class AttentionProblem(NamedTuple):
         return max(16, triton.next_power_of_2(self.DV))
 
     @property
+    def unit(self) -> str:
+        """Of the scores: natural where something is added to them, and with all digits where the products have them."""
+        return "exact" if self.precision in ("ieee", "tf32x3") else "natural" if self.bias else "log2"
+
+    @property
+    def parts(self) -> int:
+        """In how many numbers a row's lse is kept for backward."""
+        return 1 if self.unit == "log2" else 2
+
+    @property
     def pairs(self) -> float:
         """How many pairs of query and key are computed in each head."""
         if self.shift is None:
@@ -633,7 +653,7 @@ def _score_operand(name: str, t: torch.Tensor | None) -> tuple[dict[str, object]
 
 
 def halves(stats: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """lse of the rows as forward keeps it: [1, B, H, M], or with a bias [2, B, H, M], maximum and rest."""
+    """lse of the rows as forward keeps it: [1, B, H, M], or [2, B, H, M] for the maximum and the sum's inverse."""
     return stats[0], stats[1] if len(stats) == 2 else None
 
 
@@ -657,7 +677,7 @@ def _launch(
     args.update(H=p.H, M=p.M, N=p.N, shift=p.shift or 0, scale=float(scores.scale))
     constants = {
         "D": p.D, "DV": p.DV, "BLOCK_D": p.block_d, "BLOCK_DV": p.block_dv, "GROUP": p.group, "VEC": vec,
-        "MASK_VEC": mask_vec, "BIAS_VEC": bias_vec, "CAUSAL": p.shift is not None,
+        "MASK_VEC": mask_vec, "BIAS_VEC": bias_vec, "CAUSAL": p.shift is not None, "UNIT": p.unit,
         "PRECISION": p.precision.replace("16", "ieee"), **constants, **config.constants(),
     }  # fmt: skip
     return Launch(kernel, grid, args, constants, config.num_warps, config.num_stages)
@@ -778,11 +798,8 @@ ROWS = tuple(
     Config(BLOCK_M=m, num_warps=warps, num_stages=1) for m in (64, 32, 16, 128, 256, 8, 4) for warps in (4, 8, 2, 1)
 )
 CLOCK_GHZ = 1.7
-MAX_HEAD = 256  # numbers a head; beyond it no tile fits
-
-
-def fits(p: AttentionProblem) -> bool:
-    return p.D <= MAX_HEAD and p.DV <= MAX_HEAD
+MAX_HEAD = 256  # numbers a head
+SMALLEST = Config(BLOCK_M=16, BLOCK_N=16, num_warps=4, num_stages=1)
 
 
 class _Shape(NamedTuple):
@@ -826,27 +843,34 @@ def _smem_bytes(shape: _Shape, p: AttentionProblem, config: Config, device: Devi
     return tiles * p.dtype.itemsize + 1024
 
 
+def fits(p: AttentionProblem, device: DeviceSpec) -> bool:
+    """Is there a tile small enough for these heads?"""
+    kinds = ("forward", "query_grad", "key_value_grad") if p.saves else ("forward",)
+    return max(p.D, p.DV) <= MAX_HEAD and all(_accepts(kind, p, SMALLEST, device) for kind in kinds)
+
+
 def _accepts(kind: str, p: AttentionProblem, config: Config, device: DeviceSpec) -> bool:
     shape = _shape(kind, p, config)
     threads = config.num_warps * device.warp_size
-    smallest = config.BLOCK_M == config.BLOCK_N == 16
     if _smem_bytes(shape, p, config, device) > device.smem_kb * 1024:
         return False
     if config.BLOCK_M > max(16, 2 * p.M) or config.BLOCK_N > max(16, 2 * p.N):
         return False
+    if config == SMALLEST:
+        return True
     if p.precision not in ("16", "tf32") or (p.precision == "tf32" and device.is_amd):
         # Operands of the fp32 pipes come from registers.
         held = shape.rows * (shape.kept + shape.stays) + shape.step * shape.passes
-        return config.num_stages == 1 and (held <= 96 * threads or (smallest and config.num_warps == 4))
+        return config.num_stages == 1 and held <= 96 * threads
     if device.is_amd:
-        if config.num_stages == 3 or config.num_warps == 16:
-            return False
-        return _registers(shape, p, config, device) <= 240
-    if config.num_warps < 4 and shape.rows > 32:
-        return False
-    return _registers(shape, p, config, device) <= (128 if config.num_warps == 16 else 250) or (
-        smallest and config.num_warps == 4 and config.num_stages == 1
-    )
+        fewest = config.num_stages < 3 and config.num_warps < 16
+        return fewest and _registers(shape, p, config, device) <= 240
+    if shape.rows >= 64 and (
+        config.num_warps < 4 or (kind == "key_value_grad" and shape.stays * p.dtype.itemsize > 512)
+    ):
+        return False  # WGMMA wants four warps; with wider heads its operands leave no registers
+    most = 128 if config.num_warps == 16 else 260 if p.dtype.itemsize == 2 else 200
+    return _registers(shape, p, config, device) <= most
 
 
 def _estimate(kind: str, p: AttentionProblem, config: Config, device: DeviceSpec) -> Estimate:
@@ -863,7 +887,8 @@ def _estimate(kind: str, p: AttentionProblem, config: Config, device: DeviceSpec
     area = shape.rows * shape.step
     flops_a_clock = device.tflops(p.precision) * 1e3 / device.sms / CLOCK_GHZ
     slow = 1.0 if shape.rows >= 64 and config.num_warps >= 4 else 2.0  # mma.sync, or too few warps to feed the units
-    products = slow * 2 * area * shape.products / flops_a_clock
+    feed = min(1.0, area / (shape.rows + shape.step) / 48)  # small tiles: operands out of shared memory too often
+    products = slow * 2 * area * shape.products / flops_a_clock / feed
     pointwise = area * (1 / 16 + shape.tiles * 6 / 128)
     loads = shape.step * shape.passes * p.dtype.itemsize / (2.5 * device.dram_gbs / device.sms / CLOCK_GHZ)
     registers = min(255, _registers(shape, p, config, device))
@@ -873,7 +898,7 @@ def _estimate(kind: str, p: AttentionProblem, config: Config, device: DeviceSpec
     )  # fmt: skip
     resident = max(1, min(resident, cost.cdiv(programs, device.sms)))
     hidden = 0.35 if resident > 1 else 1.0
-    step = max(products, loads) + hidden * pointwise + (60 if config.num_stages > 1 else 400 / resident)
+    step = max(products, loads) + hidden * pointwise + (200 if config.num_stages > 1 else 700) / resident
     waves = cost.cdiv(programs, device.sms * resident)
     busy = waves * resident * steps * step / (CLOCK_GHZ * 1e3) + cost.ITERATION_LATENCY_US
     memory = _once_bytes(p) / (device.dram_gbs * 1e3)
@@ -934,7 +959,7 @@ def _example(p: AttentionProblem) -> dict[str, torch.Tensor]:
     """All tensors of a call, contiguous, on the meta device."""
     q, out = _meta(p, p.B, p.H, p.M, p.D), _meta(p, p.B, p.H, p.M, p.DV)
     k, v = _meta(p, p.B, p.H // p.group, p.N, p.D), _meta(p, p.B, p.H // p.group, p.N, p.DV)
-    stats = _meta(p, 2 if p.bias else 1, p.B, p.H, p.M, dtype=torch.float32)
+    stats = _meta(p, p.parts, p.B, p.H, p.M, dtype=torch.float32)
     return {"q": q, "k": k, "v": v, "out": out, "stats": stats, "delta": _meta(p, p.B, p.H, p.M, dtype=torch.float32)}
 
 
@@ -1042,7 +1067,7 @@ def run_forward(
     out = empty_rows(q, p.DV)
     rows = (p.B, p.H, p.M)
     lse = q.new_empty(rows, dtype=torch.float32) if wants_lse else None
-    stats = q.new_empty((2 if p.bias else 1, *rows), dtype=torch.float32) if p.saves else None
+    stats = q.new_empty((p.parts, *rows), dtype=torch.float32) if p.saves else None
     launch(FORWARD, plan_forward, p, readable(q), readable(k), readable(v), scores, out, lse, stats)
     return out, lse, stats
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from math import inf
 from typing import Any
 
@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..autotune.device import DeviceSpec
+from ..autotune.device import DeviceSpec, detect
 from ..autotune.resolve import Choice, resolve
 from . import attention_checks
 from ._dispatch import choose, in_transform, is_plain, resolved_precision, runs_kernels
@@ -203,7 +203,7 @@ def _attend(
         op, tensors[: 3 + (bias is not None)],
         lambda device: _auto_rule(problem(), device, wants_lse),
         lambda device: _kernel_choices(problem(), device, score == "cosine", bias is not None and bias.requires_grad),
-        lambda: _limits(q, v, mask, dropout_p),
+        lambda: _limits(problem, mask, dropout_p, q.device),
     )  # fmt: skip
     if score == "cosine":
         q, k = (_normalized(t, eps, backend) for t in (q, k))
@@ -261,17 +261,21 @@ def _is_bounded(scale: float, dtype: torch.dtype) -> bool:
 # --- the choice of backend -------------------------------------------------------------------------------------------
 
 
-def _limits(q: Tensor, v: Tensor, mask: Tensor | None, dropout_p: float) -> str | None:
+def _limits(
+    problem: Callable[[], Any], mask: Tensor | None, dropout_p: float, where: torch.device
+) -> str | None:  # fmt: skip
     if dropout_p:
         return f"dropout_p={dropout_p:g}"
     if torch.compiler.is_compiling():
         return None
     if mask is not None and not is_plain(mask):
         return f"attn_mask is a {type(mask).__name__}"
-    from ..kernels.attention import MAX_HEAD
+    from ..kernels.attention import fits
 
-    largest = max(q.shape[3], v.shape[3])
-    return f"a head dimension of {largest}: no kernel has more than {MAX_HEAD}" if largest > MAX_HEAD else None
+    asked, device = problem(), detect(where)
+    if fits(asked, device):
+        return None
+    return f"a head dimension of {max(asked.D, asked.DV)} in {asked.dtype}: no tile of it fits {device.slug}"
 
 
 def _problem(
@@ -283,7 +287,7 @@ def _problem(
     b, h, m, d = q.shape
     dims = "" if bias is None else "".join(dim for dim, size in zip("bhmn", bias.shape, strict=True) if size != 1)
     return AttentionProblem(
-        b, h, m, k.shape[2], d, v.shape[3], h // max(1, k.shape[1]), q.dtype,
+        b, h, m, k.shape[2], d, v.shape[3], max(1, h // max(1, k.shape[1])), q.dtype,
         precision if q.dtype is torch.float32 else "16", shift, mask is not None, None if bias is None else bias.dtype,
         dims, bounded, saves,
     )  # fmt: skip
@@ -475,14 +479,21 @@ def _forward(
         out, lse, stats = (query.new_empty(0, dtype=torch.float32) if t is None else t for t in found)
         return out, lse, stats
     args = (query, key, value, attn_mask, bias, scale, shift)
-    lse = stats = query.new_empty(0, dtype=_lse_dtype(query))
-    if not (wants_lse or saves):
-        result = _composite(*args, group=query.shape[1] // max(1, key.shape[1]))
-    else:
+    lse = query.new_empty(0, dtype=_lse_dtype(query))
+    if wants_lse or saves:
         result, full_lse = _formula(*args)
         lse = full_lse if wants_lse else lse
-        stats = _stats(full_lse, bias) if saves else stats
+    else:
+        result = _composite(*args, group=query.shape[1] // max(1, key.shape[1]))
+    # Nothing reads here what the kernels keep for backward; it has the same shape.
+    stats = lse.new_zeros(_stats_shape(query, bias, precision) if saves else 0)
     return _empty_rows(query, value.shape[3]).copy_(result), lse, stats
+
+
+def _stats_shape(query: Tensor, bias: Tensor | None, precision: str) -> tuple[int, ...]:
+    """lse in one number a row or two: see the head of ``kernels/attention.py``."""
+    is_exact = query.dtype is torch.float32 and precision != "tf32"
+    return (2 if is_exact or bias is not None else 1, *query.shape[:3])
 
 
 def _lse_dtype(query: Tensor) -> torch.dtype:
@@ -497,12 +508,6 @@ def _empty_rows(like: Tensor, size: int) -> Tensor:
     return like.new_empty(b, h, s, size)
 
 
-def _stats(lse: Tensor, bias: Tensor | None) -> Tensor:
-    """What the kernels keep for backward, from lse: see the head of ``kernels/attention.py``."""
-    kept = torch.where(lse == -inf, inf, lse)
-    return torch.stack([kept, torch.zeros_like(kept)]) if bias is not None else kept.unsqueeze(0) / 0.6931471805599453
-
-
 def _fake_forward(
     query: Tensor, key: Tensor, value: Tensor, attn_mask: Any, bias: Any, scale: float, shift: Any, bounded: bool,
     wants_lse: bool, saves: bool, precision: str, backend: str,
@@ -510,7 +515,7 @@ def _fake_forward(
     rows, dtype = query.shape[:3], _lse_dtype(query)
     return (
         _empty_rows(query, value.shape[3]), query.new_empty(rows if wants_lse else 0, dtype=dtype),
-        query.new_empty((1 if bias is None else 2, *rows) if saves else 0, dtype=dtype),
+        query.new_empty(_stats_shape(query, bias, precision) if saves else 0, dtype=dtype),
     )  # fmt: skip
 
 
@@ -627,17 +632,17 @@ def _normalized(t: Tensor, eps: float, backend: str) -> Tensor:
 
 
 def _lengths(t: Tensor, eps: float) -> Tensor:
-    """[..., 1]: max(|t|, eps) in float32 at least. Divided by their largest element first, rows neither overflow nor
-    vanish when they are squared."""
+    """[..., 1]: max(|t|, eps) in float32 at least. Divided by a power of two near their largest element first, rows
+    neither overflow nor vanish when they are squared."""
     wide = t.to(torch.promote_types(t.dtype, torch.float32))
     if t.shape[-1] == 0:
         return torch.full_like(wide.sum(-1, keepdim=True), eps)
-    largest = wide.detach().abs().amax(-1, keepdim=True)
-    largest = torch.where(largest == 0, 1.0, largest)
-    scaled = wide / largest
-    is_short = torch.linalg.vector_norm(scaled.detach(), dim=-1, keepdim=True) * largest < eps
+    exponent = torch.frexp(wide.detach().abs().amax(-1, keepdim=True))[1]
+    power = torch.ldexp(torch.ones_like(wide[..., :1]), exponent - 1)
+    scaled = wide / power
+    is_short = torch.linalg.vector_norm(scaled.detach(), dim=-1, keepdim=True) * power < eps
     # The length of a short row has no part in the result, and at 0 no derivative.
-    length = torch.linalg.vector_norm(torch.where(is_short, 1.0, scaled), dim=-1, keepdim=True) * largest
+    length = torch.linalg.vector_norm(torch.where(is_short, 1.0, scaled), dim=-1, keepdim=True) * power
     return torch.where(is_short, eps, length)
 
 

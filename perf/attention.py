@@ -1,0 +1,382 @@
+"""Attention's layers: what is compiled without a GPU, measured with one, and the bytes each kernel should move."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..autotune.config import Config
+from ..autotune.cost import cdiv
+from ..autotune.device import DeviceSpec
+from ..ops import attention
+from .case import ALL_LAYERS, DTYPES, PRECISIONS, Case, Kernel, Layers, Operator, Shape, random_tensors, stream_us
+
+
+class Layer(NamedTuple):
+    """One attention of a model; ``kv_heads`` 0: as many as of the query; ``bias``: the dimensions of "bhmn" it has."""
+
+    B: int
+    H: int
+    M: int
+    N: int
+    D: int
+    kv_heads: int = 0
+    causal: bool = False
+    masked: bool = False
+    bias: str = ""
+    score: str = "dot"
+
+    @property
+    def group(self) -> int:
+        return self.H // (self.kv_heads or self.H)
+
+
+LAYERS = {
+    "gpt-64": Layer(8, 16, 2048, 2048, 64, causal=True),
+    "llama-128": Layer(2, 32, 4096, 4096, 128, kv_heads=8, causal=True),
+    "dit-64": Layer(8, 16, 4096, 4096, 64),
+    "vit-64": Layer(64, 12, 197, 197, 64),
+    "bert-64-mask": Layer(16, 12, 512, 512, 64, masked=True),
+    "t5-64-bias": Layer(8, 12, 512, 512, 64, bias="hmn"),
+    "cross-128": Layer(4, 16, 1024, 4096, 128),
+    "gemma-256": Layer(2, 8, 2048, 2048, 256, kv_heads=4, causal=True),
+    "phi-80": Layer(4, 32, 2048, 2048, 80, causal=True),
+    "cosine-64": Layer(8, 16, 2048, 2048, 64, score="cosine"),
+    "swin-32": Layer(1024, 4, 64, 64, 32, bias="hmn", score="cosine"),
+    "pool-64": Layer(256, 4, 1, 197, 64, score="cosine"),
+}
+# Compiled in the narrower precisions, too, and for every target.
+HEADLINE = ("gpt-64", "llama-128", "cosine-64", "t5-64-bias")
+
+
+def problem_of(layer: Layer, dtype: torch.dtype, precision: str, saves: bool) -> Any:
+    from ..kernels.attention import AttentionProblem
+
+    return AttentionProblem(
+        layer.B, layer.H, layer.M, layer.N, layer.D, layer.D, layer.group, dtype, precision,
+        0 if layer.causal else None, layer.masked, dtype if layer.bias else None, layer.bias,
+        layer.score == "cosine" and not layer.bias, saves,
+    )  # fmt: skip
+
+
+def layers(target: str) -> Iterator[Layers]:
+    from ..kernels import attention as kernels
+
+    for name, layer in LAYERS.items():
+        if target not in ALL_LAYERS and name not in HEADLINE:
+            continue
+        for label in ("bf16", "fp16", "tf32", "ieee") if name in HEADLINE[:2] else ("bf16",):
+            dtype, precision = PRECISIONS[label]
+            problem = problem_of(layer, dtype, precision, True)
+            tunables = [kernels.FORWARD, kernels.DELTA, kernels.KEY_VALUE_GRAD, kernels.QUERY_GRAD]
+            for tunable in [*tunables, kernels.BIAS_GRAD] if layer.bias else tunables:
+                yield f"{name}-{label}", tunable, problem
+            if layer.score == "cosine":
+                rows = kernels.NormalizeProblem(layer.B * layer.H * layer.M, layer.D, dtype)
+                yield f"{name}-{label}", kernels.NORMALIZE, rows
+                yield f"{name}-{label}", kernels.NORMALIZE_GRAD, rows
+
+
+# --- what the compiler must make of them -----------------------------------------------------------------------------
+
+STREAMS = ("attention_delta", "attention_normalize", "attention_normalize_grad")
+
+
+def wgmma_rows(kernel: str, problem: Any) -> int:
+    """The large units where a tile of 64 queries or keys fits: not in the gradients of the widest heads, nor where few
+    tiles of a bias walk all that it was broadcast to."""
+    if kernel in STREAMS:
+        return 0
+    if kernel == "attention_bias_grad":
+        return 16
+    rows = problem.N if kernel == "attention_key_value_grad" else problem.M
+    return 64 if rows >= 64 and (problem.D <= 128 or kernel == "attention") and problem.precision == "16" else 16
+
+
+def due_load_bytes(kernel: str, problem: Any) -> int:
+    """16 bytes a load for 16-bit heads of eights; a mask or bias is loaded as the products' layout wants it."""
+    if problem.dtype.itemsize != 2 or problem.D % 8:
+        return 0
+    return 16 if kernel in STREAMS or not (problem.masked or problem.bias) else 0
+
+
+# --- bytes that load and store instructions move: the formulas at the kernels' heads ----------------------------------
+
+
+class _Walk(NamedTuple):
+    """Over the tiles of one head: how many rows pass in all, and how many pairs."""
+
+    rows: int
+    pairs: int
+
+
+def _walk_keys(p: Any, config: Config) -> _Walk:
+    """Tiles of queries, past which the keys go."""
+    rows = pairs = 0
+    for first in range(0, p.M, config.BLOCK_M):
+        end = p.N if p.shift is None else min(max(first + config.BLOCK_M + p.shift, 0), p.N)
+        keys = min(cdiv(end, config.BLOCK_N) * config.BLOCK_N, p.N)
+        rows, pairs = rows + keys, pairs + keys * min(config.BLOCK_M, p.M - first)
+    return _Walk(rows, pairs)
+
+
+def _walk_queries(p: Any, config: Config) -> _Walk:
+    """Tiles of keys, past which the queries go."""
+    rows = pairs = 0
+    for first in range(0, p.N, config.BLOCK_N):
+        begin = 0 if p.shift is None else max(first - p.shift, 0) // config.BLOCK_M * config.BLOCK_M
+        queries = max(p.M - begin, 0)
+        rows, pairs = rows + queries, pairs + queries * min(config.BLOCK_N, p.N - first)
+    return _Walk(rows, pairs)
+
+
+def _score_bytes(p: Any, pairs: int) -> int:
+    return pairs * (p.masked + (p.bias.itemsize if p.bias else 0))
+
+
+def _forward_bytes(p: Any, config: Config) -> float:
+    walk, numbers = _walk_keys(p, config), (p.D + p.DV) * p.dtype.itemsize
+    kept = 4 * p.parts if p.saves else 4
+    return float(p.B * p.H * ((p.M + walk.rows) * numbers + kept * p.M + _score_bytes(p, walk.pairs)))
+
+
+def _key_value_grad_bytes(p: Any, config: Config) -> float:
+    walk, numbers = _walk_queries(p, config), (p.D + p.DV) * p.dtype.itemsize
+    kept = 4 * p.parts + 4
+    queries = walk.rows * (numbers + kept) + _score_bytes(p, walk.pairs)
+    return float(p.B * p.H * (queries + 2 * p.N * numbers / p.group))
+
+
+def _query_grad_bytes(p: Any, config: Config) -> float:
+    walk, e = _walk_keys(p, config), p.dtype.itemsize
+    own = p.M * ((2 * p.D + p.DV) * e + 4 * p.parts + 4)
+    return float(p.B * p.H * (own + walk.rows * (p.D + p.DV) * e + _score_bytes(p, walk.pairs)))
+
+
+def _bias_grad_bytes(p: Any, config: Config) -> float:
+    tiles_m, tiles_n = cdiv(p.M, config.BLOCK_M), cdiv(p.N, config.BLOCK_N)
+    numbers = (p.D + p.DV) * p.dtype.itemsize
+    head = p.M * tiles_n * (numbers + 12) + p.N * tiles_m * numbers + _score_bytes(p, p.M * p.N)
+    written = p.bias.itemsize
+    for dim, size in (("b", p.B), ("h", p.H), ("m", p.M), ("n", p.N)):
+        written *= size if dim in p.bias_dims else 1
+    return float(p.B * p.H * head + written)
+
+
+TRAFFIC: dict[str, Callable[[Any, Config], float]] = {
+    "attention": _forward_bytes,
+    "attention_delta": lambda p, config: float(p.B * p.H * p.M * (2 * p.DV * p.dtype.itemsize + 4)),
+    "attention_key_value_grad": _key_value_grad_bytes,
+    "attention_query_grad": _query_grad_bytes,
+    "attention_bias_grad": _bias_grad_bytes,
+    "attention_normalize": lambda p, config: float(p.rows * (2 * p.D * p.dtype.itemsize + 4)),
+    "attention_normalize_grad": lambda p, config: float(p.rows * (3 * p.D * p.dtype.itemsize + 4)),
+}
+
+
+# --- calls that are compared -----------------------------------------------------------------------------------------
+
+
+def _ours(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None, **options: Any) -> Tensor:
+    out: Tensor = attention(query, key, value, attn_mask=_mask(query, key, options.pop("masked", False)), bias=bias,
+                            enable_gqa=True, **options)  # fmt: skip
+    return out
+
+
+def _torch(
+    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None, *, score: str = "dot",
+    scale: float | None = None, is_causal: bool = False, masked: bool = False, precision: str | None = None,
+) -> Tensor:  # fmt: skip
+    """torch's fused attention; rows are normalised before it, where scores are cosines."""
+    if score == "cosine":
+        query, key = (F.normalize(t, dim=-1, eps=1e-6) for t in (query, key))
+    mask = bias if bias is not None else _mask(query, key, masked)
+    return F.scaled_dot_product_attention(query, key, value, mask, 0.0, is_causal, scale=scale, enable_gqa=True)
+
+
+def _mask(query: Tensor, key: Tensor, masked: bool) -> Tensor | None:
+    """[B, 1, 1, N]: sequences of different lengths, padded."""
+    if not masked:
+        return None
+    batch, n = query.shape[0], key.shape[2]
+    lengths = n - torch.arange(batch, device=query.device) % max(1, n // 2)
+    return (torch.arange(n, device=query.device) < lengths.unsqueeze(1)).view(batch, 1, 1, n)
+
+
+def case(
+    name: str, *, layer: Layer | None = None, dtype: str = "bf16", direction: str = "fwd", rank: int = 1
+) -> Case:  # fmt: skip
+    layer = LAYERS[name] if layer is None else layer
+    kv_heads = layer.kv_heads or layer.H
+    sizes = {"b": layer.B, "h": layer.H, "m": layer.M, "n": layer.N}
+    shapes: dict[str, Shape] = {
+        "query": (layer.B, layer.H, layer.M, layer.D), "key": (layer.B, kv_heads, layer.N, layer.D),
+        "value": (layer.B, kv_heads, layer.N, layer.D),
+    }  # fmt: skip
+    if layer.bias:
+        shapes["bias"] = tuple(size if dim in layer.bias else 1 for dim, size in sizes.items())
+    kwargs: dict[str, Any] = {"is_causal": True} if layer.causal else {}
+    if layer.masked:
+        kwargs["masked"] = True
+    if layer.score == "cosine":
+        kwargs |= {"score": "cosine", "scale": 10.0}
+    if dtype == "tf32":
+        dtype, kwargs["precision"] = "fp32", "tf32"
+    return Case(name, "attention", shapes, kwargs, dtype, "", direction, rank)
+
+
+def layer_of(one: Case) -> Layer:
+    b, h, m, d = one.shapes["query"]
+    kv_heads, n = one.shapes["key"][1:3]
+    dims = "".join(dim for dim, size in zip("bhmn", one.shapes.get("bias", (1, 1, 1, 1)), strict=True) if size != 1)
+    return Layer(
+        b, h, m, n, d, kv_heads, one.kwargs.get("is_causal", False), one.kwargs.get("masked", False), dims,
+        one.kwargs.get("score", "dot"),
+    )  # fmt: skip
+
+
+def _describe(one: Case) -> str:
+    layer = layer_of(one)
+    options = [f"kv{layer.kv_heads}"] if layer.group > 1 else []
+    options += ["cosine"] if layer.score == "cosine" else []
+    options += [word for word in ("causal", "masked") if getattr(layer, word)]
+    options += [f"bias-{layer.bias}"] if layer.bias else []
+    return " ".join([f"{layer.B}x{layer.H} {layer.M}x{layer.N} d{layer.D}", *options])
+
+
+def _floor_us(one: Case, device: DeviceSpec) -> float:
+    """Products at the rate of their unit, those of hidden keys left out, or every tensor once over the memory bus.
+    Backward multiplies five times where forward does twice; ours, without atomics, seven times."""
+    layer, trains = layer_of(one), one.direction != "fwd"
+    precision = one.precision if one.dtype == "fp32" else "16"
+    problem = problem_of(layer, DTYPES[one.dtype], precision, trains)
+    flops = 4.0 * layer.B * layer.H * problem.pairs * layer.D * (3.5 if trains else 1)
+    elements = (2 * layer.B * layer.H * layer.M + 2 * layer.B * layer.H // layer.group * layer.N) * layer.D
+    rate = device.tflops("ieee" if precision == "fp32" else precision)
+    return stream_us(elements * (3 if trains else 1), flops, DTYPES[one.dtype].itemsize, rate, device)
+
+
+def _tiny(one: Case) -> Case:
+    layer = layer_of(one)
+    heads = 2 * layer.group if layer.group > 1 else 2
+    small = layer._replace(
+        B=min(layer.B, 2), H=heads, M=min(layer.M, 20), N=min(layer.N, 24), D=min(layer.D, 24),
+        kv_heads=heads // layer.group,
+    )  # fmt: skip
+    return replace(case(one.name, layer=small, dtype=one.precision), direction=one.direction, rank=one.rank)
+
+
+OPERATORS = {"attention": Operator(_ours, _torch, None, ("tritune", "torch"), _describe, _floor_us, _tiny)}
+
+
+def _cases() -> Iterable[Case]:
+    first = ("gpt-64", "llama-128", "cosine-64")
+    for name in first:
+        yield case(name, rank=0)
+    for name in first[:2]:
+        yield case(name, direction="fwd+bwd", rank=0)
+    for name in LAYERS:
+        if name not in first:
+            yield case(name, rank=1)
+    for name in ("cosine-64", "dit-64", "t5-64-bias", "bert-64-mask", "vit-64", "swin-32", "gemma-256"):
+        yield case(name, direction="fwd+bwd", rank=2)
+    yield case("llama-128", dtype="fp16", rank=3)
+    yield case("gpt-64", dtype="tf32", rank=3)
+
+
+CASES = tuple(_cases())
+
+
+# --- kernels by themselves -------------------------------------------------------------------------------------------
+
+TUNED = ("gpt-64", "llama-128", "dit-64", "cosine-64", "gemma-256", "vit-64")
+GRADIENTS = {"key_value_grad": ("key", "value"), "query_grad": ("query",)}
+
+
+def kinds(one: Case) -> tuple[str, ...]:
+    return ("fwd", *GRADIENTS)
+
+
+def kernel_tensors(one: Case, kind: str, device: str, seed: int) -> dict[str, Tensor]:
+    """For a gradient also what forward leaves."""
+    from ..kernels import attention as kernels
+
+    t = random_tensors(OPERATORS["attention"], one, device, seed)
+    if layer_of(one).score == "cosine":
+        t |= {name: F.normalize(t[name], dim=-1) for name in ("query", "key")}
+    if kind == "fwd":
+        return t
+    problem = _problem_of_case(one, t)
+    out, _, stats = kernels.run_forward(problem, *_operands(t), _scores(one, t), wants_lse=False)
+    assert stats is not None
+    return {**t, "out": out, "stats": stats, **_recorded(one, t)}
+
+
+def _operands(t: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    return t["query"], t["key"], t["value"]
+
+
+def _scores(one: Case, t: dict[str, Tensor]) -> Any:
+    from ..kernels.attention import Scores
+
+    return Scores(_mask(t["query"], t["key"], layer_of(one).masked), t.get("bias"), _scale(one))
+
+
+def _recorded(one: Case, t: dict[str, Tensor]) -> dict[str, Tensor]:
+    """torch's forward with its graph, so that its backward can be timed alone: ``"y"``, and leaves to differentiate."""
+    with torch.enable_grad():
+        leaves = {name: t[name].detach().requires_grad_() for name in ("query", "key", "value")}
+        return {**leaves, "y": _torch_alone(one, {**t, **leaves})}
+
+
+def _torch_alone(one: Case, t: dict[str, Tensor]) -> Tensor:
+    """torch's attention on rows that are normalised already."""
+    options = {name: value for name, value in one.kwargs.items() if name not in ("score", "precision")}
+    return _torch(*_operands(t), t.get("bias"), **options)
+
+
+def _scale(one: Case) -> float:
+    return float(one.kwargs.get("scale", one.shapes["query"][3] ** -0.5))
+
+
+def _problem_of_case(one: Case, tensors: dict[str, Tensor]) -> Any:
+    precision = one.kwargs.get("precision", "ieee") if tensors["query"].dtype == torch.float32 else "16"
+    return problem_of(layer_of(one), tensors["query"].dtype, precision, True)
+
+
+def kernel_of(one: Case, kind: str, tensors: dict[str, Tensor]) -> Kernel:
+    """Cosine scores find their rows normalised: the kernel runs alone."""
+    from ..kernels import attention as kernels
+
+    problem = _problem_of_case(one, tensors)
+    if kind == "fwd":
+        return Kernel(
+            kernels.FORWARD,
+            problem,
+            lambda t: kernels.run_forward(problem, *_operands(t), _scores(one, t), wants_lse=False)[0],
+            lambda t: _torch_alone(one, t),
+        )
+
+    names = GRADIENTS[kind]
+    needs = [*(name in names for name in ("query", "key", "value")), False]
+
+    def gradients(t: dict[str, Tensor]) -> Tensor:
+        found = kernels.run_backward(
+            problem, *_operands(t), _scores(one, t), t["out"], t["stats"], t["dy"], None, needs
+        )  # fmt: skip
+        return torch.cat([grad.flatten() for grad in found if grad is not None])
+
+    def their_gradients(t: dict[str, Tensor]) -> Tensor:
+        if t["query"].dtype != tensors["query"].dtype:  # the reference, in float64
+            t = {**t, **_recorded(one, t)}
+        leaves = [t[name] for name in names]
+        grads = torch.autograd.grad(t["y"], leaves, t["dy"], retain_graph=True)
+        return torch.cat([grad.flatten() for grad in grads])
+
+    tunable = kernels.KEY_VALUE_GRAD if kind == "key_value_grad" else kernels.QUERY_GRAD
+    return Kernel(tunable, problem, gradients, their_gradients)

@@ -1,0 +1,657 @@
+"""attention, scaled_dot_product_attention, attention_pool and their modules on every backend."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import itertools
+import math
+import pickle
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from harness import Case, assert_close, backend_of, check, few_dots, poisoned
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import tritune
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+every_backend = [pytest.mark.torch, pytest.mark.interpret, pytest.mark.gpu]
+kernels_only = [pytest.mark.interpret, pytest.mark.gpu]
+inf = math.inf
+
+
+# --- the same function by torch's own operators ----------------------------------------------------------------------
+
+
+def reference(
+    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None, *, score: str = "dot",
+    scale: float | None = None, attn_mask: Tensor | None = None, is_causal: bool = False,
+    causal_alignment: str = "top_left", enable_gqa: bool = False, return_lse: bool = False,
+) -> Any:  # fmt: skip
+    """torch's fused attention, with everything that hides a key in one mask; lse from all scores."""
+    m, n = query.shape[-2], key.shape[-2]
+    if scale is None:
+        scale = query.shape[-1] ** -0.5 if score == "dot" else 1.0
+    if score == "cosine":
+        query, key = (F.normalize(t, dim=-1, eps=1e-6) for t in (query, key))
+    if scale <= 0:
+        query, scale = query * scale, 1.0
+    seen = attn_mask
+    if is_causal:
+        shift = n - m if causal_alignment == "bottom_right" else 0
+        visible = torch.ones(m, n, dtype=torch.bool, device=query.device).tril(shift)
+        seen = visible if seen is None else seen & visible
+    mask = seen if bias is None else bias if seen is None else torch.where(seen, bias, -inf)
+    mask = None if mask is None else torch.atleast_2d(mask)
+    out = F.scaled_dot_product_attention(query, key, value, mask, scale=scale, enable_gqa=enable_gqa)
+    if not return_lse:
+        return out
+    wide = torch.promote_types(query.dtype, torch.float32)
+    keys = key.repeat_interleave(query.shape[-3] // key.shape[-3], -3) if enable_gqa else key
+    s = query.to(wide) @ keys.to(wide).transpose(-1, -2) * scale
+    s = s if bias is None else s + bias.to(wide)
+    s = s if seen is None else s.masked_fill(~seen, -inf)
+    return out, torch.logsumexp(s, -1)
+
+
+def joined(results: Any) -> Tensor:
+    """All results as one tensor, so that each takes part in the comparison and in the gradient."""
+    results = results if isinstance(results, tuple) else (results,)
+    return torch.cat([t.flatten().to(results[0].dtype) for t in results])
+
+
+def case(
+    id: str, b: int, h: int, m: int, n: int, d: int, dv: int | None = None, *, kv: int | None = None,
+    bias: tuple[int, ...] | None = None, mask: tuple[int, ...] | None = None, **options: Any,
+) -> Case:  # fmt: skip
+    """``kv``: heads of key and value; ``mask``: the shape of a random one, where each query sees its first key."""
+    shapes = {"query": (b, h, m, d), "key": (b, kv or h, n, d), "value": (b, kv or h, n, dv or d)}
+    if bias is not None:
+        shapes["bias"] = bias
+    if kv is not None:
+        options["enable_gqa"] = True
+    if mask is not None:
+        seen = torch.rand(mask, generator=torch.Generator().manual_seed(m + n)) > 0.4
+        seen[..., 0] = True
+        options["attn_mask"] = seen
+
+    def on_device(fn: Any) -> Any:
+        def call(**arguments: Any) -> Tensor:
+            if "attn_mask" in arguments:
+                arguments["attn_mask"] = arguments["attn_mask"].to(arguments["query"].device)
+            return joined(fn(**arguments))
+
+        return call
+
+    return Case(id, on_device(tritune.attention), on_device(reference), shapes, options)
+
+
+CASES = [
+    case("plain", 2, 3, 17, 33, 20),
+    case("lse", 2, 2, 20, 20, 16, return_lse=True),
+    case("one-query", 2, 3, 1, 40, 24),
+    case("one-key", 1, 2, 19, 1, 8, return_lse=True),
+    case("values-narrower", 1, 2, 17, 18, 40, 5),
+    case("values-wider", 1, 2, 17, 18, 4, 33),
+    case("head-1", 1, 1, 5, 6, 1),
+    case("head-256", 1, 1, 18, 20, 256),
+    case("causal", 1, 2, 35, 35, 16, is_causal=True, return_lse=True),
+    case("causal-wide", 1, 2, 5, 37, 16, is_causal=True),
+    case("causal-tall", 1, 2, 37, 5, 16, is_causal=True),
+    case("bottom-right-wide", 1, 2, 5, 37, 16, is_causal=True, causal_alignment="bottom_right"),
+    case("mask", 2, 2, 18, 35, 16, mask=(2, 1, 18, 35), return_lse=True),
+    case("mask-of-keys", 2, 2, 18, 35, 16, mask=(35,)),
+    case("mask-of-sequences", 2, 2, 18, 35, 16, mask=(2, 1, 1, 35), is_causal=True),
+    case("bias", 2, 2, 17, 19, 16, bias=(2, 2, 17, 19)),
+    case("bias-of-heads", 2, 2, 18, 21, 16, bias=(2, 18, 21), return_lse=True),
+    case("bias-of-pairs", 2, 2, 17, 19, 16, bias=(17, 19)),
+    case("bias-of-keys", 2, 2, 19, 40, 16, bias=(2, 1, 1, 40)),
+    case("bias-of-queries", 2, 2, 35, 19, 16, bias=(1, 2, 35, 1), return_lse=True),
+    case("bias-and-mask-and-causal", 2, 2, 21, 37, 16, bias=(1, 2, 21, 37), mask=(2, 1, 21, 37), is_causal=True),
+    case("groups", 2, 6, 18, 20, 16, kv=2, return_lse=True),
+    case("groups-causal-bias", 1, 4, 18, 34, 8, kv=1, bias=(4, 18, 34), mask=(18, 34), is_causal=True),
+    case("cosine", 2, 2, 18, 35, 20, score="cosine", scale=8.0, return_lse=True),
+    case("cosine-large-scale", 1, 2, 18, 35, 64, score="cosine", scale=42.0),
+    case("cosine-causal-mask", 2, 2, 20, 35, 24, score="cosine", scale=-5.0, is_causal=True, mask=(2, 1, 20, 35)),
+    case("cosine-bias-groups", 1, 4, 19, 21, 16, kv=2, score="cosine", scale=4.0, bias=(4, 19, 21)),
+    case("negative-scale", 1, 2, 19, 21, 16, scale=-0.5, is_causal=True),
+    case("zero-scale", 1, 2, 19, 21, 16, scale=0.0, is_causal=True, return_lse=True),
+]
+COMPAT = ("plain", "causal-wide", "bias-and-mask-and-causal", "groups", "cosine")
+
+
+def parameters() -> list[Any]:
+    rows = []
+    for one, dtype in itertools.product(CASES, DTYPES):
+        marks = [pytest.mark.compat] if one.id in COMPAT else []
+        rows.append(pytest.param(one, dtype, id=f"{one.id}-{str(dtype)[6:]}", marks=marks))
+    return rows
+
+
+def tensors(*shapes: tuple[int, ...], device: str, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    return [torch.randn(shape, device=device).to(dtype).requires_grad_() for shape in shapes]
+
+
+class TestCases:
+    pytestmark = every_backend
+
+    @pytest.mark.parametrize("case, dtype", parameters())
+    def test_values_and_gradients(self, case, dtype, device, tier):
+        check(case, dtype, "nchw", device, backend_of(tier))
+
+    @pytest.mark.parametrize("layout", ["strided", "nhwc"])
+    @pytest.mark.parametrize("case", [CASES[0], CASES[15]], ids=lambda case: case.id)
+    def test_layouts(self, case, layout, device, tier):
+        check(case, torch.float16, layout, device, backend_of(tier))
+
+
+class TestShapes:
+    """Any number of leading dimensions, broadcast as torch does."""
+
+    pytestmark = every_backend
+
+    @pytest.mark.parametrize(
+        "q, k, v, bias",
+        [
+            ((5, 8), (7, 8), (7, 4), (5, 7)),
+            ((5, 8), (7, 8), (7, 8), (7,)),
+            ((3, 5, 8), (3, 7, 8), (3, 7, 8), (3, 5, 7)),
+            ((3, 5, 8), (3, 7, 8), (3, 7, 8), ()),
+            ((2, 3, 5, 8), (1, 3, 7, 8), (1, 3, 7, 8), (5, 7)),
+            ((2, 3, 5, 8), (2, 1, 7, 8), (2, 1, 7, 8), (3, 5, 7)),
+            ((2, 3, 5, 8), (7, 8), (2, 1, 7, 8), None),
+            ((5, 8), (2, 3, 7, 8), (2, 3, 7, 8), (2, 1, 1, 7)),
+            ((2, 2, 3, 5, 8), (2, 2, 3, 7, 8), (2, 2, 3, 7, 8), (2, 1, 1, 5, 7)),
+            ((2, 1, 3, 5, 8), (1, 2, 3, 7, 8), (2, 2, 3, 7, 8), (3, 1, 7)),
+        ],
+    )
+    def test_broadcasting(self, q, k, v, bias, device, tier):
+        args = tensors(*(s for s in (q, k, v, bias) if s is not None), device=device)
+        names = ("query", "key", "value", "bias")[: len(args)]
+        with tritune.use_backend(backend_of(tier)), poisoned():
+            out = tritune.attention(**dict(zip(names, args, strict=True)))
+            grads = torch.autograd.grad(out.square().sum(), args)
+        lead = torch.broadcast_shapes(q[:-2], k[:-2], v[:-2])
+        full = [t.expand(*lead, *t.shape[-2:]) for t in args[:3]]
+        mask = None if bias is None else args[3].expand(*lead, q[-2], k[-2])
+        wanted = F.scaled_dot_product_attention(*full, mask)
+        torch.testing.assert_close(out, wanted)
+        for got, one in zip(grads, torch.autograd.grad(wanted.square().sum(), args), strict=True):
+            torch.testing.assert_close(got, one, rtol=1e-4, atol=1e-5)
+
+    def test_one_head_for_all_is_not_copied(self, device, tier):
+        """Multi-query attention by broadcasting: the gradient of the one head is summed in the kernel."""
+        q, k, v = tensors((2, 4, 9, 8), (2, 1, 11, 8), (2, 1, 11, 8), device=device)
+        with tritune.use_backend(backend_of(tier)):
+            out = tritune.attention(q, k, v)
+            grad = torch.autograd.grad(out.square().sum(), k)[0]
+        wanted = F.scaled_dot_product_attention(q, k.expand(-1, 4, -1, -1), v.expand(-1, 4, -1, -1))
+        torch.testing.assert_close(grad, torch.autograd.grad(wanted.square().sum(), k)[0], rtol=1e-4, atol=1e-5)
+
+    def test_groups_that_differ_between_key_and_value(self, device, tier):
+        q, k, v = tensors((2, 6, 5, 8), (2, 3, 7, 8), (2, 2, 7, 8), device=device)
+        with tritune.use_backend(backend_of(tier)):
+            out = tritune.attention(q, k, v, enable_gqa=True)
+        torch.testing.assert_close(out, F.scaled_dot_product_attention(q, k, v, enable_gqa=True))
+
+    @pytest.mark.parametrize("inner", ["heads", "sequence"])
+    def test_the_result_lies_as_the_query_does(self, inner, device, tier):
+        """As torch's fused attention has it: a projection's [B, S, H, D] comes back without a copy."""
+        q, k, v = (torch.randn(2, s, 3, 8, device=device).transpose(1, 2) for s in (5, 7, 7))
+        if inner == "sequence":
+            q = q.contiguous()
+        with tritune.use_backend(backend_of(tier)):
+            out = tritune.scaled_dot_product_attention(q, k, v)
+        assert out.transpose(1, 2).is_contiguous() == (inner == "heads")
+        assert out.is_contiguous() == (inner == "sequence")
+
+    @pytest.mark.parametrize("kind", ["expanded", "last dimension strided", "one packed tensor", "flipped"])
+    def test_views(self, kind, device, tier):
+        packed = torch.randn(2, 9, 3, 4, 8, device=device, requires_grad=True)
+        base = {
+            "expanded": lambda: [packed[:1, :, 0].transpose(1, 2).expand(2, -1, -1, -1) for _ in range(3)],
+            "last dimension strided": lambda: [packed[:, :, i].permute(0, 3, 2, 1) for i in range(3)],
+            "one packed tensor": lambda: [t.transpose(1, 2) for t in packed.unbind(2)],
+            "flipped": lambda: [t.transpose(1, 2).flip(-1)[..., ::2] for t in packed.unbind(2)],
+        }[kind]
+        grads = []
+        for backend in (backend_of(tier), "torch"):
+            q, k, v = base()
+            with tritune.use_backend(backend):
+                out = tritune.attention(q, k, v, is_causal=True)
+            grads.append((out, torch.autograd.grad(out.square().sum(), packed)[0]))
+        torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-5)
+
+    @pytest.mark.parametrize(
+        "q, k, v",
+        [
+            ((0, 2, 5, 8), (0, 2, 7, 8), (0, 2, 7, 8)),
+            ((2, 0, 5, 8), (2, 0, 7, 8), (2, 0, 7, 8)),
+            ((2, 2, 0, 8), (2, 2, 7, 8), (2, 2, 7, 8)),
+            ((2, 2, 5, 8), (2, 2, 0, 8), (2, 2, 0, 8)),
+            ((2, 2, 5, 0), (2, 2, 7, 0), (2, 2, 7, 8)),
+            ((2, 2, 5, 8), (2, 2, 7, 8), (2, 2, 7, 0)),
+        ],
+    )
+    @pytest.mark.parametrize("score", ["dot", "cosine"])
+    def test_empty(self, q, k, v, score, device, tier):
+        """No keys: zeros; no features: the mean of the values."""
+        args = tensors(q, k, v, device=device)
+        with tritune.use_backend(backend_of(tier)), poisoned():
+            out, lse = tritune.attention(*args, score=score, return_lse=True)
+            grads = torch.autograd.grad(out.sum() + lse.nan_to_num(neginf=0.0).sum(), args)
+        assert out.shape == (*q[:-1], v[-1]) and lse.shape == q[:-1]
+        for grad, shape in zip(grads, (q, k, v), strict=True):
+            assert grad.shape == shape and grad.isfinite().all()
+        if k[2] == 0:
+            assert not out.any() and not grads[0].any() and (lse == -inf).all()
+        if q[3] == 0:
+            torch.testing.assert_close(out, args[2].mean(-2, keepdim=True).expand_as(out))
+            torch.testing.assert_close(lse, torch.full_like(lse, math.log(7)))
+
+
+class TestEdges:
+    pytestmark = every_backend
+
+    def test_rows_that_see_nothing(self, device, tier):
+        """By mask, by bias, by causality: out 0, lse -inf, no gradient, and no NaN anywhere."""
+        q, k, v, bias = tensors((2, 2, 20, 8), (2, 2, 18, 8), (2, 2, 18, 8), (2, 1, 20, 18), device=device)
+        mask = torch.rand(2, 2, 20, 18, device=device) > 0.3
+        mask[0, 1, 3], mask[1, :, 17] = False, False
+        hidden = bias.detach().clone()
+        hidden[1, 0, 5] = -inf
+        hidden.requires_grad_()
+        empty = ~mask.any(-1)
+        empty[1, :, 5] = True
+        with tritune.use_backend(backend_of(tier)), poisoned():
+            out, lse = tritune.attention(q, k, v, attn_mask=mask, bias=hidden, return_lse=True)
+            assert not out[empty].any() and (lse[empty] == -inf).all()
+            assert lse[~empty].isfinite().all() and out[~empty].abs().amax(-1).gt(0).all()
+            loss = out.square().sum() + torch.where(empty, 0.0, lse).sum()
+            dq, dk, dv, dbias = torch.autograd.grad(loss, (q, k, v, hidden))
+            causal = tritune.attention(q, k, v, is_causal=True, causal_alignment="bottom_right")
+        assert all(grad.isfinite().all() for grad in (dq, dk, dv, dbias))
+        assert not dq[empty].any() and not dbias[1, 0, 5].any()
+        assert not causal[:, :, :2].any() and causal[:, :, 2:].abs().amax(-1).gt(0).all()
+
+    @pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")  # finfo.min * log2(e), of which exp is 0
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_rows_of_the_smallest_number(self, dtype, device, tier):
+        """Models hide keys by finfo.min: a row of them is finite, a plain mean, and so is its gradient."""
+        q, k, v = tensors((1, 2, 6, 8), (1, 2, 9, 8), (1, 2, 9, 8), device=device, dtype=dtype)
+        bias = torch.zeros(1, 1, 6, 9, device=device, dtype=dtype)
+        bias[..., 2, :] = torch.finfo(dtype).min
+        bias[..., 4, 3:] = torch.finfo(dtype).min
+        with tritune.use_backend(backend_of(tier)):
+            out = tritune.attention(q, k, v, bias=bias)
+            dv = torch.autograd.grad(out[:, :, 2].sum(), v, retain_graph=True)[0]
+            dq = torch.autograd.grad(out.float().square().sum(), q)[0]
+        tolerance = 2 * torch.finfo(dtype).eps
+        torch.testing.assert_close(out[:, :, 2].float(), v.float().mean(2), rtol=tolerance, atol=tolerance)
+        if tier != "torch":  # torch's kernel for the CPU loses the logarithm of 9 beside finfo.min, and says 1
+            torch.testing.assert_close(dv.float(), torch.full_like(dv, 1 / 9).float(), rtol=tolerance, atol=tolerance)
+        alone = F.scaled_dot_product_attention(q[:, :, 4:5], k[:, :, :3], v[:, :, :3])
+        torch.testing.assert_close(out[:, :, 4:5], alone, rtol=tolerance, atol=tolerance)
+        assert dq.isfinite().all()
+
+    def test_causal_alignment(self, device, tier):
+        """(5, 2): top left, rows from 1 on see both keys; bottom right, rows 0 to 2 see none."""
+        q, k = torch.zeros(5, 4, device=device), torch.zeros(2, 4, device=device)
+        v = torch.tensor([[0.0], [1.0]], device=device)
+        with tritune.use_backend(backend_of(tier)):
+            top = tritune.attention(q, k, v, is_causal=True)[:, 0]
+            bottom = tritune.attention(q, k, v, is_causal=True, causal_alignment="bottom_right")[:, 0]
+        assert top.tolist() == [0, 0.5, 0.5, 0.5, 0.5]
+        assert bottom.tolist() == [0, 0, 0, 0, 0.5]
+
+    @pytest.mark.parametrize("dtype, size", [(torch.float32, 1e4), (torch.float16, 300.0), (torch.bfloat16, 1e4)])
+    def test_huge_scores(self, dtype, size, device, tier):
+        q = torch.eye(6, 8, device=device).to(dtype) * size
+        v = torch.randn(6, 8, device=device).to(dtype)
+        with tritune.use_backend(backend_of(tier)):
+            out, lse = tritune.attention(q, q.clone(), v, scale=1.0, return_lse=True)
+        assert torch.equal(out, v)
+        torch.testing.assert_close(lse, torch.full_like(lse, size**2), rtol=1e-2, atol=0)
+
+    @pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")
+    @pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
+    def test_overflow_stays_in_its_row(self, device, tier):
+        q, k, v = (torch.randn(1, 2, 5, 8, device=device) for _ in range(3))
+        q[0, 1, 3] = 1e30
+        k[0, 1, 2] = 1e30
+        bias = torch.zeros(5, 5, device=device)
+        bias[1, 2] = inf
+        with tritune.use_backend(backend_of(tier)):
+            overflown = tritune.attention(q, k, v).isnan().any(-1)
+            biased = tritune.attention(v, v, v, bias=bias).isnan().any(-1)
+        assert overflown[0, 1, 3] and not overflown[0, 0].any()
+        assert biased.tolist() == [[[False, True, False, False, False]] * 2]
+
+    def test_nan_behind_the_end_and_under_the_mask(self, device, tier):
+        """Rows behind the end of a view are never read; a hidden key may be NaN; a hidden value is 0 times NaN."""
+        wide = torch.full((1, 2, 40, 8), math.nan, device=device)
+        q, k, v = (wide.clone() for _ in range(3))
+        for t in (q, k, v):
+            t[:, :, :21] = torch.randn(1, 2, 21, 8, device=device)
+        mask = torch.ones(21, dtype=torch.bool, device=device)
+        mask[4] = False
+        keys = k.clone()
+        keys[:, :, 4] = math.nan
+        with tritune.use_backend("triton" if tier != "torch" else "torch"):
+            out = tritune.attention(q[:, :, :21], k[:, :, :21], v[:, :, :21])
+            assert out.isfinite().all()
+            if tier != "torch":  # torch adds -inf to the NaN
+                out = tritune.attention(q[:, :, :21], keys[:, :, :21], v[:, :, :21], attn_mask=mask)
+                assert out.isfinite().all()
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+    def test_cosine_of_extreme_rows(self, dtype, device, tier):
+        """Rows of length 0 and 1e-20 score 0, with gradients of at most 1 / eps; long rows do not overflow."""
+        eps = 1e-6 if dtype is torch.float32 else 1e-3  # 1 / eps is a gradient
+        sizes = [0.0, 1e-20, 300.0, 1e30] if dtype is torch.float32 else [0.0, 1e-7, 300.0, 6e4]
+        rows = torch.stack([torch.full((8,), size) for size in sizes]).to(device, dtype).requires_grad_()
+        k, v = tensors((5, 8), (5, 3), device=device, dtype=dtype)
+        with tritune.use_backend(backend_of(tier)), poisoned():
+            out, lse = tritune.attention(rows, k, v, score="cosine", scale=3.0, eps=eps, return_lse=True)
+            dq, dk = torch.autograd.grad(out.sum() + lse.sum(), (rows, k))
+        exact = F.cosine_similarity(torch.ones(8, device=device), k.detach().float(), dim=-1) * 3.0
+        torch.testing.assert_close(lse[0], torch.tensor(math.log(5), device=device))
+        torch.testing.assert_close(lse[2:], torch.logsumexp(exact, 0).expand(2), rtol=1e-3, atol=1e-3)
+        assert all(t.isfinite().all() for t in (out, dq, dk))
+        if dtype is torch.float32:
+            assert dq[0].abs().max() <= 3e6 and dq[0].any() and not dq[3].abs().gt(1e-20).any()
+
+    def test_gradient_of_lse_is_the_weights(self, device, tier):
+        q, k, v = tensors((1, 2, 6, 8), (1, 2, 7, 8), (1, 2, 7, 7), device=device)
+        bias = torch.zeros(1, 2, 6, 7, device=device, requires_grad=True)
+        with tritune.use_backend(backend_of(tier)):
+            _, lse = tritune.attention(q, k, v, bias=bias, return_lse=True)
+            weights = torch.autograd.grad(lse.sum(), bias)[0]
+            wanted = tritune.attention(q, k, torch.eye(7, device=device).expand(1, 2, 7, 7))
+        torch.testing.assert_close(weights, wanted)
+
+    def test_only_what_needs_a_gradient_gets_one(self, device, tier):
+        q, k, v, bias = (t.detach() for t in tensors((1, 2, 6, 8), (1, 2, 7, 8), (1, 2, 7, 8), (6, 7), device=device))
+        for wanted in ((0,), (1,), (2,), (3,), (0, 3)):
+            args = [t.clone().requires_grad_(i in wanted) for i, t in enumerate((q, k, v, bias))]
+            with tritune.use_backend(backend_of(tier)):
+                tritune.attention(*args[:3], bias=args[3]).square().sum().backward()
+            assert [t.grad is not None for t in args] == [i in wanted for i in range(4)]
+
+    @pytest.mark.parametrize("shape", [(), (1,), (4,)])
+    @pytest.mark.parametrize("score", ["dot", "cosine"])
+    def test_a_learned_scale(self, score, shape, device, tier):
+        q, k, v = tensors((2, 4, 6, 8), (2, 4, 7, 8), (2, 4, 7, 8), device=device)
+        scale = (1 + torch.rand(shape, device=device)).requires_grad_()
+        with tritune.use_backend(backend_of(tier)):
+            out = tritune.attention(q, k, v, score=score, scale=scale)
+            got = torch.autograd.grad(out.square().sum(), (scale, q))
+        a, b = (F.normalize(t, dim=-1) for t in (q, k)) if score == "cosine" else (q, k)
+        s = a @ b.transpose(-1, -2) * scale.view(-1, 1, 1)
+        wanted = torch.softmax(s, -1) @ v
+        torch.testing.assert_close(out, wanted)
+        exact = torch.autograd.grad(wanted.square().sum(), (scale, q))
+        torch.testing.assert_close(got, exact, rtol=1e-4, atol=1e-5)
+
+    def test_a_length_beside_a_power_of_two_with_hidden_keys(self, device, tier):
+        """Rows with lse below -90 and a sequence that ends half-way in a block of 128: torch's fused kernel on GPUs
+        gives NaN gradients there."""
+        q, k, v = tensors((1, 1, 192, 16), (1, 1, 192, 16), (1, 1, 192, 16), device=device)
+        bias = torch.full((192, 192), -200.0, device=device)
+        mask = torch.rand(192, 192, device=device) > 0.5
+        with tritune.use_backend(backend_of(tier)), few_dots():
+            out, lse = tritune.attention(q, k, v, bias=bias, attn_mask=mask, return_lse=True)
+            grads = torch.autograd.grad(out.square().sum(), (q, k, v))
+        assert lse.max() < -90 and all(grad.isfinite().all() and grad.any() for grad in grads)
+
+    def test_fp32_bias_for_narrow_heads(self, device, tier):
+        q, k, v = tensors((1, 2, 6, 8), (1, 2, 7, 8), (1, 2, 7, 8), device=device, dtype=torch.bfloat16)
+        bias = torch.randn(1, 1, 6, 7, device=device, requires_grad=True)
+        with tritune.use_backend(backend_of(tier)):
+            out = tritune.attention(q, k, v, bias=bias)
+            grad = torch.autograd.grad(out.float().sum(), bias)[0]
+        assert out.dtype == torch.bfloat16 and grad.dtype == torch.float32 and grad.shape == bias.shape
+        wanted = F.scaled_dot_product_attention(q, k, v, bias)
+        torch.testing.assert_close(out, wanted, rtol=0.02, atol=0.02)
+
+    def test_every_head_size(self, device, tier):
+        for d in (1, 2, 7, 16, 17, 31, 48, 80, 96, 127, 160, 255):
+            q, k, v = (torch.randn(1, 1, 5, d, device=device) for _ in range(3))
+            with tritune.use_backend(backend_of(tier)):
+                torch.testing.assert_close(tritune.attention(q, k, v), F.scaled_dot_product_attention(q, k, v))
+
+    def test_autocast(self, device, tier):
+        q, k, v = tensors((1, 2, 6, 8), (1, 2, 7, 8), (1, 2, 7, 8), device=device)
+        with torch.autocast(device, torch.bfloat16), tritune.use_backend(backend_of(tier)):
+            out = tritune.attention(q, k, v, bias=torch.zeros(6, 7, device=device))
+            assert out.dtype == tritune.scaled_dot_product_attention(q, k, v).dtype == torch.bfloat16
+            assert F.scaled_dot_product_attention(q, k, v).dtype == torch.bfloat16
+        out.float().sum().backward()
+        assert q.grad.dtype == torch.float32
+
+
+class Allocations(TorchDispatchMode):
+    """Bytes of all memory that operators return in the block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if any(word in str(func) for word in ("empty", "zeros", "clone", "_to_copy", "ones", "full")):
+            self.bytes += result.untyped_storage().nbytes()
+        return result
+
+
+class TestKernels:
+    pytestmark = kernels_only
+
+    @pytest.mark.parametrize("score, bias", [("dot", None), ("cosine", None), ("dot", (1, 2, 1, 1))])
+    def test_memory_grows_with_the_length_not_with_its_square(self, score, bias, device):
+        def bytes_of(length: int) -> int:
+            q, k, v = tensors(*(3 * [(1, 2, length, 16)]), device=device)
+            extra = None if bias is None else torch.zeros(bias, device=device, requires_grad=True)
+            with tritune.use_backend("triton"), few_dots(), Allocations() as allocated:
+                out = tritune.attention(q, k, v, score=score, is_causal=True, bias=extra)
+                out.backward(torch.ones_like(out))
+            return allocated.bytes
+
+        short, long = bytes_of(64), bytes_of(128)
+        assert short > 0 and long <= 2.1 * short, (short, long)
+
+    @pytest.mark.parametrize("m, n", [(16, 32), (32, 16), (64, 64)])
+    def test_tiles(self, m, n, device):
+        from tritune.autotune.config import Config
+        from tritune.autotune.resolve import override
+        from tritune.kernels import attention as kernels
+
+        config = Config(BLOCK_M=m, BLOCK_N=n, num_warps=4, num_stages=1)
+        tunables = (kernels.FORWARD, kernels.KEY_VALUE_GRAD, kernels.QUERY_GRAD, kernels.BIAS_GRAD)
+        one = case("tiles", 1, 2, 70, 37, 16, bias=(1, 2, 70, 37), is_causal=True, causal_alignment="bottom_right",
+                   mask=(70, 37))  # fmt: skip
+        one.kwargs["attn_mask"][:, 0] = True
+        options = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in one.kwargs.items()}
+        q, k, v, bias = (t.requires_grad_() for t in one.inputs(torch.float32, "nchw", device).values())
+        grads = []
+        with contextlib.ExitStack() as stack:
+            for tunable in tunables:
+                stack.enter_context(override(tunable, config))
+            for backend in ("triton", "torch"):
+                with tritune.use_backend(backend), poisoned():
+                    out, lse = tritune.attention(q, k, v, bias=bias, return_lse=True, **options)
+                    loss = out.square().sum() + lse.nan_to_num(neginf=0.0).sum()
+                    grads.append((out, lse, *torch.autograd.grad(loss, (q, k, v, bias))))
+        torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-5)
+
+    def test_what_is_left_to_torch_is_named(self, device):
+        q, k, v = (torch.randn(1, 2, 5, 8, device=device) for _ in range(3))
+        wide = torch.randn(1, 2, 5, 257, device=device)
+        with tritune.use_backend("triton"):
+            with pytest.raises(tritune.UnsupportedError, match=r"dropout_p=0\.1"):
+                tritune.scaled_dot_product_attention(q, k, v, dropout_p=0.1)
+            with pytest.raises(tritune.UnsupportedError, match="head dimension of 257"):
+                tritune.attention(wide, wide, v)
+            with pytest.raises(tritune.UnsupportedError, match="float64"):
+                tritune.attention(q.double(), k.double(), v.double())
+        assert tritune.attention(wide, wide, v).shape == (1, 2, 5, 8)
+
+    def test_only_lse_is_kept_of_a_row(self, device):
+        q, k, v = tensors(*3 * [(1, 2, 32, 16)], device=device, dtype=torch.float16)
+        with tritune.use_backend("triton"):
+            node = tritune.attention(q, k, v).grad_fn
+        extra = [tuple(t.shape) for t in node.saved_tensors if t is not None]
+        assert sorted(extra) == sorted([*(tuple(t.shape) for t in (q, k, v, q)), (1, 1, 2, 32)])
+
+    @pytest.mark.parametrize("precision", ["ieee", "tf32", "tf32x3"])
+    def test_precisions(self, precision, device):
+        q, k, v = (torch.randn(1, 2, 17, 32, device=device) for _ in range(3))
+        with tritune.use_backend("triton"):
+            out = tritune.attention(q, k, v, precision=precision)
+        torch.testing.assert_close(out, F.scaled_dot_product_attention(q, k, v), rtol=2e-3, atol=2e-3)
+
+
+class TestPool:
+    pytestmark = every_backend
+
+    def test_the_formula(self, device, tier):
+        query, x = tensors((3, 2, 8), (4, 3, 10, 8), device=device)
+        mask = torch.ones(4, 10, dtype=torch.bool, device=device)
+        mask[1, 6:] = False
+        mask[2] = False
+        with tritune.use_backend(backend_of(tier)):
+            y = tritune.attention_pool(query, x, x, score="cosine", scale=7.0, attn_mask=mask)
+            grads = torch.autograd.grad(y.square().sum(), (query, x))
+        s = 7.0 * F.normalize(query, dim=-1) @ F.normalize(x, dim=-1).transpose(-1, -2)
+        s = s.masked_fill(~mask[:, None, None], -inf)
+        wanted = torch.softmax(s, -1).nan_to_num(0.0) @ x
+        assert y.shape == (4, 3, 2, 8) and not y[2].any()
+        torch.testing.assert_close(y, wanted)
+        kept = torch.cat([wanted[:2], wanted[3:]])
+        exact = torch.autograd.grad(kept.square().sum(), (query, x))
+        assert all(grad.isfinite().all() for grad in grads)
+        torch.testing.assert_close(grads[1][[0, 1, 3]], exact[1][[0, 1, 3]], rtol=1e-4, atol=1e-5)
+
+    def test_without_heads(self, device, tier):
+        query, x = tensors((2, 8), (4, 10, 8), device=device)
+        with tritune.use_backend(backend_of(tier)):
+            y = tritune.attention_pool(query, x, x)
+        torch.testing.assert_close(y, F.scaled_dot_product_attention(query.expand(4, -1, -1), x, x))
+
+
+class TestModules:
+    pytestmark = every_backend
+
+    @pytest.mark.parametrize("options", [{}, {"score": "cosine", "scale": "learnable"}, {"scale": 0.3}], ids=str)
+    def test_attention(self, options, device, tier):
+        layer = tritune.nn.Attention(**options).to(device)
+        q, k, v = tensors((2, 3, 5, 8), (2, 3, 7, 8), (2, 3, 7, 8), device=device)
+        with tritune.use_backend(backend_of(tier)):
+            out = layer(q, k, v)
+            out.sum().backward()
+            scale = layer.scale.detach() if isinstance(layer.scale, Tensor) else layer.scale
+            wanted = tritune.attention(q, k, v, score=layer.score, scale=scale)
+        torch.testing.assert_close(out, wanted)
+        assert [p.grad is not None for p in layer.parameters()] == [True] * ("score" in options)
+        assert all(word in repr(layer) for word in ("score=", "scale="))
+
+    def test_a_learned_scale_is_bounded(self, device, tier):
+        layer = tritune.nn.Attention(score="cosine", scale="learnable").to(device)
+        assert math.isclose(layer.scale.item(), 10, rel_tol=1e-5)
+        layer.logit_scale.data.fill_(50.0)
+        assert math.isclose(layer.scale.item(), 100, rel_tol=1e-5)
+
+    @pytest.mark.parametrize("heads, queries, score", [(1, 1, "dot"), (4, 3, "cosine"), (2, 1, "cosine")])
+    def test_attention_pool(self, heads, queries, score, device, tier):
+        layer = tritune.nn.AttentionPool(16, heads, queries, score=score, scale="learnable").to(device)
+        x = torch.randn(3, 9, 16, device=device, requires_grad=True)
+        mask = torch.rand(3, 9, device=device) > 0.3
+        mask[:, 0] = True
+        with tritune.use_backend(backend_of(tier)):
+            y = layer(x, mask)
+            alone = layer(x[1], mask[1])
+            y.square().sum().backward()
+        k, v = (p(x).view(3, 9, heads, 16 // heads).transpose(1, 2) for p in (layer.key, layer.value))
+        q, k = (F.normalize(t, dim=-1) if score == "cosine" else t for t in (layer.query, k))
+        s = (layer.scale * q @ k.transpose(-1, -2)).masked_fill(~mask[:, None, None], -inf)
+        wanted = layer.out((torch.softmax(s, -1) @ v).transpose(1, 2).flatten(2))
+        torch.testing.assert_close(y, wanted.squeeze(1) if queries == 1 else wanted, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(alone, y[1], rtol=1e-4, atol=1e-5)
+        assert all(p.grad is not None and p.grad.isfinite().all() for p in layer.parameters())
+
+    def test_copies_pickles_and_state(self, device, tier):
+        layer = tritune.nn.AttentionPool(16, 2, score="cosine", scale="learnable").to(device)
+        x = torch.randn(3, 9, 16, device=device)
+        other = tritune.nn.AttentionPool(16, 2, score="cosine", scale="learnable").to(device)
+        other.load_state_dict(layer.state_dict())
+        with tritune.use_backend(backend_of(tier)):
+            for twin in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer)), other):
+                torch.testing.assert_close(twin(x), layer(x))
+
+    @pytest.mark.parametrize(
+        "build, text",
+        [(lambda: tritune.nn.AttentionPool(10, 4), "multiple of num_heads=4"),
+         (lambda: tritune.nn.Attention(score="l2"), "score='l2'"),
+         (lambda: tritune.nn.Attention(scale="big"), "scale='big'")],
+    )  # fmt: skip
+    def test_bad_options(self, build, text):
+        with pytest.raises(ValueError, match=text):
+            build()
+
+
+@pytest.mark.torch
+class TestOnTorch:
+    """What the torch backend adds to torch's own function."""
+
+    def test_the_drop_in_is_torchs(self):
+        q, k, v = (torch.randn(2, 3, 9, 8) for _ in range(3))
+        mask = torch.randn(9, 9)
+        for args, options in (((), {}), ((mask,), {}), ((mask > 0,), {"scale": 0.3}), ((None, 0.0, True), {})):
+            got = tritune.scaled_dot_product_attention(q, k, v, *args, **options)
+            assert torch.equal(got, F.scaled_dot_product_attention(q, k, v, *args, **options))
+        torch.manual_seed(0)
+        dropped = tritune.scaled_dot_product_attention(q, k, v, dropout_p=0.5)
+        torch.manual_seed(0)
+        assert torch.equal(dropped, F.scaled_dot_product_attention(q, k, v, dropout_p=0.5))
+
+    def test_first_gradients_are_torchs(self):
+        args = tensors(*(3 * [(2, 3, 9, 8)]), device="cpu")
+        grads = [torch.autograd.grad(fn(*args, is_causal=True).square().sum(), args)
+                 for fn in (tritune.scaled_dot_product_attention, F.scaled_dot_product_attention)]  # fmt: skip
+        assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+    def test_backward_twice_with_the_graph_retained(self):
+        q, k, v = tensors(*(3 * [(2, 3, 9, 8)]), device="cpu")
+        loss = tritune.attention(q, k, v).square().sum()
+        first = torch.autograd.grad(loss, q, retain_graph=True)[0]
+        assert torch.equal(first, torch.autograd.grad(loss, q)[0])
+        with pytest.raises(RuntimeError, match="second time"):
+            torch.autograd.grad(loss, q)
+
+    def test_float64(self):
+        q, k, v = (torch.randn(1, 2, 5, 8, dtype=torch.float64) for _ in range(3))
+        out, lse = tritune.attention(q, k, v, return_lse=True)
+        assert out.dtype == lse.dtype == torch.float64
+        exact = reference(q, k, v)
+        assert_close("out", out, exact, exact)
+
+
+@pytest.mark.static
+def test_changing_sizes_compile_once():
+    from tritune.autotune.config import Config
+    from tritune.kernels import attention as kernels
+
+    config = Config(BLOCK_M=64, BLOCK_N=64, num_warps=4, num_stages=2)
+    binaries: dict[str, set[str]] = {}
+    for tunable in (kernels.FORWARD, kernels.KEY_VALUE_GRAD, kernels.QUERY_GRAD):
+        for b, h, m, n in ((1, 1, 1, 1), (1, 16, 16, 16), (3, 5, 100, 333), (2, 2, 4096, 70_001), (64, 1, 1, 48)):
+            problem = kernels.AttentionProblem(b, h, m, n, 64, 64, 1, torch.bfloat16, "16", 0, saves=True)
+            for launch in tunable.launches(problem, config):
+                source = launch.source()
+                key = (source.signature, source.constants, source.attrs)
+                binaries.setdefault(tunable.name, set()).add(repr([sorted(part.items()) for part in key]))
+    assert {name: len(found) for name, found in binaries.items()} == dict.fromkeys(binaries, 1)
