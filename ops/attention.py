@@ -177,7 +177,7 @@ def _attend(
     op: str, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, bias: Tensor | None, *, scale: Any,
     is_causal: bool, enable_gqa: bool, score: str = "dot", bottom_right: bool = False, wants_lse: bool = False,
     eps: float = 1e-6, precision: str | None = None, dropout_p: float = 0.0,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """Every call, of any number of dimensions: ``(out, lse)``."""
     query, key, value, bias = autocast(query, key, value, bias)
     masks = (("attn_mask", mask), ("bias" if op == "attention" else "attn_mask", bias))
@@ -191,8 +191,8 @@ def _attend(
         scale = 1.0 if score == "cosine" else max(1, q.shape[3]) ** -0.5
     shift = None if not is_causal else k.shape[2] - q.shape[2] if bottom_right else 0
 
-    tensors = [t for t in (q, k, v, bias, scale) if isinstance(t, Tensor)]
-    saves = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+    tensors = (q, k, v) if bias is None else (q, k, v, bias)
+    saves = torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in (*tensors, scale))
     bounded = score == "cosine" and bias is None and not isinstance(scale, Tensor) and _is_bounded(scale, q.dtype)
     resolved = resolved_precision(q, precision, torch.backends.cuda.matmul)
 
@@ -200,7 +200,7 @@ def _attend(
         return _problem(q, k, v, mask, bias, shift, bounded, resolved, saves)
 
     backend = choose(
-        op, tensors[: 3 + (bias is not None)],
+        op, tensors,
         lambda device: _auto_rule(problem(), device, wants_lse),
         lambda device: _kernel_choices(problem(), device, score == "cosine", bias is not None and bias.requires_grad),
         lambda: _limits(problem, mask, dropout_p, q.device),
@@ -219,7 +219,7 @@ def _attend(
     else:
         with below_autograd():
             out, lse, _ = OP(*call, bounded, wants_lse, saves, resolved, backend)
-    return _original_dims(out, args, 2), _original_dims(lse, args, 1) if wants_lse else lse
+    return _original_dims(out, args), None if lse is None or not wants_lse else _original_dims(lse, args)
 
 
 def _four_dims(t: Tensor, args: AttentionArgs, is_query: bool) -> Tensor:
@@ -227,6 +227,8 @@ def _four_dims(t: Tensor, args: AttentionArgs, is_query: bool) -> Tensor:
     if args.heads is None:
         return t.view(1, 1, *t.shape) if t.dim() == 2 else t
     heads = args.heads if is_query or args.group == 1 else args.heads // args.group
+    if len(args.batch) == 1 and t.shape[:-2] == (*args.batch, heads):
+        return t
     have = t.shape[-3] if t.dim() > 2 else 1
     if have not in (1, heads):
         t = t.repeat_interleave(heads // have, -3)  # grouped heads of key and value that differ in number
@@ -245,7 +247,7 @@ def _four_dims_of_mask(t: Tensor, args: AttentionArgs) -> Tensor:
     return t.flatten(0, len(args.batch) - 1)
 
 
-def _original_dims(t: Tensor, args: AttentionArgs, last: int) -> Tensor:
+def _original_dims(t: Tensor, args: AttentionArgs) -> Tensor:
     if args.heads is None:
         return t.squeeze(0).squeeze(0)
     if not args.batch:
@@ -342,13 +344,12 @@ def _hidden(q: Tensor, k: Tensor, mask: Tensor | None, shift: int | None) -> Ten
 
 def _on_torch(
     call: tuple[Any, ...], group: int, wants_lse: bool, dropout_p: float, saves: bool
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    q = call[0]
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     if wants_lse or in_transform():
         return _formula(*call)
-    if saves and not dropout_p and not torch.compiler.is_compiling() and is_plain(q):
-        return _OnTorch.apply(*call, group), q.new_empty(0)
-    return _composite(*call, group=group, dropout_p=dropout_p), q.new_empty(0)
+    if saves and not dropout_p and not torch.compiler.is_compiling() and is_plain(call[0]):
+        return _OnTorch.apply(*call, group), None
+    return _composite(*call, group=group, dropout_p=dropout_p), None
 
 
 def _composite(
@@ -528,6 +529,7 @@ class _Attention(torch.autograd.Function):
             out, lse, stats = OP(*call)
         ctx.save_for_backward(*call[:5], out, stats)
         ctx.options = (*call[5:8], call[10], call[11])
+        ctx.has_lse = call[8]
         ctx.mark_non_differentiable(stats)
         ctx.set_materialize_grads(False)
         return out, lse, stats
@@ -536,6 +538,7 @@ class _Attention(torch.autograd.Function):
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
         tensors = ctx.saved_tensors
         dout = torch.zeros_like(tensors[5]) if dout is None else dout
+        dlse = dlse if ctx.has_lse else None
         needs = ctx.needs_input_grad[:5]
         dq, dk, dv, dbias = OP_BACKWARD(*tensors, dout, dlse, [*needs[:3], needs[4]], *ctx.options)
         grads = (dq, dk, dv, None, dbias)
@@ -564,6 +567,8 @@ def _backward(
     stats: Tensor, dout: Tensor, dlse: Tensor | None, needs: list[bool], scale: float, shift: int | None,
     bounded: bool, precision: str, backend: str,
 ) -> tuple[Tensor, ...]:  # fmt: skip
+    pair = needs[1] or needs[2]  # they come together
+    needs = [needs[0], pair, pair, needs[3]]
     if runs_kernels(backend, query):
         from ..kernels.attention import Scores, run_backward
 
@@ -577,10 +582,7 @@ def _backward(
             for grad, like in zip(grads, (query, key, value), strict=True)
         )
         found = (*laid_out, dbias)
-    needs_both = (needs[0], needs[1] or needs[2], needs[1] or needs[2], needs[3])
-    return tuple(
-        query.new_empty(0) if grad is None or not need else grad for grad, need in zip(found, needs_both, strict=True)
-    )
+    return tuple(query.new_empty(0) if grad is None else grad for grad in found)
 
 
 def _backward_autograd(*call: Any) -> tuple[Tensor, ...]:
@@ -632,18 +634,10 @@ def _normalized(t: Tensor, eps: float, backend: str) -> Tensor:
 
 
 def _lengths(t: Tensor, eps: float) -> Tensor:
-    """[..., 1]: max(|t|, eps) in float32 at least. Divided by a power of two near their largest element first, rows
-    neither overflow nor vanish when they are squared."""
-    wide = t.to(torch.promote_types(t.dtype, torch.float32))
-    if t.shape[-1] == 0:
-        return torch.full_like(wide.sum(-1, keepdim=True), eps)
-    exponent = torch.frexp(wide.detach().abs().amax(-1, keepdim=True))[1]
-    power = torch.ldexp(torch.ones_like(wide[..., :1]), exponent - 1)
-    scaled = wide / power
-    is_short = torch.linalg.vector_norm(scaled.detach(), dim=-1, keepdim=True) * power < eps
-    # The length of a short row has no part in the result, and at 0 no derivative.
-    length = torch.linalg.vector_norm(torch.where(is_short, 1.0, scaled), dim=-1, keepdim=True) * power
-    return torch.where(is_short, eps, length)
+    """[..., 1]: max(|t|, eps) in float32 at least. The squares are added in float64, where no row of float32 overflows
+    or vanishes."""
+    length = torch.linalg.vector_norm(t, dim=-1, keepdim=True, dtype=torch.float64)
+    return length.clamp_min(eps).to(torch.promote_types(t.dtype, torch.float32))
 
 
 def _unit(t: Tensor, eps: float) -> Tensor:

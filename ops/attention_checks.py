@@ -142,6 +142,8 @@ def _broadcast(tensors: Sequence[Tensor], last: int) -> tuple[int, ...]:
     """torch's rule, and its text."""
     shapes = [tuple(t.shape[:-last]) for t in tensors]
     full = shapes[0]
+    if full == shapes[1] == shapes[2]:
+        return full
     for other in shapes[1:]:
         length = max(len(full), len(other))
         a, b = ((1,) * (length - len(s)) + s for s in (full, other))
@@ -154,17 +156,18 @@ def _broadcast(tensors: Sequence[Tensor], last: int) -> tuple[int, ...]:
 
 
 def _check_sizes(query: Tensor, key: Tensor, value: Tensor, args: AttentionArgs) -> None:
+    if query.shape[-1] == key.shape[-1] and key.shape[-2] == value.shape[-2]:
+        return
     batches = prod(args.batch) * (1 if args.heads is None else args.heads)
     if query.shape[-1] != key.shape[-1]:
         raise RuntimeError(
             f"Expected size for first two dimensions of batch2 tensor to be: [{batches}, {query.shape[-1]}] "
             f"but got: [{batches}, {key.shape[-1]}].: query and key must have the same number of features"
         )
-    if key.shape[-2] != value.shape[-2]:
-        raise RuntimeError(
-            f"Expected size for first two dimensions of batch2 tensor to be: [{batches}, {key.shape[-2]}] "
-            f"but got: [{batches}, {value.shape[-2]}].: key and value must have the same length"
-        )
+    raise RuntimeError(
+        f"Expected size for first two dimensions of batch2 tensor to be: [{batches}, {key.shape[-2]}] "
+        f"but got: [{batches}, {value.shape[-2]}].: key and value must have the same length"
+    )
 
 
 def _check_mask(name: str, mask: Tensor, shape: tuple[int, ...]) -> None:

@@ -265,7 +265,7 @@ def _tiny(one: Case) -> Case:
     layer = layer_of(one)
     heads = 2 * layer.group if layer.group > 1 else 2
     small = layer._replace(
-        B=min(layer.B, 2), H=heads, M=min(layer.M, 20), N=min(layer.N, 24), D=min(layer.D, 24),
+        B=min(layer.B, 2), H=heads, M=min(layer.M, 18), N=min(layer.N, 20), D=min(layer.D, 16),
         kv_heads=heads // layer.group,
     )  # fmt: skip
     return replace(case(one.name, layer=small, dtype=one.precision), direction=one.direction, rank=one.rank)

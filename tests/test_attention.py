@@ -109,7 +109,7 @@ CASES = [
     case("bias", 2, 2, 17, 19, 16, bias=(2, 2, 17, 19)),
     case("bias-of-heads", 2, 2, 18, 21, 16, bias=(2, 18, 21), return_lse=True),
     case("bias-of-pairs", 2, 2, 17, 19, 16, bias=(17, 19)),
-    case("bias-of-keys", 2, 2, 19, 40, 16, bias=(2, 1, 1, 40)),
+    case("bias-of-keys", 2, 2, 18, 40, 16, bias=(2, 1, 1, 40)),
     case("bias-of-queries", 2, 2, 35, 19, 16, bias=(1, 2, 35, 1), return_lse=True),
     case("bias-and-mask-and-causal", 2, 2, 21, 37, 16, bias=(1, 2, 21, 37), mask=(2, 1, 21, 37), is_causal=True),
     case("groups", 2, 6, 18, 20, 16, kv=2, return_lse=True),

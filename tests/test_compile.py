@@ -166,6 +166,54 @@ class TestCompiledSequences:
         assert recorder.graphs == 1
 
 
+class Attentive(torch.nn.Module):
+    """Fused scores, a bias with a gradient, cosine scores with a learned scale, and lse."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bias = torch.nn.Parameter(torch.randn(1, 2, 1, 1))
+        self.pool = tritune.nn.AttentionPool(8, 2, score="cosine", scale="learnable")
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        heads = x.unflatten(-1, (2, 4)).transpose(1, 2)
+        y = tritune.scaled_dot_product_attention(heads, heads, heads, is_causal=True)
+        y, lse = tritune.attention(y, heads, heads, bias=self.bias, return_lse=True)
+        return self.pool((y * lse.unsqueeze(-1)).transpose(1, 2).flatten(2))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*lru_cache:UserWarning")
+class TestCompiledAttention:
+    pytestmark = tiers
+
+    def test_training_in_one_graph(self, device, tier):
+        net, recorder = Attentive().to(device), Recorder()
+        compiled = torch.compile(net, fullgraph=True, backend=recorder)
+        x = torch.randn(3, 7, 8, device=device, requires_grad=True)
+        leaves = [x, *net.parameters()]
+        with tritune.use_backend(backend_of(tier)):
+            wanted = net(x)
+            wanted_grads = torch.autograd.grad(wanted.square().sum(), leaves)
+            y = compiled(x)
+            grads = torch.autograd.grad(y.square().sum(), leaves)
+        torch.testing.assert_close(y, wanted)
+        torch.testing.assert_close(grads, wanted_grads, rtol=1e-4, atol=1e-5)
+        ours = {op for op in recorder.ops if op.startswith("tritune")}
+        names = ("attention", "attention_backward", "attention_normalize", "attention_normalize_backward")
+        assert ours == (set() if tier == "torch" else {f"tritune.{name}.default" for name in names})
+
+    def test_changing_sizes_compile_once(self, device, tier):
+        net, recorder = Attentive().to(device), Recorder()
+        compiled = torch.compile(net, fullgraph=True, dynamic=True, backend=recorder)
+        with tritune.use_backend(backend_of(tier)), torch.no_grad():
+            compiled(torch.randn(5, 6, 8, device=device))  # traced twice: Dynamo takes eps for a variable at first
+            graphs = recorder.graphs
+            for b, n in ((5, 6), (3, 9), (7, 4)):
+                x = torch.randn(b, n, 8, device=device)
+                torch.testing.assert_close(compiled(x), net(x))
+        assert recorder.graphs == graphs
+
+
 LOAD_AND_RUN = """
 import sys, torch, tritune
 program = torch.export.load(sys.argv[1])
@@ -184,10 +232,11 @@ print("ok", sorted({str(n.target) for n in program.graph.nodes if "tritune" in s
 class TestExport:
     pytestmark = [pytest.mark.torch, pytest.mark.interpret]
 
-    @pytest.mark.parametrize("kind", [Net, Sequences])
+    @pytest.mark.parametrize("kind", [Net, Sequences, Attentive])
     def test_saved_and_loaded_in_a_fresh_process(self, kind, tier, tmp_path, monkeypatch):
         """Exported for the kernels, a program keeps our operators, and still runs where there is no GPU."""
-        net, x = kind().eval(), torch.randn(2, 3, 8, 8) if kind is Net else torch.randn(5, 2, 3)
+        shape = {Net: (2, 3, 8, 8), Sequences: (5, 2, 3), Attentive: (3, 7, 8)}[kind]
+        net, x = kind().eval(), torch.randn(shape)
         with tritune.use_backend(backend_of(tier)):
             program = torch.export.export(net, (x,))
         torch.export.save(program, tmp_path / "net.pt2")
@@ -198,10 +247,11 @@ class TestExport:
             capture_output=True, text=True, timeout=300, check=False,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
-        if kind is Net:
-            assert ("tritune.conv2d.default" in done.stdout) == (tier == "interpret"), done.stdout
-        else:
+        if kind is Sequences:
             assert "tritune.rnn.default" in done.stdout
+        else:
+            op = "conv2d" if kind is Net else "attention"
+            assert (f"tritune.{op}.default" in done.stdout) == (tier == "interpret"), done.stdout
 
 
 @pytest.mark.torch
@@ -221,11 +271,17 @@ class TestFake:
             sizes = ((5, 2, 8), (2, 64, 8), (2, 64, 16))
             out, h, c = tritune.lstm(*(torch.empty(s, device="cuda", dtype=torch.bfloat16) for s in sizes))
             assert out.shape == (5, 2, 32) and h.shape == c.shape == (2, 2, 16) and out.device.type == "cuda"
+            q, k = (torch.empty(2, n, 4, 64, device="cuda", dtype=torch.bfloat16).transpose(1, 2) for n in (9, 7))
+            out, lse = tritune.attention(q, k, k, score="cosine", return_lse=True)
+            assert out.shape == q.shape and out.stride() == q.stride() and out.device.type == "cuda"
+            assert lse.shape == (2, 4, 9) and lse.dtype == torch.float32
 
     def test_meta_tensors(self):
         x, w = torch.empty(2, 8, 9, 7, device="meta"), torch.empty(16, 8, 3, 3, device="meta")
         assert tritune.conv2d(x, w, stride=2, activation="relu").shape == (2, 16, 4, 3)
         assert tritune.max_pool2d(x, 3, 2, 1).shape == (2, 8, 5, 4)
         assert tritune.nn.GRU(3, 4, device="meta")(torch.empty(5, 2, 3, device="meta"))[0].shape == (5, 2, 4)
+        q = torch.empty(2, 4, 9, 8, device="meta")
+        assert tritune.attention(q, q[:, :2], q[:, :2], enable_gqa=True, is_causal=True).shape == q.shape
         _, offsets = torch.ops.tritune.max_pool2d_with_offsets(x, [3, 3], [2, 2], [1, 1], [1, 1], False, "auto")
         assert offsets.dtype == torch.uint8

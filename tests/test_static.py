@@ -17,7 +17,7 @@ import triton.language as tl  # noqa: E402
 from tritune.autotune.config import TUNABLES  # noqa: E402
 from tritune.autotune.device import TARGETS, named  # noqa: E402
 from tritune.autotune.resolve import ranked, resolve  # noqa: E402
-from tritune.kernels import conv, conv_depthwise, pool, rnn  # noqa: E402
+from tritune.kernels import attention, conv, conv_depthwise, pool, rnn  # noqa: E402
 from tritune.kernels._launch import Launch  # noqa: E402
 from tritune.perf import conv as conv_layers  # noqa: E402
 from tritune.perf import families, static  # noqa: E402
@@ -93,7 +93,9 @@ def sweep(kernel):
             for channels in (3, 8, 16, 32, 96, 512, 2048):
                 for last in (True, False):
                     x, w = (n, channels, size, size), (channels, channels, 3, 3)
-                    if kernel == "conv2d_epilogue_grad":
+                    if kernel.startswith("attention"):
+                        yield attended(kernel, n, size, channels, last)
+                    elif kernel == "conv2d_epilogue_grad":
                         yield conv.EpilogueProblem(n * size * size, channels, torch.bfloat16, True, True, last)
                     elif kernel.startswith("rnn"):
                         cell, batch = "lstm" if last else "tanh", n * size
@@ -106,6 +108,17 @@ def sweep(kernel):
                         if "depthwise" in kernel:
                             geometry, w = dense._replace(groups=channels), (channels, 1, 3, 3)
                         yield conv.problem_of(x, w, (size, size), geometry, torch.bfloat16, "16", last)
+
+
+def attended(kernel, heads, size, channels, causal):
+    """Sequences from 2 to 3 584, heads of 3 to 256."""
+    m, d = size * 16, min(channels, 256)
+    if kernel.startswith("attention_normalize"):
+        return attention.NormalizeProblem(heads * m, d, torch.bfloat16)
+    shift, bias = 0 if causal else None, torch.bfloat16 if kernel == "attention_bias_grad" else None
+    return attention.AttentionProblem(
+        1, heads, m, m, d, d, 1, torch.bfloat16, "16", shift, bias=bias, bias_dims="hmn" if bias else "", saves=True
+    )
 
 
 @pytest.mark.parametrize("kernel", TUNABLES)

@@ -10,7 +10,7 @@ import triton.language as tl  # noqa: E402
 from tritune.autotune.config import TUNABLES, Config, Tunable  # noqa: E402
 from tritune.autotune.device import named  # noqa: E402
 from tritune.autotune.resolve import ranked  # noqa: E402
-from tritune.kernels import conv, conv_depthwise, pool, rnn  # noqa: E402, F401
+from tritune.kernels import attention, conv, conv_depthwise, pool, rnn  # noqa: E402, F401
 from tritune.kernels._launch import Launch  # noqa: E402
 from tritune.perf import traffic  # noqa: E402
 from tritune.perf.families import TRAFFIC  # noqa: E402
@@ -69,7 +69,37 @@ SEQUENCES = {
 }
 
 
+def attended(m, n, dtype=torch.float16, *, heads=2, group=1, **options):
+    precision = "ieee" if dtype is torch.float32 else "16"
+    return attention.AttentionProblem(2, heads, m, n, 16, 24, group, dtype, precision, saves=True, **options)
+
+
+ATTENTIONS = {
+    "plain": attended(40, 50),
+    "fp32": attended(33, 20, torch.float32),
+    "causal": attended(48, 40, shift=0),
+    "bottom-right": attended(40, 70, shift=30),
+    "groups": attended(30, 33, heads=4, group=2),
+    "masked": attended(30, 33, masked=True),
+    "bounded": attended(30, 33, bounded=True),
+}
+BIASED = {
+    "pairs": attended(30, 33, bias=torch.float16, bias_dims="mn"),
+    "all": attended(30, 33, bias=torch.float32, bias_dims="bhmn"),
+    "keys-causal": attended(30, 33, bias=torch.float16, bias_dims="bn", shift=0, masked=True),
+}
+ROWS = {
+    "fp16": attention.NormalizeProblem(200, 24, torch.float16),
+    "fp32": attention.NormalizeProblem(70, 64, torch.float32),
+}
+
+
 def problems_of(kernel):
+    if kernel.startswith("attention_normalize"):
+        return ROWS
+    if kernel.startswith("attention"):
+        # The gradient of a bias walks all pairs; the other kernels read one too.
+        return BIASED if kernel == "attention_bias_grad" else {**ATTENTIONS, **BIASED}
     if kernel.startswith("rnn"):
         return SEQUENCES
     if kernel == "conv2d_epilogue_grad":

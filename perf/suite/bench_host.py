@@ -19,6 +19,10 @@ CALLS = {
         "tritune": lambda x, w: tritune.max_pool2d(x, 3, 2, 1),
         "torch": lambda x, w: F.max_pool2d(x, 3, 2, 1),
     },
+    "scaled_dot_product_attention": {
+        "tritune": lambda x, w: tritune.scaled_dot_product_attention(x, x, x),
+        "torch": lambda x, w: F.scaled_dot_product_attention(x, x, x),
+    },
 }
 DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
 

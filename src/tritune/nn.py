@@ -236,10 +236,6 @@ class ElmanRNN(torch.nn.Module):
         return f"{sizes}, batch_first=True" if self.batch_first else sizes
 
 
-# Of a learned scale, as in CLIP and Swin V2: scores must not grow without bound.
-START_SCALE, MAX_SCALE = 10.0, 100.0
-
-
 class _Scored(torch.nn.Module):
     """What the attention modules share: scores, and a scale that may be learned."""
 
@@ -258,14 +254,15 @@ class _Scored(torch.nn.Module):
 
     def reset_parameters(self) -> None:
         if self.logit_scale is not None:
-            torch.nn.init.constant_(self.logit_scale, math.log(START_SCALE))
+            torch.nn.init.constant_(self.logit_scale, math.log(10.0))
 
     @property
     def scale(self) -> float | Tensor | None:
         """What the scores are multiplied by."""
         if self.logit_scale is None:
             return self.fixed_scale
-        return self.logit_scale.clamp(max=math.log(MAX_SCALE)).exp()
+        # At most 100, as in CLIP and Swin V2. Dynamo takes a number that is no literal for an input.
+        return self.logit_scale.clamp(max=4.605170185988092).exp()
 
     def extra_repr(self) -> str:
         scale = "'learnable'" if self.logit_scale is not None else self.fixed_scale
