@@ -396,7 +396,7 @@ class TestMerge:
 class TestSweep:
     def test_the_default_stays_unless_clearly_beaten(self):
         pytest.importorskip("triton")
-        from tritune.perf.sweep import winner
+        from tritune.autotune.tuner import winner
 
         default, other = Config(BLOCK_M=16), Config(BLOCK_M=32)
         assert winner([(default, 10.0), (other, 9.9)], default) == (default, 10.0)
