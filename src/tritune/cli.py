@@ -18,6 +18,7 @@ COMMANDS = {
     ("doctor",): (".doctor", "the environment, and what is wrong with it", "cli"),
     ("explain",): (".explain", "what a call would run on a device, and why", "cli"),
     ("tune",): (".perf.tune", "measure the best configs on this GPU, or rank them for another without one", "triton"),
+    ("configs",): (".configs", "list, show, diff and merge tuned configs", "cli"),
     ("bench", "static"): (".perf.static", "compile every shipped config; compare with the baseline", "triton"),
     ("bench", "run"): (".perf.gpu", "tests and timings on this machine's GPU", "triton"),
 }

@@ -22,6 +22,9 @@ from .ops import Decision, conv2d, elman_step, gru, lstm, max_pool2d, record, rn
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "fp64": torch.float64}
 
 
+Options = dict[str, dict[str, Any]]
+
+
 class Op(NamedTuple):
     """How the command line spells a call.
 
@@ -34,7 +37,7 @@ class Op(NamedTuple):
     function: Callable[..., Any]
     shapes: str
     example: str
-    options: dict[str, dict[str, Any]]
+    options: Options
     arguments: Callable[[list[Tensor], argparse.Namespace], tuple[Sequence[Any], dict[str, Any]]]
 
     def counts(self) -> range:
@@ -68,22 +71,22 @@ def _elman(tensors: list[Tensor], o: argparse.Namespace) -> tuple[Sequence[Any],
     return [x, h, x.new_empty(o.hidden, x.shape[-1]), x.new_empty(o.hidden, o.hidden)], {}
 
 
-_LAYOUT = {"--layout": {"choices": ("nhwc", "nchw"), "default": "nhwc", "help": "of images; default: nhwc"}}
-_PRECISION = {"--precision": {"choices": ("ieee", "tf32", "tf32x3"), "help": "how fp32 is multiplied"}}
-_WINDOW = {"--padding": {"type": int, "default": 0}, "--dilation": {"type": int, "default": 1}}
-_CONV = {
+_LAYOUT: Options = {"--layout": {"choices": ("nhwc", "nchw"), "default": "nhwc", "help": "of images; default: nhwc"}}
+_PRECISION: Options = {"--precision": {"choices": ("ieee", "tf32", "tf32x3"), "help": "how fp32 is multiplied"}}
+_WINDOW: Options = {"--padding": {"type": int, "default": 0}, "--dilation": {"type": int, "default": 1}}
+_CONV: Options = {
     "--stride": {"type": int, "default": 1}, **_WINDOW, "--groups": {"type": int, "default": 1},
     "--activation": {"metavar": "NAME"}, **_PRECISION, **_LAYOUT,
 }  # fmt: skip
-_POOL = {
+_POOL: Options = {
     "--kernel": {"type": int, "default": 2, "help": "default: 2"}, "--stride": {"type": int}, **_WINDOW,
     "--ceil-mode": {"action": "store_true"}, **_LAYOUT,
 }  # fmt: skip
-_HIDDEN = {"--hidden": {"type": int, "required": True, "help": "units of the state"}}
-_LAYER = {
+_HIDDEN: Options = {"--hidden": {"type": int, "required": True, "help": "units of the state"}}
+_LAYER: Options = {
     **_HIDDEN, "--bidirectional": {"action": "store_true"}, "--batch-first": {"action": "store_true"}, **_PRECISION,
 }  # fmt: skip
-_NONLINEARITY = {"--nonlinearity": {"choices": ("tanh", "relu"), "default": "tanh"}}
+_NONLINEARITY: Options = {"--nonlinearity": {"choices": ("tanh", "relu"), "default": "tanh"}}
 
 OPS = {
     "conv2d": Op(conv2d, "input weight [bias]", "32x64x56x56 64x64x3x3", _CONV, _conv),
