@@ -10,6 +10,8 @@ import shutil
 from types import TracebackType
 from typing import Any, TextIO
 
+BESIDE_STATE = 42  # columns of the bar, the count and the time left: what follows is cut, not they
+
 
 class Progress:
     """A context manager.
@@ -27,7 +29,7 @@ class Progress:
             with contextlib.suppress(ModuleNotFoundError):
                 self.bar = _bar(self.stream)
         if self.bar is not None:
-            self.task = self.bar.add_task("", total=self.total, state="", left="")
+            self.task = self.bar.add_task("", total=self.total, count="", state="", left="")
             self.bar.start()
         return self
 
@@ -50,7 +52,8 @@ class Progress:
         """Where the work stands: units done, an estimate of what is left, and a few words."""
         if self.bar is not None:
             left = "" if seconds_left is None else f"{clock(seconds_left)} left"
-            self.bar.update(self.task, completed=done, left=left, state=state)
+            state = state[: max(0, shutil.get_terminal_size().columns - BESIDE_STATE)]
+            self.bar.update(self.task, completed=done, count=f"{int(done)}/{self.total}", left=left, state=state)
 
 
 def clock(seconds: float) -> str:
@@ -65,8 +68,8 @@ def _bar(stream: TextIO) -> Any:
     from rich.table import Column
 
     columns = (
-        BarColumn(bar_width=16), TextColumn("{task.completed:.0f}/{task.total:.0f}"),
+        BarColumn(bar_width=16), TextColumn("{task.fields[count]}"),
         TextColumn("{task.fields[left]}"),
-        TextColumn("{task.fields[state]}", markup=False, table_column=Column(no_wrap=True, overflow="ellipsis")),
+        TextColumn("{task.fields[state]}", markup=False, table_column=Column(no_wrap=True)),
     )  # fmt: skip
     return Bar(*columns, console=Console(file=stream), transient=True)

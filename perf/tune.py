@@ -253,19 +253,30 @@ class Remote:
     def __init__(self, args: argparse.Namespace, deadline: float) -> None:
         self.args, self.deadline = args, deadline
         self.child: Child | None = None
+        self.compiler: Child | None = None
         self.target: Target | None = None
         self.opened: Target | None = None
 
     def start(self) -> dict[str, Any]:
         """The worker's hello."""
-        command = [sys.executable, "-m", f"{__package__}.tune_worker", "--cases", self.args.cases]
-        if self.args.rehearse:
-            command.append("--rehearse")
-        self.child, self.opened = Child(command, child_environment(self.args.rehearse)), None
+        self.child, self.opened = self._worker(*(["--rehearse"] if self.args.rehearse else [])), None
         try:
             return self._answer(START_SECONDS)
         except Lost as lost:
             raise Broken(f"the worker {lost}") from None
+
+    def compile_ahead(self, keys: Sequence[Key], target: str) -> None:
+        """Has another process compile the candidates, on all targets but the interpreter."""
+        if keys and not self.args.rehearse:
+            work = [
+                {"case": key.target.case.to_json(), "kind": key.target.kind, "configs": key.candidates} for key in keys
+            ]
+            self.compiler = self._worker("--compile")
+            self.compiler.send(json.dumps({"do": "compile", "target": target, "work": work}))
+
+    def _worker(self, *options: str) -> Child:
+        command = [sys.executable, "-m", f"{__package__}.tune_worker", "--cases", self.args.cases, *options]
+        return Child(command, child_environment(self.args.rehearse))
 
     def open(self, target: Target) -> None:
         """What the next trials are of."""
@@ -332,9 +343,15 @@ class Remote:
         return answer
 
     def close(self) -> None:
+        """Ends the worker; the next trial starts another."""
         if self.child is not None:
             self.child.kill()
         self.child = None
+
+    def end(self) -> None:
+        self.close()
+        if self.compiler is not None:
+            self.compiler.kill()
 
 
 # --- the run ---------------------------------------------------------------------------------------------------------
@@ -363,11 +380,14 @@ class Run:
         self.source = source_of("cpu" if self.args.rehearse else "cuda")
         base = self.args.out or store.cache_dir() / "configs"
         self.folder = base / self.env["slug"]
-        self.keys = keys_of(chosen, DeviceSpec(**hello["device"]))
+        device = DeviceSpec(**hello["device"])
+        self.keys = keys_of(chosen, device)
         for key in self.keys:
             entries = store.load(self.path(key))
             if not self.args.force and is_tuned(key.features, entries, self.source, key.tunable.version, self.env):
                 key.status = "kept"
+        if not self.args.dry_run:
+            self.remote.compile_ahead(self.left(), device.target)
 
     def path(self, key: Key) -> Path:
         return self.folder / f"{key.tunable.name}.json"
@@ -403,9 +423,11 @@ class Run:
         key.trials = search.trials
         key.entry = search.entry(key.tunable, key.problem, self.source, entry_environment(self.env))
         if key.entry is None:
-            cut = cut or (not key.why and len(search.trials) < len(search.candidates))
-            key.status = "left" if cut else "failed"
-            key.why = key.why or ("" if cut else "no config works" if key.candidates else "no config is declared")
+            if cut or (not key.why and len(search.trials) < len(search.candidates)):
+                key.why = "interrupted" if cut else "out of time"
+            else:
+                key.status = "failed"
+                key.why = key.why or ("no config works" if key.candidates else "no config is declared for it")
             return
         key.status = "cut" if "unfinished" in key.entry.extra else "tuned"
         if key.status == "cut":
@@ -421,7 +443,7 @@ class Run:
         def watch(search: Search) -> None:
             part = len(search.trials) / max(1, len(search.candidates))
             best = f"best {search.best[1]:.1f} us" if search.best else "nothing yet"
-            state = f"{best}, {len(search.trials)}/{len(search.candidates)} of {key.name}"
+            state = f"{best}, {len(search.trials)}/{len(search.candidates)}: {key.name}"
             progress.update(done + part, self.seconds_left(done + part), state)
 
         return watch
@@ -436,11 +458,9 @@ class Run:
         return min(budget, (now - self.started) * (len(self.keys) - done) / (done - kept))
 
     def report(self, progress: Progress, number: int, key: Key, search: Search) -> None:
-        head = f"[{number}/{len(self.keys)}] {key.name}:"
-        if key.entry is None:
-            progress.line(f"{head} {key.why or 'out of time'}")
-        else:
-            progress.line(f"{head} {_times(key.entry)}")
+        progress.line(f"[{number}/{len(self.keys)}] {key.name}")
+        progress.line(f"    {_times(key.entry) if key.entry else key.why}")
+        if key.entry is not None:
             progress.line(f"    {key.entry.config}")
         counts = ", ".join(f"{count} {kind}" for kind, count in search.counts().items())
         progress.line(f"    {len(search.trials)} of {len(search.candidates)} tried" + (f": {counts}" if counts else ""))
@@ -466,12 +486,12 @@ STATUSES = {
 def _times(entry: store.Entry) -> str:
     default_us = entry.extra["default_us"]
     words = [f"{entry.us:.1f} us"]
+    if entry.torch_us is not None:
+        words.append(f"torch {entry.torch_us:.1f} us")
     if default_us and entry.us is not None and entry.us < default_us:
         words.append(f"{1 - entry.us / default_us:.0%} faster than the model's choice")
     elif default_us:
         words.append("the model's choice")
-    if entry.torch_us is not None:
-        words.append(f"torch {entry.torch_us:.1f} us")
     if "unfinished" in entry.extra:
         words.append("unfinished")
     return ", ".join(words)
@@ -494,7 +514,7 @@ def tune(args: argparse.Namespace, chosen: Sequence[Target]) -> int:
     except (Broken, OutOfTime) as error:
         return _usage(str(error) or "no worker could start within the budget")
     finally:
-        run.remote.close()
+        run.remote.end()
         if run.keys and not args.dry_run:
             print(run.summary(), file=out)
             if any(key.status in ("tuned", "cut") for key in run.keys):

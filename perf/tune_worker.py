@@ -12,6 +12,11 @@ the process, whatever it does::
     {"do": "final", "configs": [{...}, ...]}
                                                        {"event": "final", "us": [...], "torch_us": ...}
 
+    {"do": "compile", "target": "sm_90", "work": [{"case": {...}, "kind": "fwd", "configs": [{...}, ...]}, ...]}
+
+The last is for a process of its own, which fills Triton's cache ahead of the one that measures. It answers nothing and
+may fail as it likes: a config whose binary is not in the cache is compiled by its trial.
+
 An answer may also be ``{"event": "error", "error": ...}``. ``"alive": false`` in one says that the GPU serves this
 process no longer.
 """
@@ -19,6 +24,7 @@ process no longer.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import json
 import math
@@ -27,6 +33,7 @@ import queue
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from typing import Any
 
@@ -38,7 +45,7 @@ from . import environment
 from .case import Case
 from .check import Machine
 from .sweep import Bench, Target, in_words
-from .timer import timer_for
+from .timer import Timer, timer_for
 from .worker import device_alive, private_stdout
 
 
@@ -48,9 +55,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--cases", default=".families", help="module to import first; its TIMER, if any, takes the time"
     )
+    parser.add_argument("--compile", action="store_true", help="only compile what is asked for first, then end")
     args = parser.parse_args(argv)
+    module = importlib.import_module(args.cases, __package__)
     with private_stdout() as out:
-        serve(args, requests(), lambda answer: print(json.dumps(answer), file=out, flush=True))
+        if args.compile:
+            compile_ahead(next(requests()))
+        else:
+            timer = getattr(module, "TIMER", None) if args.rehearse else None
+            serve(args.rehearse, timer, requests(), lambda answer: print(json.dumps(answer), file=out, flush=True))
     return 0
 
 
@@ -72,12 +85,10 @@ def requests() -> Iterator[dict[str, Any]]:
 
 
 def serve(
-    args: argparse.Namespace, asked: Iterator[dict[str, Any]], answer: Callable[[dict[str, Any]], None]
+    rehearse: bool, timer: Timer | None, asked: Iterator[dict[str, Any]], answer: Callable[[dict[str, Any]], None]
 ) -> None:  # fmt: skip
-    device = "cpu" if args.rehearse else "cuda"
-    module = importlib.import_module(args.cases, __package__)
-    timer = getattr(module, "TIMER", None) or timer_for(device)
-    machine = Machine(device, detect(torch.device(device)), timer, 0.0 if args.rehearse else 0.6)
+    device = "cpu" if rehearse else "cuda"
+    machine = Machine(device, detect(torch.device(device)), timer or timer_for(device), 0.0 if rehearse else 0.6)
     answer({"event": "hello", "env": environment.fingerprint(device), "device": asdict(machine.spec)})
     bench: Bench | None = None
     for request in asked:
@@ -92,6 +103,20 @@ def serve(
         except Exception as error:
             found = {"event": "error", "error": in_words(error)}
         answer({**found, "alive": device_alive(device)})
+
+
+def compile_ahead(request: dict[str, Any]) -> None:
+    """Half of the processors leave the other half to whoever measures."""
+
+    def one(launch: Any) -> None:
+        with contextlib.suppress(Exception):
+            launch.compile(request["target"])
+
+    with ThreadPoolExecutor(max(1, (os.cpu_count() or 1) // 2)) as pool:
+        for work in request["work"]:
+            tunable, problem = Target(Case.from_json(work["case"]), work["kind"]).identity()
+            for config in work["configs"]:
+                pool.submit(one, tunable.launches(problem, Config(config))[0])
 
 
 def attempt(bench: Bench, request: dict[str, Any]) -> dict[str, Any]:

@@ -329,7 +329,10 @@ class Here:
     def open(self, target: Any) -> None:
         pass
 
-    def close(self) -> None:
+    def end(self) -> None:
+        pass
+
+    def compile_ahead(self, keys: Sequence[Any], target: str) -> None:
         pass
 
     def attempt(self, config: Config, give_up_us: float) -> Trial:
