@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ..autotune.config import Config, Tunable
+from ..autotune.device import TARGETS
 from ..autotune.resolve import override, ranked
 from ..autotune.tuner import Final, Search, Trial
 from .case import DTYPES, Case, Kernel
@@ -67,7 +68,7 @@ def sweep_targets(cases: Sequence[Case]) -> list[Target]:
 
 def sweep(target: Target, machine: Machine) -> dict[str, Any]:
     """The event of one item of `make gpu`."""
-    bench = Bench(target, machine)
+    bench = Bench(target, machine, prunes=False)
     tunable, problem = bench.kernel.tunable, bench.kernel.problem
     candidates = [config for config, _ in ranked(tunable, problem, machine.spec)[:CONFIGS_PER_KERNEL]]
     search = Search(candidates, bench)
@@ -90,10 +91,16 @@ def entry_environment(everything: dict[str, Any]) -> dict[str, Any]:
 
 
 class Bench:
-    """One kernel of one case, with its tensors, its float64 reference and torch's own result, ready for trials."""
+    """One kernel of one case, with its tensors, its float64 reference and torch's own result, ready for trials.
 
-    def __init__(self, target: Target, machine: Machine) -> None:
+    Args:
+        prunes: asks the compiler first. Reading a binary takes longer than timing a good config: worth it where many
+            are bad.
+    """
+
+    def __init__(self, target: Target, machine: Machine, prunes: bool = True) -> None:
         self.target, self.machine = target, machine
+        self.prunes = prunes and machine.device == "cuda"
         self.tensors = target.tensors(machine.device, seed=0)
         self.kernel: Kernel = target.family.kernel_of(target.case, target.kind, self.tensors)
         self.before = set_cudnn(operator_of(target.case).yardstick)
@@ -102,8 +109,9 @@ class Bench:
             self.exact = {"result": self.kernel.torch(doubles)}
         del doubles
         self.before()
+        self.torchs = {"result": self.kernel.torch(self.tensors)}
         with poisoned():  # its first use imports much of torch, which is no trial's fault
-            self.torchs = {"result": self.kernel.torch(self.tensors)}
+            pass
         self._sets: list[dict[str, Tensor]] = []
 
     @property
@@ -118,7 +126,7 @@ class Bench:
         """What the compiler made of it, then the result on poisoned memory, twice, then the time."""
         facts: dict[str, Any] = {}
         try:
-            if self.machine.device == "cuda":
+            if self.prunes:
                 facts["static"], found = compiled(self.kernel, config, self.machine.spec.target)
                 if found:
                     return Trial(config, fault=found)
@@ -163,9 +171,12 @@ class Bench:
 
 
 def compiled(kernel: Kernel, config: Config, target: str) -> tuple[dict[str, Any] | None, str]:
-    """``(profile, fault)`` of a config without running it. Without the vendor's tools to read the binary: nothing."""
+    """``(profile, fault)`` of a config without running it. Nothing for a GPU whose limits are not in the table, or
+    without the vendor's tools to read the binary."""
     from . import static  # needs triton
 
+    if target not in TARGETS:
+        return None, ""
     try:
         one = static.profile(kernel.tunable.launches(kernel.problem, config)[0], target)
     except (OSError, subprocess.CalledProcessError):

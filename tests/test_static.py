@@ -263,7 +263,7 @@ class TestTuner:
         """A bench on a GPU that is not there; its kernel must not be run."""
         tunable = dataclasses.replace(conv.FORWARD, launches=lambda problem, config: [launch])
         bench = Bench.__new__(Bench)
-        bench.machine = Machine("cuda", named("sm_90"), None, 0.0)
+        bench.machine, bench.prunes = Machine("cuda", named("sm_90"), None, 0.0), True
         bench.kernel = Kernel(tunable, CHANNELS_LAST, None, None)
         bench._verdict = lambda config: Verdict(True, 0.0, 1.0, "")
         return bench
@@ -288,6 +288,11 @@ class TestTuner:
 
         monkeypatch.setattr(static, "profile", no_tool)
         assert self.bench(planted()).attempt(Config(BLOCK=1)).fault == ""
+
+    def test_a_gpu_of_another_kind(self):
+        bench = self.bench(planted(mode="no_dot"))
+        bench.machine = bench.machine._replace(spec=dataclasses.replace(named("sm_90"), target="sm_89"))
+        assert bench.attempt(Config(BLOCK=1)).fault == ""
 
     def test_compiling_ahead_fills_the_cache(self, monkeypatch, tmp_path):
         monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
