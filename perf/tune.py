@@ -19,7 +19,7 @@ import re
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -265,14 +265,12 @@ class Remote:
         except Lost as lost:
             raise Broken(f"the worker {lost}") from None
 
-    def compile_ahead(self, keys: Sequence[Key], target: str) -> None:
-        """Has another process compile the candidates, on all targets but the interpreter."""
+    def compile_ahead(self, keys: Sequence[Key], device: DeviceSpec) -> None:
+        """Has another process compile the candidates; the interpreter has nothing to compile."""
         if keys and not self.args.rehearse:
-            work = [
-                {"case": key.target.case.to_json(), "kind": key.target.kind, "configs": key.candidates} for key in keys
-            ]
+            work = [{"case": key.target.case.to_json(), "kind": key.target.kind} for key in keys]
             self.compiler = self._worker("--compile")
-            self.compiler.send(json.dumps({"do": "compile", "target": target, "work": work}))
+            self.compiler.send(json.dumps({"do": "compile", "device": asdict(device), "work": work}))
 
     def _worker(self, *options: str) -> Child:
         command = [sys.executable, "-m", f"{__package__}.tune_worker", "--cases", self.args.cases, *options]
@@ -387,7 +385,7 @@ class Run:
             if not self.args.force and is_tuned(key.features, entries, self.source, key.tunable.version, self.env):
                 key.status = "kept"
         if not self.args.dry_run:
-            self.remote.compile_ahead(self.left(), device.target)
+            self.remote.compile_ahead(self.left(), device)
 
     def path(self, key: Key) -> Path:
         return self.folder / f"{key.tunable.name}.json"

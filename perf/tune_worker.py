@@ -12,7 +12,7 @@ the process, whatever it does::
     {"do": "final", "configs": [{...}, ...]}
                                                        {"event": "final", "us": [...], "torch_us": ...}
 
-    {"do": "compile", "target": "sm_90", "work": [{"case": {...}, "kind": "fwd", "configs": [{...}, ...]}, ...]}
+    {"do": "compile", "device": {...}, "work": [{"case": {...}, "kind": "fwd"}, ...]}
 
 The last is for a process of its own, which fills Triton's cache ahead of the one that measures. It answers nothing and
 may fail as it likes: a config whose binary is not in the cache is compiled by its trial.
@@ -40,7 +40,8 @@ from typing import Any
 import torch
 
 from ..autotune.config import Config
-from ..autotune.device import detect
+from ..autotune.device import DeviceSpec, detect
+from ..autotune.resolve import ranked
 from . import environment
 from .case import Case
 from .check import Machine
@@ -106,17 +107,19 @@ def serve(
 
 
 def compile_ahead(request: dict[str, Any]) -> None:
-    """Half of the processors leave the other half to whoever measures."""
+    """The candidates in the order of their trials, with half of the processors: the others measure."""
+    device = DeviceSpec(**request["device"])
 
     def one(launch: Any) -> None:
         with contextlib.suppress(Exception):
-            launch.compile(request["target"])
+            launch.compile(device.target)
 
     with ThreadPoolExecutor(max(1, (os.cpu_count() or 1) // 2)) as pool:
         for work in request["work"]:
             tunable, problem = Target(Case.from_json(work["case"]), work["kind"]).identity()
-            for config in work["configs"]:
-                pool.submit(one, tunable.launches(problem, Config(config))[0])
+            with contextlib.suppress(RuntimeError):  # no config serves it
+                for config, _ in ranked(tunable, problem, device):
+                    pool.submit(one, tunable.launches(problem, config)[0])
 
 
 def attempt(bench: Bench, request: dict[str, Any]) -> dict[str, Any]:

@@ -299,9 +299,10 @@ class TestTuner:
         case, kind = next(one for one in families.tuned_kernels() if one[0].op == "max_pool2d")
         tunable, problem = Target(case, kind).identity()
         configs = [config for config, _ in ranked(tunable, problem, named("sm_90"))[:2]]
-        bad = {**configs[0], "BLOCK_M": 3}
-        work = {"case": json.loads(json.dumps(case.to_json())), "kind": kind, "configs": [bad, *configs]}
-        tune_worker.compile_ahead({"target": "sm_90", "work": [work]})
+        bad = Config({**configs[0], "BLOCK_M": 3})  # not a power of two
+        monkeypatch.setattr(tune_worker, "ranked", lambda *_: [(bad, 1.0), *((config, 1.0) for config in configs)])
+        work = {"case": json.loads(json.dumps(case.to_json())), "kind": kind}
+        tune_worker.compile_ahead({"device": dataclasses.asdict(named("sm_90")), "work": [work]})
         compiled = set(tmp_path.rglob("*.cubin"))
         assert len(compiled) == 2
         for config in configs:

@@ -332,7 +332,7 @@ class Here:
     def end(self) -> None:
         pass
 
-    def compile_ahead(self, keys: Sequence[Any], target: str) -> None:
+    def compile_ahead(self, keys: Sequence[Any], device: Any) -> None:
         pass
 
     def attempt(self, config: Config, give_up_us: float) -> Trial:
