@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -24,6 +26,7 @@ from tritune.autotune import store
 from tritune.autotune.config import Config, Estimate, Tunable
 from tritune.autotune.device import named
 from tritune.autotune.tuner import Final, OutOfTime, Search, Trial, is_tuned, share, winner
+from tritune.perf.progress import Progress
 
 pytestmark = pytest.mark.torch
 
@@ -459,6 +462,13 @@ class TestUsage:
             op for family in families.FAMILIES.values() for op in family.OPERATORS
         }
 
+    def test_every_family_has_what_the_tuner_asks_for(self):
+        from tritune.perf.families import FAMILIES, Family
+
+        wanted = {*Family.__annotations__, *(name for name in vars(Family) if not name.startswith("_"))}
+        for name, family in FAMILIES.items():
+            assert {one for one in wanted if not hasattr(family, one)} == set(), name
+
     def targets(self, *arguments: str) -> list[Any]:
         return tune_module().targets(args(*arguments))
 
@@ -489,3 +499,40 @@ class TestUsage:
 
         for case in CASES:
             assert Case.from_json(json.loads(json.dumps(case.to_json()))) == case
+
+
+# --- what people see -------------------------------------------------------------------------------------------------
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+class TestProgress:
+    LONG = "x" * 200
+
+    def show(self, stream: io.StringIO) -> str:
+        with Progress(stream, total=4) as progress:
+            progress.update(1.5, 90.4, f"best 41.2 us, {self.LONG}")
+            progress.line(f"[1/4] {self.LONG}")
+        return stream.getvalue()
+
+    def test_a_file_gets_whole_lines_and_no_bar(self):
+        assert self.show(io.StringIO()) == f"[1/4] {self.LONG}\n"
+
+    def test_a_terminal_without_rich_gets_lines_that_fit(self, monkeypatch):
+        monkeypatch.setenv("COLUMNS", "80")
+        monkeypatch.setitem(sys.modules, "rich.progress", None)
+        monkeypatch.setitem(sys.modules, "rich.console", None)
+        assert self.show(Terminal()) == f"[1/4] {self.LONG}"[:79] + "\n"
+
+    def test_a_terminal_with_rich_gets_a_bar(self, monkeypatch):
+        pytest.importorskip("rich")
+        monkeypatch.setenv("COLUMNS", "80")
+        monkeypatch.setenv("TERM", "xterm-256color")
+        text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", self.show(Terminal()))
+        lines = [line for line in re.split(r"[\r\n]+", text) if line.strip()]
+        assert f"[1/4] {self.LONG}"[:79] in lines
+        assert any("1/4 1:30 left best 41.2 us, xx" in line for line in lines)
+        assert max(map(len, lines)) <= 80
