@@ -501,7 +501,8 @@ def tune(args: argparse.Namespace, chosen: Sequence[Target]) -> int:
     try:
         run.prepare(chosen)
         where = run.env["gpu"] or "a rehearsal, where times mean nothing"
-        print(f"{len(run.keys)} keys on {where}, Triton {run.env['triton']}, {clock(args.budget)} at most", file=out)
+        keys = "1 key" if len(run.keys) == 1 else f"{len(run.keys)} keys"
+        print(f"{keys} on {where}, Triton {run.env['triton']}, {clock(args.budget)} at most", file=out)
         if args.dry_run:
             for key in run.keys:
                 kept = ", in the store already" if key.status == "kept" else ""
