@@ -322,6 +322,7 @@ class Here:
 
     fault = ""
     broken = False
+    seconds = 0.0
 
     def __init__(self, args: Any, deadline: float) -> None:
         self.deadline = deadline
@@ -341,6 +342,7 @@ class Here:
     def attempt(self, config: Config, give_up_us: float) -> Trial:
         if self.broken:
             raise tune_module().Broken("preparing it crashed: exited with 7")
+        time.sleep(self.seconds)
         return Trial(config, fault=self.fault) if self.fault else Trial(config, 10.0, 7)
 
     def final(self, found: Sequence[Config]) -> Final:
@@ -412,6 +414,13 @@ class TestCommand:
     def test_a_kernel_that_cannot_be_prepared(self, capsys, monkeypatch):
         monkeypatch.setattr(Here, "broken", True)
         assert "preparing it crashed: exited with 7" in self.tune(capsys, code=1)
+
+    def test_a_share_of_the_budget_is_for_the_final(self, capsys, monkeypatch):
+        monkeypatch.setattr(Here, "seconds", 0.1)
+        text = self.tune(capsys, "--budget", "0.5s")
+        (entry,) = store.load(store.cache_dir() / "configs/nvidia_h200/max_pool2d.json")
+        assert entry.extra["tested"] < entry.extra["candidates"] == 9
+        assert "unfinished" not in entry.extra and "1 tuned" in text
 
     def test_no_time(self, capsys):
         assert "1 left for the next run" in self.tune(capsys, "--budget", "0s")
