@@ -90,7 +90,7 @@ def _look_up(tunable: Tunable, problem: Any, device: DeviceSpec) -> Choice:
                 (distance, entry)
                 for entry in entries
                 if (distance := _distance(features, entry.key)) <= limit
-                and entry.version == tunable.version
+                and not entry.rejected(tunable)
                 and tunable.accepts(problem, entry.config, device)
             ]
             if near:

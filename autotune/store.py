@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .config import Config
+from .config import Config, Tunable
 from .device import DEVICES, DeviceSpec
 from .log import logger
 
@@ -49,13 +49,25 @@ class Entry:
     torch_us: float | None = None
     extra: dict[str, Any] = field(default_factory=dict)
 
+    def triton(self) -> str:
+        """The version that it was made with; empty if unknown."""
+        return str(self.extra.get("env", {}).get("triton") or "")
+
     def staleness(self) -> str:
         """Why the entry deserves a second look: it was made with another Triton minor. Empty if it does not."""
-        made_with = str(self.extra.get("env", {}).get("triton", ""))
+        made_with = self.triton()
         running = _triton_minor()
         if not made_with or not running or made_with.split(".")[:2] == running.split("."):
             return ""
         return f"made with Triton {made_with}, running {running}"
+
+    def rejected(self, tunable: Tunable) -> str:
+        """Why the kernel as it is now takes no notice of the entry. Empty if it does."""
+        if self.version != tunable.version:
+            return f"made for version {self.version} of the kernel, which is at {tunable.version}"
+        if tunable.configs and self.config.keys() != tunable.configs[0].keys():
+            return f"its parameters are {', '.join(self.config)}, the kernel has {', '.join(tunable.configs[0])}"
+        return ""
 
     def to_json(self) -> dict[str, Any]:
         known = {"key": self.key, "config": dict(self.config), "source": self.source, "version": self.version}
@@ -87,6 +99,13 @@ def user_paths() -> list[Path]:
     """Folders of user entries, first wins: those of ``TRITUNE_CONFIG_PATH``, then ``configs`` in the cache folder."""
     listed = [Path(part) for part in os.environ.get("TRITUNE_CONFIG_PATH", "").split(os.pathsep) if part]
     return [*listed, cache_dir() / "configs"]
+
+
+def files() -> Iterator[tuple[str, Path]]:
+    """Every file that a lookup may read, with its layer: ``"user"`` or ``"shipped"``."""
+    for layer, folder in [*(("user", folder) for folder in user_paths()), ("shipped", SHIPPED)]:
+        for path in sorted(folder.glob("*/*.json")):
+            yield layer, path
 
 
 _loaded: dict[Path, tuple[Entry, ...]] = {}

@@ -62,6 +62,16 @@ class Case:
     direction: str = "fwd"
     rank: int = 1
 
+    def to_json(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in self.__dataclass_fields__}
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Case:
+        """JSON knows lists only; shapes and arguments are tuples."""
+        shapes = {name: tuple(shape) for name, shape in data["shapes"].items()}
+        kwargs = {name: tuple(value) if isinstance(value, list) else value for name, value in data["kwargs"].items()}
+        return cls(**{**data, "shapes": shapes, "kwargs": kwargs})
+
     @property
     def epilogue(self) -> str:
         """The pointwise steps around the operator."""

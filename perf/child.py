@@ -1,16 +1,23 @@
-"""Child processes that cannot harm their parent: each leads its own group, is read with a time limit, and is killed."""
+"""Child processes that cannot harm their parent: each leads its own group, is read with a time limit, and is killed.
+
+Also what their parents share: the children's environment, their events, and an end by signal that keeps what is there.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 import queue
 import signal
 import subprocess
+import sys
 import threading
+import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 END = None  # what `line` returns once the child has closed its standard output
 
@@ -33,7 +40,7 @@ class Child:
             command,
             env=env,
             cwd=cwd,
-            stdin=subprocess.PIPE,  # never written to: its end tells the child that we are gone
+            stdin=subprocess.PIPE,  # its end tells the child that we are gone
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT if merge_errors else subprocess.PIPE,
             text=True,
@@ -59,6 +66,13 @@ class Child:
         except queue.Empty:
             raise TimeoutError from None
 
+    def send(self, line: str) -> None:
+        """Writes a line to the child's standard input. To a child that has ended nothing is said: `line` tells."""
+        assert self.process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):
+            self.process.stdin.write(f"{line}\n")
+            self.process.stdin.flush()
+
     def how_it_ended(self) -> str:
         """After END: the exit status in words, with the last words of the child."""
         try:
@@ -82,10 +96,51 @@ class Child:
             return
         finally:
             if self.process.stdin is not None:
-                self.process.stdin.close()
+                with contextlib.suppress(BrokenPipeError):  # what it never read
+                    self.process.stdin.close()
 
     def _signal(self, number: signal.Signals) -> None:
         try:
             os.killpg(self.process.pid, number)
         except (ProcessLookupError, PermissionError):
             return
+
+
+def next_event(child: Child, seconds: float) -> dict[str, Any] | None:
+    """What the worker says next; ``None`` if it has ended. Raises TimeoutError."""
+    end = time.monotonic() + seconds
+    while (line := child.line(end - time.monotonic())) is not END:
+        with contextlib.suppress(ValueError):  # what some library printed while it was imported
+            event = json.loads(line)
+            if isinstance(event, dict) and "event" in event:
+                return event
+    return None
+
+
+def child_environment(rehearse: bool) -> dict[str, str]:
+    """Ours, and a search path on which children find this very package from any folder."""
+    package = sys.modules[str(__package__).split(".", 1)[0]]
+    source = str(Path(str(package.__file__)).resolve().parents[1])
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [source, os.environ.get("PYTHONPATH")]))}
+    env.pop("TRITON_INTERPRET", None)
+    env.pop("TRITUNE_DEVICE", None)  # what is measured here is of the device that is here
+    if rehearse:
+        env |= {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    return env
+
+
+@contextlib.contextmanager
+def terminated_like_interrupted() -> Iterator[None]:
+    """A time limit around us sends SIGTERM: what is there by then shall be written and shown."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

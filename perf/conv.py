@@ -374,6 +374,15 @@ TUNED = (
 )  # fmt: skip
 
 
+def explicit(
+    input: Shape, weight: Shape, *, stride: int = 1, padding: int = 0, dilation: int = 1, groups: int = 1
+) -> Case:  # fmt: skip
+    layer = Layer(input, weight[0], weight[-1], stride, padding, dilation, groups)
+    if layer.weight != weight or min(layer.output) < 1:
+        raise ValueError(f"weight {weight} with {groups} groups does not fit input {input}: square windows only")
+    return case("explicit", layer=layer, direction="fwd+bwd")
+
+
 def kinds(one: Case) -> tuple[str, ...]:
     """The kernels of a training case, forward first."""
     return ("fwd", "input_grad", "weight_grad") if "input" in one.needs_grad else ("fwd", "weight_grad")

@@ -6,6 +6,7 @@ Adding a family: a module with the names of :class:`Family`, and its line in FAM
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -26,8 +27,11 @@ class Family(Protocol):
         layers: what ships for a target: ``(name, kernel, problem)``.
         wgmma_rows: rows of the tiles that tensor cores multiply; 0 where a kernel has no products.
         due_load_bytes: how wide every load has to be; 0 for any width.
+        explicit: a training case from the shapes and options that ``tritune tune --shapes`` was given. Raises
+            TypeError or ValueError.
         kinds: the kernels of a training case, forward first.
-        kernel_tensors, kernel_of: one of those kernels by itself, and random tensors for it.
+        kernel_tensors, kernel_of: one of those kernels by itself, and random tensors for it. Which kernel and problem
+            it is must follow from the case's arguments alone, which may be meta tensors.
     """
 
     OPERATORS: dict[str, Operator]
@@ -38,6 +42,7 @@ class Family(Protocol):
     def layers(self, target: str) -> Iterator[Layers]: ...
     def wgmma_rows(self, kernel: str, problem: Any) -> int: ...
     def due_load_bytes(self, kernel: str, problem: Any) -> int: ...
+    def explicit(self, *shapes: Any, **options: Any) -> Case: ...
     def kinds(self, one: Case) -> tuple[str, ...]: ...
     def kernel_tensors(self, one: Case, kind: str, device: str, seed: int) -> dict[str, Tensor]: ...
     def kernel_of(self, one: Case, kind: str, tensors: dict[str, Tensor]) -> Kernel: ...
@@ -81,15 +86,20 @@ def tiny(case: Case) -> Case:
     return operator_of(case).tiny(case)
 
 
+def training_cases(family: Family) -> dict[str, Case]:
+    """One case a layer, with gradients, so that all of its kernels can run; the one that a GPU run measures, if any."""
+    forward = {case.name: replace(case, direction="fwd+bwd") for case in reversed(family.CASES)}
+    trained = {case.name: case for case in family.CASES if case.direction != "fwd" and case.rank < 3}
+    return forward | trained
+
+
 def tuned_kernels() -> list[tuple[Case, str]]:
     """The kernels that a GPU run tunes: the forward of every layer first, the families in turn."""
     chosen = []
     for family in FAMILIES.values():
-        place = {name: index for index, name in enumerate(family.TUNED)}
-        trained = {case.name: case for case in family.CASES if case.direction != "fwd" and case.rank < 3}
-        for name, case in trained.items():
-            if name in place:
-                chosen += [(kind != "fwd", place[name], case, kind) for kind in family.kinds(case)]
+        cases = training_cases(family)
+        for place, name in enumerate(family.TUNED):
+            chosen += [(kind != "fwd", place, cases[name], kind) for kind in family.kinds(cases[name])]
     return [(case, kind) for _, _, case, kind in sorted(chosen, key=lambda row: row[:2])]
 
 

@@ -15,20 +15,16 @@ Exit status: 0 all is right, 1 a wrong result, a failed test or a crash, 2 no GP
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import os
-import signal
 import sys
-import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from ..autotune import store
 from . import gpu_tests
-from .child import END, Child
+from .child import Child, child_environment, next_event, terminated_like_interrupted
 from .environment import without_paths
 from .gpu_results import Results
 
@@ -83,35 +79,7 @@ def run(args: argparse.Namespace) -> int:
     return 0 if results.ok else 1
 
 
-@contextlib.contextmanager
-def terminated_like_interrupted() -> Iterator[None]:
-    """A time limit around us sends SIGTERM: what is there by then shall be written and shown."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def interrupt(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
 # --- children --------------------------------------------------------------------------------------------------------
-
-
-def child_environment(rehearse: bool) -> dict[str, str]:
-    """Ours, and a search path on which children find this very package from any folder."""
-    package = sys.modules[str(__package__).split(".", 1)[0]]
-    source = str(Path(str(package.__file__)).resolve().parents[1])
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [source, os.environ.get("PYTHONPATH")]))}
-    env.pop("TRITON_INTERPRET", None)
-    if rehearse:
-        env |= {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    return env
 
 
 def start_worker(args: argparse.Namespace, *options: str) -> Child:
@@ -119,17 +87,6 @@ def start_worker(args: argparse.Namespace, *options: str) -> Child:
     if args.rehearse:
         command.append("--rehearse")
     return Child(command, child_environment(args.rehearse))
-
-
-def next_event(child: Child, seconds: float) -> dict[str, Any] | None:
-    """What the worker says next; ``None`` if it has ended. Raises TimeoutError."""
-    end = time.monotonic() + seconds
-    while (line := child.line(end - time.monotonic())) is not END:
-        with contextlib.suppress(ValueError):  # what some library printed while it was imported
-            event = json.loads(line)
-            if isinstance(event, dict) and "event" in event:
-                return event
-    return None
 
 
 def probe(args: argparse.Namespace, deadline: float) -> dict[str, Any] | None:

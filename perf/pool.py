@@ -153,6 +153,11 @@ CASES = tuple(_cases())
 TUNED = ("resnet50-maxpool",)
 
 
+def explicit(input: Shape, *, kernel: int = 2, stride: int | None = None, padding: int = 0) -> Case:
+    kwargs = {"kernel_size": kernel, "stride": stride or kernel, "padding": padding}
+    return Case("explicit", "max_pool2d", {"input": input}, kwargs, direction="fwd+bwd")
+
+
 def kinds(one: Case) -> tuple[str, ...]:
     return ("fwd", "bwd")
 

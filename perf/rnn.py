@@ -186,6 +186,13 @@ CASES = tuple(_cases())
 TUNED = ("lstm-128", "gru-128", "tanh-256", "lstm-64")
 
 
+def explicit(input: Shape, *, hidden: int, cell: str = "tanh", directions: int = 1) -> Case:
+    if cell not in GATES:
+        raise ValueError(f"cell must be one of {', '.join(GATES)}, not {cell!r}")
+    t, b, i = input
+    return case("explicit", layer=Layer(cell, t, b, i, hidden, directions), direction="fwd+bwd")
+
+
 def kinds(one: Case) -> tuple[str, ...]:
     return ("fwd",)
 

@@ -1,28 +1,34 @@
-"""A small search over configs on a GPU: the model's best few of each kernel, every one checked before it may win.
+"""Trials of configs on this machine: each checked before it may win, the kernel alone against torch's operator.
 
-The kernel runs alone, against torch's operator for the same result.
+:class:`Bench` is what runs a config for :mod:`..autotune.tuner`: within `make gpu`, which searches among the model's
+best few in the process that measures, and within the worker of ``tritune tune``, which is told what to try.
 """
 
 from __future__ import annotations
 
+import math
+import subprocess
+import traceback
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..autotune.config import Config
+from ..autotune.config import Config, Tunable
+from ..autotune.device import TARGETS
 from ..autotune.resolve import override, ranked
-from .case import Case, Kernel
-from .check import EPSILON, Machine, argument_sets, compare, poisoned, set_cudnn, without_cudnn
-from .environment import fingerprint
+from ..autotune.tuner import Final, Search, Trial
+from .case import DTYPES, Case, Kernel
+from .check import EPSILON, Machine, Verdict, argument_sets, compare, poisoned, set_cudnn, without_cudnn
+from .environment import fingerprint, without_paths
 from .families import FAMILIES, Family, family_of_op, header, operator_of, tuned_kernels
 from .timer import Competitor, Timing
 
 CONFIGS_PER_KERNEL = 8
-KEEP_DEFAULT_WITHIN = 0.98  # a config must beat the model's choice by 2 %, or noise would decide
+ENVIRONMENT = ("gpu", "driver", "torch", "triton", "commit", "sources", "date")  # what an entry keeps of it
 
 
 @dataclass(frozen=True)
@@ -46,6 +52,13 @@ class Target:
     def tensors(self, device: str, seed: int) -> dict[str, Tensor]:
         return self.family.kernel_tensors(self.case, self.kind, device, seed)
 
+    def identity(self) -> tuple[Tunable, Any]:
+        """Kernel and problem, from shapes alone."""
+        dtype, shapes = DTYPES[self.case.dtype], self.case.shapes
+        meta = {name: torch.empty(shape, dtype=dtype, device="meta") for name, shape in shapes.items()}
+        kernel = self.family.kernel_of(self.case, self.kind, meta)
+        return kernel.tunable, kernel.problem
+
 
 def sweep_targets(cases: Sequence[Case]) -> list[Target]:
     """The kernels that are tuned, of those among the cases."""
@@ -54,80 +67,124 @@ def sweep_targets(cases: Sequence[Case]) -> list[Target]:
 
 
 def sweep(target: Target, machine: Machine) -> dict[str, Any]:
-    case = target.case
-    tensors = target.tensors(machine.device, seed=0)
-    kernel = target.family.kernel_of(case, target.kind, tensors)
-    with without_cudnn():
-        exact = {
-            "result": kernel.torch({name: t.double() if t.is_floating_point() else t for name, t in tensors.items()})
-        }
-    yardstick = operator_of(case).yardstick
-    set_cudnn(yardstick)()
-    torchs = {"result": kernel.torch(tensors)}
+    """The event of one item of `make gpu`."""
+    bench = Bench(target, machine, prunes=False)
+    tunable, problem = bench.kernel.tunable, bench.kernel.problem
+    candidates = [config for config, _ in ranked(tunable, problem, machine.spec)[:CONFIGS_PER_KERNEL]]
+    search = Search(candidates, bench)
+    search.run()
+    entry = search.entry(tunable, problem, source_of(machine.device), entry_environment(fingerprint(machine.device)))
+    return {
+        "event": "sweep", "kernel": tunable.name, "tested": len(search.trials),
+        "failed": {str(trial.config): trial.fault for trial in search.trials if trial.fault},
+        "entry": entry.to_json() if entry else None,
+    }  # fmt: skip
 
-    candidates = [config for config, _ in ranked(kernel.tunable, kernel.problem, machine.spec)[:CONFIGS_PER_KERNEL]]
-    passed, failed = [], {}
-    for config in candidates:
+
+def source_of(device: str) -> str:
+    """Times of a rehearsal on the CPU are never passed off as measured."""
+    return "measured" if device == "cuda" else "rehearsed"
+
+
+def entry_environment(everything: dict[str, Any]) -> dict[str, Any]:
+    return {name: everything.get(name) for name in ENVIRONMENT}
+
+
+class Bench:
+    """One kernel of one case, with its tensors, its float64 reference and torch's own result, ready for trials.
+
+    Args:
+        prunes: asks the compiler first. Reading a binary takes longer than timing a good config: worth it where many
+            are bad.
+    """
+
+    def __init__(self, target: Target, machine: Machine, prunes: bool = True) -> None:
+        self.target, self.machine = target, machine
+        self.prunes = prunes and machine.device == "cuda"
+        self.tensors = target.tensors(machine.device, seed=0)
+        self.kernel: Kernel = target.family.kernel_of(target.case, target.kind, self.tensors)
+        self.before = set_cudnn(operator_of(target.case).yardstick)
+        doubles = {name: t.double() if t.is_floating_point() else t for name, t in self.tensors.items()}
+        with without_cudnn():
+            self.exact = {"result": self.kernel.torch(doubles)}
+        del doubles
+        self.before()
+        self.torchs = {"result": self.kernel.torch(self.tensors)}
+        with poisoned():  # its first use imports much of torch, which is no trial's fault
+            pass
+        self._sets: list[dict[str, Tensor]] = []
+
+    @property
+    def sets(self) -> list[dict[str, Tensor]]:
+        """Arguments for timing, more than the last-level cache holds; made when something is timed."""
+        if not self._sets:
+            more = range(1, argument_sets(self.tensors, self.machine.spec))
+            self._sets = [self.tensors, *(self.target.tensors(self.machine.device, seed) for seed in more)]
+        return self._sets
+
+    def attempt(self, config: Config, give_up_us: float = math.inf) -> Trial:
+        """What the compiler made of it, then the result on poisoned memory, twice, then the time."""
+        facts: dict[str, Any] = {}
         try:
-            with override(kernel.tunable, config), poisoned():
-                verdict = compare({"result": kernel.ours(tensors)}, exact, torchs, EPSILON[case.dtype])
+            if self.prunes:
+                facts["static"], found = compiled(self.kernel, config, self.machine.spec.target)
+                if found:
+                    return Trial(config, fault=found)
+            verdict = self._verdict(config)
         except Exception as error:  # out of shared memory, or the compiler gives up: not a config for this kernel
-            if machine.device == "cuda":
-                torch.cuda.synchronize()
-            failed[str(config)] = type(error).__name__
-            continue
-        if verdict.correct:
-            passed.append(config)
-        else:
-            failed[str(config)] = f"wrong: {verdict.where} {verdict.error:.1e}"
-    del exact, torchs
-    event = {"event": "sweep", "kernel": kernel.tunable.name, "tested": len(candidates), "failed": failed}
-    if machine.timer is None or not passed:
-        return {**event, "entry": None}
+            if self.machine.device == "cuda":
+                torch.cuda.synchronize()  # raises if the fault took the device with it
+            return Trial(config, fault=f"raised: {in_words(error)}")
+        if not verdict.correct:
+            return Trial(config, fault=f"wrong: {verdict.where} {verdict.error:.1e}")
+        facts["err"] = verdict.to_json()
+        if self.machine.timer is None:
+            return Trial(config, facts=facts)
+        timing = self.machine.timer.measure({"ours": self._competitor(config)}, 0.0, give_up_us)["ours"]
+        if isinstance(timing, str):
+            return Trial(config, fault=f"raised: {without_paths(timing)[:200]}")
+        return Trial(config, timing.p50, timing.n, facts=facts)
 
-    sets = [tensors]
-    sets += [target.tensors(machine.device, seed) for seed in range(1, argument_sets(tensors, machine.spec))]
-    competitors = {str(config): _competitor(kernel, config, sets) for config in passed}
-    competitors["torch"] = Competitor([partial(kernel.torch, one) for one in sets], set_cudnn(yardstick))
-    timings = machine.timer.measure(competitors, 2 * machine.seconds)
-    measured = {name: timing for name, timing in timings.items() if isinstance(timing, Timing)}
-    times = [(config, measured[str(config)].p50) for config in passed if str(config) in measured]
-    if not times:
-        return {**event, "entry": None}
-    config, us = winner(times, default=candidates[0])
-    theirs = measured.get("torch")
-    entry = {
-        "key": kernel.tunable.features(kernel.problem),
-        "config": dict(config),
-        "source": "measured" if machine.device == "cuda" else "rehearsed",
-        "version": kernel.tunable.version,
-        "us": round(us, 3),
-        "default_us": round(measured[str(candidates[0])].p50, 3) if str(candidates[0]) in measured else None,
-        "tested": len(candidates),
-        "env": _entry_environment(machine),
-    }
-    if theirs is not None:
-        entry["torch_us"] = round(theirs.p50, 3)
-    return {**event, "entry": entry}
+    def final(self, configs: Sequence[Config]) -> Final:
+        assert self.machine.timer is not None
+        competitors = {str(config): self._competitor(config) for config in configs}
+        competitors["torch"] = Competitor([partial(self.kernel.torch, one) for one in self.sets], self.before)
+        timings = self.machine.timer.measure(competitors, 2 * self.machine.seconds)
+        measured = {name: timing.p50 for name, timing in timings.items() if isinstance(timing, Timing)}
+        us = {config: measured[str(config)] for config in configs if str(config) in measured}
+        return Final(us, measured.get("torch"))
 
+    def _verdict(self, config: Config) -> Verdict:
+        with override(self.kernel.tunable, config), poisoned():
+            ours, again = self.kernel.ours(self.tensors), self.kernel.ours(self.tensors)
+        verdict = compare({"result": ours}, self.exact, self.torchs, EPSILON[self.target.case.dtype])
+        if verdict.correct and not torch.equal(ours, again):
+            return verdict._replace(correct=False, where="two runs differ")
+        return verdict
 
-def winner(times: Sequence[tuple[Config, float]], default: Config) -> tuple[Config, float]:
-    """The fastest, but the default if that is as good but for noise."""
-    best = min(times, key=lambda pair: pair[1])
-    for config, us in times:
-        if config == default and best[1] > KEEP_DEFAULT_WITHIN * us:
-            return config, us
-    return best
+    def _competitor(self, config: Config) -> Competitor:
+        def call(tensors: dict[str, Tensor]) -> Tensor:
+            with override(self.kernel.tunable, config):
+                return self.kernel.ours(tensors)
+
+        return Competitor([partial(call, one) for one in self.sets])
 
 
-def _entry_environment(machine: Machine) -> dict[str, Any]:
-    everything = fingerprint(machine.device)
-    return {name: everything.get(name) for name in ("gpu", "driver", "torch", "triton", "commit", "sources", "date")}
+def compiled(kernel: Kernel, config: Config, target: str) -> tuple[dict[str, Any] | None, str]:
+    """``(profile, fault)`` of a config without running it. Nothing for a GPU whose limits are not in the table, or
+    without the vendor's tools to read the binary."""
+    from . import static  # needs triton
+
+    if target not in TARGETS:
+        return None, ""
+    try:
+        one = static.profile(kernel.tunable.launches(kernel.problem, config)[0], target)
+    except (OSError, subprocess.CalledProcessError):
+        return None, ""
+    return asdict(one), "; ".join(static.faults(kernel.tunable.name, kernel.problem, one, target))
 
 
-def _competitor(kernel: Kernel, config: Config, sets: Sequence[dict[str, Tensor]]) -> Competitor:
-    def call(tensors: dict[str, Tensor]) -> Tensor:
-        with override(kernel.tunable, config):
-            return kernel.ours(tensors)
-
-    return Competitor([partial(call, one) for one in sets])
+def in_words(error: BaseException) -> str:
+    """One line, without a path."""
+    lines = "".join(traceback.format_exception_only(error)).strip().splitlines()
+    return without_paths(lines[0])[:200]

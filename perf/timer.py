@@ -13,7 +13,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from math import ceil
+from math import ceil, inf
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -23,6 +23,7 @@ GRAPH_US = 1000.0  # one replay takes at least this long, so that its start and 
 MAX_UNROLL = 256
 CLOCK_MHZ = 2500  # at least any GPU's: a pause counted in cycles is then never too short by much
 HEAT_SECONDS = 0.05
+FEW = 3  # samples that tell whether a competitor is in the race at all
 
 
 class Timing(NamedTuple):
@@ -50,8 +51,11 @@ class Competitor(NamedTuple):
 
 
 class Timer(Protocol):
-    def measure(self, competitors: Mapping[str, Competitor], seconds: float) -> dict[str, Timing | str]:
-        """The time of each competitor, sampled in turn for about ``seconds``; a string says why one could not run."""
+    def measure(
+        self, competitors: Mapping[str, Competitor], seconds: float, give_up_us: float = inf
+    ) -> dict[str, Timing | str]:
+        """The time of each competitor, sampled in turn for about ``seconds``; a string says why one could not run.
+        One that takes longer than ``give_up_us`` gets FEW samples and no more."""
 
 
 def timer_for(device: str) -> Timer:
@@ -68,15 +72,22 @@ def percentile(values: Sequence[float], fraction: float) -> float:
 
 
 def interleaved(
-    names: Sequence[str], sample: Callable[[str], float], seconds: float, least: int, most: int
+    names: Sequence[str],
+    sample: Callable[[str], float],
+    seconds: float,
+    least: int,
+    most: int,
+    give_up_us: float = inf,
 ) -> dict[str, list[float]]:
     """Samples of all competitors, round by round. Each round starts with another one and every second round runs
-    backwards, so nobody always follows the same neighbour."""
+    backwards, so nobody always follows the same neighbour. Who is slower than ``give_up_us`` leaves after FEW."""
     samples: dict[str, list[float]] = {name: [] for name in names}
     end = time.perf_counter() + seconds
     for round_ in range(most):
         if round_ >= least and time.perf_counter() > end:
             break
+        if round_ == FEW:
+            names = [name for name in names if percentile(samples[name], 0.5) <= give_up_us]
         start = round_ % len(names) if names else 0
         order = [*names[start:], *names[:start]]
         for name in reversed(order) if round_ % 2 else order:
@@ -114,7 +125,9 @@ class WallTimer:
     def __init__(self, least: int = 1, most: int = 1000, sample_us: float = 200.0) -> None:
         self.least, self.most, self.sample_us = least, most, sample_us
 
-    def measure(self, competitors: Mapping[str, Competitor], seconds: float) -> dict[str, Timing | str]:
+    def measure(
+        self, competitors: Mapping[str, Competitor], seconds: float, give_up_us: float = inf
+    ) -> dict[str, Timing | str]:
         results: dict[str, Timing | str] = {}
         counts: dict[str, int] = {}
         for name, competitor in competitors.items():
@@ -124,7 +137,12 @@ class WallTimer:
                 results[name] = str(error)
         with no_garbage_collection():
             samples = interleaved(
-                list(counts), lambda name: _wall_us(competitors[name], counts[name]), seconds, self.least, self.most
+                list(counts),
+                lambda name: _wall_us(competitors[name], counts[name]),
+                seconds,
+                self.least,
+                self.most,
+                give_up_us,
             )
         return results | {name: summarise(times, None, "wall") for name, times in samples.items()}
 
@@ -210,7 +228,9 @@ class CudaTimer:
     def __init__(self, gpu: Gpu, least: int = 7, most: int = 100) -> None:
         self.gpu, self.least, self.most = gpu, least, most
 
-    def measure(self, competitors: Mapping[str, Competitor], seconds: float) -> dict[str, Timing | str]:
+    def measure(
+        self, competitors: Mapping[str, Competitor], seconds: float, give_up_us: float = inf
+    ) -> dict[str, Timing | str]:
         results: dict[str, Timing | str] = {}
         runners: dict[str, _Runner] = {}
         for name, competitor in competitors.items():
@@ -221,7 +241,7 @@ class CudaTimer:
         with no_garbage_collection():
             interleaved(list(runners), lambda name: self._sample(runners[name]), HEAT_SECONDS, 1, self.most)
             samples = interleaved(
-                list(runners), lambda name: self._sample(runners[name]), seconds, self.least, self.most
+                list(runners), lambda name: self._sample(runners[name]), seconds, self.least, self.most, give_up_us
             )
         for name, times in samples.items():
             results[name] = summarise(times, runners[name].host_us, runners[name].method)

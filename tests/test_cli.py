@@ -39,7 +39,9 @@ class TestCommand:
             assert end.value.code == 0
             assert f"usage: tritune {' '.join(words)}" in capsys.readouterr().out
 
-    @pytest.mark.parametrize("arguments", [["nonsense"], ["bench"], ["bench", "nonsense"], ["explain"]])
+    @pytest.mark.parametrize(
+        "arguments", [["nonsense"], ["bench"], ["bench", "nonsense"], ["explain"], ["explain", "nonsense"]]
+    )
     def test_bad_usage(self, arguments, capsys):
         with pytest.raises(SystemExit) as end:
             cli.main(arguments)
@@ -110,10 +112,36 @@ class TestExplain:
         self.explain(capsys, "max_pool2d", "1x8x8x8", "--device", "mi300x")
         assert dict(os.environ) == before
 
+    def test_every_public_operator(self, capsys):
+        """One that is added to the package must be added to the command."""
+        from tritune import explain as command
+
+        public = {
+            name
+            for name, value in vars(tritune).items()
+            if getattr(value, "__module__", "").startswith("tritune.ops.")
+            and value.__module__ != "tritune.ops._dispatch"
+        }
+        assert set(command.OPS) == public
+        for name, op in command.OPS.items():
+            hidden = ["--hidden", "64"] if "--hidden" in op.options else []
+            text = self.explain(capsys, name, *op.example.split(), *hidden)
+            assert '_backend("triton") is in force\n  ' in text
+
+    @pytest.mark.parametrize("op, gates", [("rnn", 1), ("gru", 3), ("lstm", 4)])
+    def test_recurrence(self, op, gates, capsys):
+        text = self.explain(
+            capsys, op, "512x64x32", "--hidden", "64", "--bidirectional", "--dtype", "fp32", "--precision", "tf32"
+        )
+        assert text.startswith(f'{op}: triton: use_backend("triton") is in force\n  rnn: ')
+        text = self.explain(capsys, op, "512x64x32", "--hidden", "2048", "--backend", "auto")
+        assert text.startswith(f"{op}: torch: no kernel covers the call\n  not triton: hidden_size=2048")
+
     @pytest.mark.parametrize(
         "arguments, message",
         [
-            (("conv2d", "1x8x8x8"), "conv2d takes an input and a weight"),
+            (("conv2d", "1x8x8x8"), "conv2d takes input weight [bias]: "),
+            (("lstm", "5x2x8", "8x8", "--hidden", "4"), "lstm takes input: "),
             (("conv2d", "1x8x8x8", "8x4x3x3"), "expected input"),
             (("max_pool2d", "1x8x8x8", "--padding", "-1"), "pad"),
             (("conv2d", "1x8x8x8", "8x8x3x3", "--dtype", "fp64"), "no kernel covers the call"),

@@ -14,14 +14,18 @@ triton = pytest.importorskip("triton")
 import torch  # noqa: E402
 import triton.language as tl  # noqa: E402
 
-from tritune.autotune.config import TUNABLES  # noqa: E402
+from tritune import cli  # noqa: E402
+from tritune.autotune import store  # noqa: E402
+from tritune.autotune.config import TUNABLES, Config  # noqa: E402
 from tritune.autotune.device import TARGETS, named  # noqa: E402
 from tritune.autotune.resolve import ranked, resolve  # noqa: E402
 from tritune.kernels import attention, conv, conv_depthwise, pool, rnn  # noqa: E402
 from tritune.kernels._launch import Launch  # noqa: E402
 from tritune.perf import conv as conv_layers  # noqa: E402
-from tritune.perf import families, static  # noqa: E402
-from tritune.perf.case import ALL_LAYERS  # noqa: E402
+from tritune.perf import families, static, tune_worker  # noqa: E402
+from tritune.perf.case import ALL_LAYERS, Kernel  # noqa: E402
+from tritune.perf.check import Machine, Verdict  # noqa: E402
+from tritune.perf.sweep import Bench, Target  # noqa: E402
 
 pytestmark = pytest.mark.static
 
@@ -262,6 +266,83 @@ def test_what_is_no_worse_is_printed_and_taken(change, tmp_path, capsys):
     assert static.update(path, {"a": better}, accept=False)
     assert "changed  a: " in capsys.readouterr().out
     assert static.load_baseline(path) == {"a": better}
+
+
+# --- what the tuner makes of it --------------------------------------------------------------------------------------
+
+
+class TestTuner:
+    def bench(self, launch):
+        """A bench on a GPU that is not there; its kernel must not be run."""
+        tunable = dataclasses.replace(conv.FORWARD, launches=lambda problem, config: [launch])
+        bench = Bench.__new__(Bench)
+        bench.machine, bench.prunes = Machine("cuda", named("sm_90"), None, 0.0), True
+        bench.kernel = Kernel(tunable, CHANNELS_LAST, None, None)
+        bench._verdict = lambda config: Verdict(True, 0.0, 1.0, "")
+        return bench
+
+    @pytest.mark.parametrize(
+        "launch, fault",
+        [
+            (planted(), ""),
+            (planted(block=128, warps=1, stages=1), "spill: "),
+            (planted(block=128, warps=8, stages=5), "shared memory: "),
+            (planted(mode="no_dot"), "tensor cores: none, expected HGMMA"),
+        ],
+    )
+    def test_what_the_compiler_spoiled_is_never_run(self, launch, fault):
+        trial = self.bench(launch).attempt(Config(BLOCK=1))
+        assert trial.fault.startswith(fault) and bool(trial.fault) == bool(fault)
+        assert ("static" in trial.facts) is not fault
+
+    def test_without_the_tools_that_read_a_binary(self, monkeypatch):
+        def no_tool(launch, target):
+            raise FileNotFoundError("cuobjdump")
+
+        monkeypatch.setattr(static, "profile", no_tool)
+        assert self.bench(planted()).attempt(Config(BLOCK=1)).fault == ""
+
+    def test_a_gpu_of_another_kind(self):
+        bench = self.bench(planted(mode="no_dot"))
+        bench.machine = bench.machine._replace(spec=dataclasses.replace(named("sm_90"), target="sm_89"))
+        assert bench.attempt(Config(BLOCK=1)).fault == ""
+
+    def test_compiling_ahead_fills_the_cache(self, monkeypatch, tmp_path):
+        monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+        case, kind = next(one for one in families.tuned_kernels() if one[0].op == "max_pool2d")
+        tunable, problem = Target(case, kind).identity()
+        configs = [config for config, _ in ranked(tunable, problem, named("sm_90"))[:2]]
+        bad = Config({**configs[0], "BLOCK_M": 3})  # not a power of two
+        monkeypatch.setattr(tune_worker, "ranked", lambda *_: [(bad, 1.0), *((config, 1.0) for config in configs)])
+        work = {"case": json.loads(json.dumps(case.to_json())), "kind": kind}
+        tune_worker.compile_ahead({"device": dataclasses.asdict(named("sm_90")), "work": [work]})
+        compiled = set(tmp_path.rglob("*.cubin"))
+        assert len(compiled) == 2
+        for config in configs:
+            static.profile(tunable.launches(problem, config)[0], "sm_90")
+        assert set(tmp_path.rglob("*.cubin")) == compiled, "the same binaries"
+
+
+class TestRanking:
+    def tune(self, *options):
+        return cli.main(["tune", "--static", "--target", "sm_90", "-k", "max_pool2d/resnet50", *options])
+
+    def test_entries_are_written_and_say_model(self, tmp_path, capsys):
+        assert self.tune("--out", str(tmp_path)) == 0
+        assert capsys.readouterr().out == "   4 entries for max_pool2d on sm_90\n"
+        (path,) = (one for one in tmp_path.rglob("*") if one.is_file())
+        entries = store.load(path)
+        assert {one.source for one in entries} == {"model"} and all(one.us is None for one in entries)
+        shipped = {str(one.key): one.config for one in store.load(store.SHIPPED / "sm_90/max_pool2d.json")}
+        assert all(shipped[str(one.key)] == one.config for one in entries)
+
+    def test_json_operators_and_a_dry_run(self, tmp_path, capsys):
+        assert self.tune("max_pool2d", "--out", str(tmp_path), "--dry-run", "--json") == 0
+        document = json.loads(capsys.readouterr().out)
+        assert [len(entries) for entries in document["kernels"].values()] == [4]
+        assert self.tune("conv2d", "--out", str(tmp_path), "--json") == 0
+        assert json.loads(capsys.readouterr().out)["kernels"] == {}
+        assert not list(tmp_path.iterdir())
 
 
 def command(*options):

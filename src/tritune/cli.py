@@ -17,7 +17,8 @@ COMMANDS = {
     ("demo",): (".demo", "train a CNN on real data with tritune and torch; accuracy, parity, what ran", "demo"),
     ("doctor",): (".doctor", "the environment, and what is wrong with it", "cli"),
     ("explain",): (".explain", "what a call would run on a device, and why", "cli"),
-    ("tune",): (".perf.rank", "rank configs for a target without a GPU and write them to the store", "triton"),
+    ("tune",): (".perf.tune", "the best configs: measured on this GPU, or ranked without one", "triton"),
+    ("configs",): (".configs", "list, show, diff and merge tuned configs", "cli"),
     ("bench", "static"): (".perf.static", "compile every shipped config; compare with the baseline", "triton"),
     ("bench", "run"): (".perf.gpu", "tests and timings on this machine's GPU", "triton"),
 }

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
 import os
 import platform
-from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -18,7 +15,8 @@ import torch
 from ._version import __version__
 from .autotune import store
 from .autotune.device import DEVICES, detect
-from .autotune.log import logger
+from .autotune.log import warnings
+from .configs import ignored, kernels_here
 
 VARIABLES = ("BACKEND", "AUTOTUNE", "CONFIG_PATH", "CACHE_DIR", "LOG", "DEVICE", "ASSERT_TUNED")
 OLDEST_TRITON, FIRST_UNTESTED_TRITON = (3, 6), (3, 10)
@@ -80,37 +78,26 @@ def _examine_store(facts: dict[str, Any], hints: list[str]) -> list[str]:
     facts["device"] = device.slug if device.slug in DEVICES else f"{device.slug} (as {device.target})"
     counts: dict[str, int] = {}
     stale = ranked = 0
-    folders = [("user", folder) for folder in store.user_paths()] + [("shipped", store.SHIPPED)]
-    with _warnings() as messages:
-        for source, folder in folders:
-            for path in sorted(folder.glob("*/*.json")):
-                entries = store.load(path)
-                counts[f"{source} {path.parent.name}"] = counts.get(f"{source} {path.parent.name}", 0) + len(entries)
-                stale += sum(bool(entry.staleness()) for entry in entries)
-                ranked += sum(entry.source == "model" for entry in entries)
+    kernels = kernels_here()
+    with warnings() as messages:
+        for source, path in store.files():
+            entries = store.load(path)
+            counts[f"{source} {path.parent.name}"] = counts.get(f"{source} {path.parent.name}", 0) + len(entries)
+            stale += sum(bool(entry.staleness()) for entry in entries)
+            ranked += sum(entry.source == "model" for entry in entries)
+            problems += [
+                f"{path}: {words}; tune again or remove them" for words in ignored(path.stem, entries, kernels)
+            ]
     problems += messages
     facts["entries"] = counts
     if stale:
-        hints.append(f"{stale} entries come from another Triton minor; `tritune bench static` shows if it matters")
+        hints.append(f"{stale} entries come from another Triton minor: `tritune configs list` says which; tune again")
     if ranked:
         hints.append(f"{ranked} entries are ranked by a model, not measured")
     cache = store.cache_dir()
     if not _writable(cache):
         problems.append(f"{cache} cannot be written: set TRITUNE_CACHE_DIR to a folder that can")
     return problems
-
-
-@contextmanager
-def _warnings() -> Iterator[list[str]]:
-    """What the library logs meanwhile: files and entries that it ignores."""
-    messages: list[str] = []
-    handler = logging.Handler(logging.WARNING)
-    handler.emit = lambda entry: messages.append(entry.getMessage())  # type: ignore[method-assign, assignment]
-    logger.addHandler(handler)
-    try:
-        yield messages
-    finally:
-        logger.removeHandler(handler)
 
 
 def _writable(folder: Path) -> bool:

@@ -1,4 +1,7 @@
-"""``tritune explain``: what a call would run on a device, here or not, and why."""
+"""``tritune explain``: what a call would run on a device, here or not, and why.
+
+An operator is one entry of OPS: what its shapes are, its options, and how both become a call.
+"""
 
 from __future__ import annotations
 
@@ -6,15 +9,93 @@ import argparse
 import json
 import os
 import sys
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from .autotune.device import named
-from .ops import conv2d, explain, max_pool2d, use_backend
+from .ops import Decision, conv2d, elman_step, gru, lstm, max_pool2d, record, rnn, use_backend
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "fp64": torch.float64}
+
+
+Options = dict[str, dict[str, Any]]
+
+
+class Op(NamedTuple):
+    """How the command line spells a call.
+
+    Attributes:
+        shapes: what the shapes are, in order; those in brackets may be left out. One example of them.
+        options: flag -> arguments of ``add_argument``.
+        arguments: from the tensors of those shapes and the options' values to what the function is called with.
+    """
+
+    function: Callable[..., Any]
+    shapes: str
+    example: str
+    options: Options
+    arguments: Callable[[list[Tensor], argparse.Namespace], tuple[Sequence[Any], dict[str, Any]]]
+
+    def counts(self) -> range:
+        names = self.shapes.split()
+        return range(sum(name[0] != "[" for name in names), len(names) + 1)
+
+
+def _conv(tensors: list[Tensor], o: argparse.Namespace) -> tuple[Sequence[Any], dict[str, Any]]:
+    names = ("stride", "padding", "dilation", "groups", "activation", "precision")
+    return tensors, {name: getattr(o, name) for name in names}
+
+
+def _pool(tensors: list[Tensor], o: argparse.Namespace) -> tuple[Sequence[Any], dict[str, Any]]:
+    return [*tensors, o.kernel, o.stride, o.padding, o.dilation], {"ceil_mode": o.ceil_mode}
+
+
+def _recurrent(gates: int) -> Callable[[list[Tensor], argparse.Namespace], tuple[Sequence[Any], dict[str, Any]]]:
+    def arguments(tensors: list[Tensor], o: argparse.Namespace) -> tuple[Sequence[Any], dict[str, Any]]:
+        (x,) = tensors
+        rows = ([2] if o.bidirectional else []) + [gates * o.hidden]
+        weights = [x.new_empty(*rows, *columns) for columns in ((x.shape[-1],), (o.hidden,), (), ())]
+        names = ("batch_first", "precision", "nonlinearity")
+        return [x, *weights], {name: getattr(o, name) for name in names if name in o}
+
+    return arguments
+
+
+def _elman(tensors: list[Tensor], o: argparse.Namespace) -> tuple[Sequence[Any], dict[str, Any]]:
+    (x,) = tensors
+    h = x.new_empty(*x.shape[:-1], o.hidden)
+    return [x, h, x.new_empty(o.hidden, x.shape[-1]), x.new_empty(o.hidden, o.hidden)], {}
+
+
+_LAYOUT: Options = {"--layout": {"choices": ("nhwc", "nchw"), "default": "nhwc", "help": "of images; default: nhwc"}}
+_PRECISION: Options = {"--precision": {"choices": ("ieee", "tf32", "tf32x3"), "help": "how fp32 is multiplied"}}
+_WINDOW: Options = {"--padding": {"type": int, "default": 0}, "--dilation": {"type": int, "default": 1}}
+_CONV: Options = {
+    "--stride": {"type": int, "default": 1}, **_WINDOW, "--groups": {"type": int, "default": 1},
+    "--activation": {"metavar": "NAME"}, **_PRECISION, **_LAYOUT,
+}  # fmt: skip
+_POOL: Options = {
+    "--kernel": {"type": int, "default": 2, "help": "default: 2"}, "--stride": {"type": int}, **_WINDOW,
+    "--ceil-mode": {"action": "store_true"}, **_LAYOUT,
+}  # fmt: skip
+_HIDDEN: Options = {"--hidden": {"type": int, "required": True, "help": "units of the state"}}
+_LAYER: Options = {
+    **_HIDDEN, "--bidirectional": {"action": "store_true"}, "--batch-first": {"action": "store_true"}, **_PRECISION,
+}  # fmt: skip
+_NONLINEARITY: Options = {"--nonlinearity": {"choices": ("tanh", "relu"), "default": "tanh"}}
+
+OPS = {
+    "conv2d": Op(conv2d, "input weight [bias]", "32x64x56x56 64x64x3x3", _CONV, _conv),
+    "max_pool2d": Op(max_pool2d, "input", "32x64x112x112", _POOL, _pool),
+    "rnn": Op(rnn, "input", "512x64x128", {**_LAYER, **_NONLINEARITY}, _recurrent(1)),
+    "gru": Op(gru, "input", "512x64x128", _LAYER, _recurrent(3)),
+    "lstm": Op(lstm, "input", "512x64x128", _LAYER, _recurrent(4)),
+    "elman_step": Op(elman_step, "input", "64x128", _HIDDEN, _elman),
+}
 
 
 def _shape(text: str) -> tuple[int, ...]:
@@ -22,31 +103,27 @@ def _shape(text: str) -> tuple[int, ...]:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("op", choices=("conv2d", "max_pool2d"))
-    parser.add_argument("shapes", nargs="+", type=_shape, help="input and, for conv2d, weight: 32x64x56x56 64x64x3x3")
-    parser.add_argument("--dtype", choices=DTYPES, default="bf16")
-    parser.add_argument("--layout", choices=("nhwc", "nchw"), default="nhwc")
-    parser.add_argument("--device", default="h200", help="a device or target, such as h200 or sm_90; or cpu")
-    parser.add_argument("--backend", choices=("auto", "triton", "torch"), default="triton")
-    parser.add_argument("--kernel", type=int, default=2, help="window of max_pool2d")
-    parser.add_argument("--stride", type=int)
-    parser.add_argument("--padding", type=int, default=0)
-    parser.add_argument("--dilation", type=int, default=1)
-    parser.add_argument("--groups", type=int, default=1)
-    parser.add_argument("--activation")
-    parser.add_argument("--json", action="store_true")
+    operators = parser.add_subparsers(dest="op", required=True, metavar="OP", help=", ".join(OPS))
+    for name, op in OPS.items():
+        one = operators.add_parser(name, description=f"what {name} would run, and why")
+        one.add_argument("shapes", nargs="+", type=_shape, metavar="SHAPE", help=f"{op.shapes}: {op.example}")
+        one.add_argument("--dtype", choices=DTYPES, default="bf16", help="default: bf16")
+        one.add_argument("--device", default="h200", help="a device or target such as h200 or sm_90, or cpu")
+        one.add_argument("--backend", choices=("auto", "triton", "torch"), default="triton", help="default: triton")
+        one.add_argument("--json", action="store_true")
+        for flag, settings in op.options.items():
+            one.add_argument(flag, **settings)
 
 
 def main(args: argparse.Namespace) -> int:
-    if args.op == "conv2d" and not 2 <= len(args.shapes) <= 3:
-        return _fail("conv2d takes an input and a weight, and perhaps a bias")
-    if args.op == "max_pool2d" and len(args.shapes) != 1:
-        return _fail("max_pool2d takes an input")
+    op = OPS[args.op]
+    if len(args.shapes) not in op.counts():
+        return _fail(f"{args.op} takes {op.shapes}: {op.example}")
     before = os.environ.get("TRITUNE_DEVICE")
     try:
         if args.device != "cpu":
             os.environ["TRITUNE_DEVICE"] = named(args.device).slug
-        decision = _decide(args)
+        decision = _decide(op, args)
     except (RuntimeError, TypeError, ValueError, NotImplementedError) as error:
         return _fail(str(error))
     finally:
@@ -62,26 +139,29 @@ def main(args: argparse.Namespace) -> int:
     return 0
 
 
-def _decide(args: argparse.Namespace) -> Any:
+def _decide(op: Op, args: argparse.Namespace) -> Decision:
     """The decision for fake tensors, which may be on a GPU that is not there."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     device = "cpu" if args.device == "cpu" else "cuda"
-    layout = torch.channels_last if args.layout == "nhwc" else torch.contiguous_format
+    is_image = "--layout" in op.options and args.layout == "nhwc"
     with FakeTensorMode(), torch.no_grad(), use_backend(args.backend):
         tensors = [
             torch.empty(
                 shape, dtype=DTYPES[args.dtype], device=device,
-                memory_format=layout if len(shape) == 4 else torch.contiguous_format,
+                memory_format=torch.channels_last if is_image and len(shape) == 4 else torch.contiguous_format,
             )
             for shape in args.shapes
         ]  # fmt: skip
-        if args.op == "max_pool2d":
-            return explain(max_pool2d, *tensors, args.kernel, args.stride, args.padding, args.dilation)
-        return explain(
-            conv2d, *tensors, stride=args.stride or 1, padding=args.padding, dilation=args.dilation,
-            groups=args.groups, activation=args.activation,
-        )  # fmt: skip
+        arguments, keywords = op.arguments(tensors, args)
+        with record() as decisions:
+            try:
+                op.function(*arguments, **keywords)
+            except RuntimeError:
+                # A CPU build of torch cannot index GPU tensors, not even fake ones; the choice has been made by then.
+                if not decisions:
+                    raise
+        return decisions[0]
 
 
 def _fail(message: str) -> int:

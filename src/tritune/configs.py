@@ -1,0 +1,298 @@
+"""``tritune configs``: the tuned configs in files, listed, shown, compared and merged.
+
+A store is a folder of ``<device or target>/<kernel>.json``; one of its folders or files will do as well. Exit status:
+0; 1 if ``diff`` finds a difference or ``show`` nothing to show; 2 for what cannot be read.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+import textwrap
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from .autotune import store
+from .autotune.config import Tunable
+from .autotune.log import warnings
+from .autotune.store import Entry
+
+Store = dict[str, tuple[Entry, ...]]  # "sm_90/conv2d.json" -> its entries
+
+
+class Unreadable(ValueError):
+    """Nothing there, or nothing that these commands may silently leave out."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
+
+    def action(name: str, summary: str) -> argparse.ArgumentParser:
+        one = actions.add_parser(name, help=summary, description=summary)
+        one.add_argument("--json", action="store_true")
+        return one
+
+    listing = action("list", "files with their entries by source and Triton version")
+    listing.add_argument("stores", nargs="*", type=Path, help="default: this user's and the shipped one")
+    show = action("show", "the entries of a kernel")
+    show.add_argument("kernel")
+    show.add_argument("--device", default="", help="only for this device or target, such as h200 or sm_90")
+    show.add_argument("--store", type=Path, help="default: this user's and the shipped one")
+    compare = action("diff", "what one store adds, removes and changes against another; exit 1 if anything")
+    merge = action("merge", "two stores into one")
+    for one in (compare, merge):
+        one.add_argument("left", type=Path)
+        one.add_argument("right", type=Path)
+    merge.add_argument("-o", "--out", type=Path, required=True, help="a new store, or LEFT to add to it")
+    merge.add_argument("--keep", choices=KEEP, default="best", help="of two entries for one key; default: the faster")
+
+
+def main(args: argparse.Namespace) -> int:
+    store.clear()  # a file that was read before would not be complained of again
+    try:
+        return {"list": _list, "show": _show, "diff": _diff, "merge": _merge}[args.action](args)
+    except (Unreadable, OSError) as error:
+        print(f"tritune configs {args.action}: {error}", file=sys.stderr)
+        return 2
+
+
+# --- reading ---------------------------------------------------------------------------------------------------------
+
+
+def kernels_here() -> Mapping[str, Tunable]:
+    """The kernels that entries are for; none where triton is missing, and then nothing is held against an entry."""
+    try:
+        from .kernels import registered
+
+        return registered()
+    except ModuleNotFoundError:
+        return {}
+
+
+def ignored(kernel: str, entries: Iterable[Entry], kernels: Mapping[str, Tunable]) -> list[str]:
+    """Why lookups take no notice of some of a file's entries, each reason with their number."""
+    if not kernels:
+        return []
+    if kernel not in kernels:
+        return [f"no kernel is called {kernel}"]
+    reasons = Counter(reason for entry in entries if (reason := entry.rejected(kernels[kernel])))
+    return [f"{count} ignored, {reason}" for reason, count in reasons.items()]
+
+
+def read(path: Path) -> Store:
+    """A store, one of its folders, or one file. Raises Unreadable also for a part of it."""
+    if path.is_file():
+        files = {path.name: path}
+    elif path.is_dir():
+        files = {str(one.relative_to(path)): one for one in sorted([*path.glob("*.json"), *path.glob("*/*.json")])}
+    else:
+        raise Unreadable(f"{path} does not exist")
+    if not files:
+        raise Unreadable(f"{path} holds no configs")
+    with warnings() as messages:
+        found = {name: store.load(file) for name, file in files.items()}
+    if messages:
+        raise Unreadable(messages[0])
+    return found
+
+
+def _pair(args: argparse.Namespace) -> tuple[Store, Store]:
+    """Both sides; two files are compared whatever they are called."""
+    left, right = read(args.left), read(args.right)
+    if args.left.is_file() and args.right.is_file():
+        right = dict(zip(left, right.values(), strict=True))
+    return left, right
+
+
+def _files(paths: Sequence[Path]) -> list[tuple[str, Path]]:
+    """``(layer, file)`` of these stores, or of all that a lookup reads."""
+    if not paths:
+        return list(store.files())
+    found = []
+    for path in paths:
+        found += [(str(path), path if path.is_file() else path / name) for name in read(path)]
+    return found
+
+
+def by_key(entries: Iterable[Entry]) -> dict[str, Entry]:
+    return {json.dumps(entry.key, sort_keys=True): entry for entry in entries}
+
+
+# --- list and show ---------------------------------------------------------------------------------------------------
+
+
+def _list(args: argparse.Namespace) -> int:
+    kernels = kernels_here()
+    rows: list[dict[str, Any]] = []
+    with warnings() as messages:
+        for layer, path in _files(args.stores):
+            kinds: dict[tuple[str, str], list[Entry]] = {}
+            for entry in store.load(path):
+                kinds.setdefault((entry.source, entry.triton() or "-"), []).append(entry)
+            for (source, version), entries in sorted(kinds.items()):
+                unused = [one for one in entries if ignored(path.stem, [one], kernels)]
+                rows.append({
+                    "store": layer, "device": path.parent.name, "kernel": path.stem, "entries": len(entries),
+                    "source": source, "triton": version, "stale": sum(bool(one.staleness()) for one in entries),
+                    "ignored": len(unused),
+                })  # fmt: skip
+    if args.json:
+        print(json.dumps({"files": rows, "problems": messages}, indent=1))
+        return 2 if messages else 0
+    names = ("kernel", "entries", "source", "triton", "stale", "ignored")
+    lines = table(names, [[str(row[name] or "-") for name in names] for row in rows], right={1, 4, 5})
+    place = ""
+    for line, row in zip(lines[1:], rows, strict=True):
+        if place != f"{row['store']} {row['device']}":
+            place = f"{row['store']} {row['device']}"
+            print(f"{place}\n  {lines[0]}")
+        print(f"  {line}")
+    for message in messages:
+        print(f"PROBLEM: {message}")
+    return 2 if messages else 0
+
+
+def _show(args: argparse.Namespace) -> int:
+    wanted = args.device.lower().replace("-", "_")
+    found = []
+    for layer, path in _files([args.store] if args.store else []):
+        slug = path.parent.name
+        if path.stem == args.kernel and (not wanted or wanted in (slug, slug.partition("_")[2])):
+            found.append((layer, path, store.load(path)))
+    if not any(entries for _, _, entries in found):
+        where = f" for {args.device}" if args.device else ""
+        print(f"tritune configs show: no entries of {args.kernel}{where}", file=sys.stderr)
+        return 1
+    if args.json:
+        print(json.dumps([
+            {"store": layer, "device": path.parent.name, "entries": [entry.to_json() for entry in entries]}
+            for layer, path, entries in found
+        ], indent=1))  # fmt: skip
+        return 0
+    for layer, path, entries in found:
+        print(f"{args.kernel} for {path.parent.name}, {layer}: {len(entries)} entries")
+        print("      us  torch us  source     key -> config")
+        for entry in entries:
+            lead = f"{_us(entry.us):>8}  {_us(entry.torch_us):>8}  {entry.source:9}  "
+            note = f"  ({entry.staleness()})" if entry.staleness() else ""
+            print(_wrapped(lead, f"{in_words(entry.key)} -> {entry.config}{note}"))
+    return 0
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]], right: set[int]) -> list[str]:
+    """Lines of columns as wide as they must be; those in ``right`` are numbers."""
+    lines = [head, *rows]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
+    return [
+        "  ".join(
+            cell.rjust(width) if i in right else cell.ljust(width)
+            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in lines
+    ]
+
+
+def in_words(key: Mapping[str, int | str]) -> str:
+    return " ".join(f"{name}={value}" for name, value in key.items())
+
+
+def _us(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1f}"
+
+
+def _wrapped(lead: str, text: str) -> str:
+    """For a terminal in as many lines as it takes, for a program in one."""
+    if not sys.stdout.isatty():
+        return lead + text
+    width = max(40, shutil.get_terminal_size().columns)
+    return textwrap.fill(text, width, initial_indent=lead, subsequent_indent=" " * len(lead), break_long_words=False)
+
+
+# --- diff and merge --------------------------------------------------------------------------------------------------
+
+
+def _diff(args: argparse.Namespace) -> int:
+    left, right = _pair(args)
+    changes = []
+    for name in sorted(left.keys() | right.keys()):
+        old, new = by_key(left.get(name, ())), by_key(right.get(name, ()))
+        for key in sorted(old.keys() | new.keys()):
+            before, after = old.get(key), new.get(key)
+            if before is None or after is None or _essence(before) != _essence(after):
+                changes.append((name, before, after))
+    counts = Counter("added" if old is None else "removed" if new is None else "changed" for _, old, new in changes)
+    if args.json:
+        print(json.dumps([
+            {"file": name, "old": old.to_json() if old else None, "new": new.to_json() if new else None}
+            for name, old, new in changes
+        ], indent=1))  # fmt: skip
+        return 1 if changes else 0
+    last = ""
+    for name, before, after in changes:
+        if name != last:
+            print(name)
+            last = name
+        sides = [(sign, entry) for sign, entry in (("-", before), ("+", after)) if entry]
+        print(_wrapped("  ", in_words(sides[0][1].key)))
+        for sign, entry in sides:
+            times = "" if entry.us is None else f"{_us(entry.us)} us, "
+            print(_wrapped(f"    {sign} ", f"{entry.config}  {times}{entry.source}"))
+    print(", ".join(f"{counts[kind]} {kind}" for kind in ("added", "removed", "changed")))
+    return 1 if changes else 0
+
+
+def _essence(entry: Entry) -> tuple[Any, ...]:
+    """What makes a difference to a call; times vary from run to run."""
+    return entry.config, entry.source, entry.version
+
+
+def _best(left: Entry, right: Entry) -> Entry:
+    """The faster; a measured one before any other, and the newer version of the kernel before both."""
+
+    def rank(entry: Entry) -> tuple[Any, ...]:
+        return -entry.version, entry.source != "measured", entry.us if entry.us is not None else float("inf")
+
+    return min(left, right, key=rank)
+
+
+def _newest(left: Entry, right: Entry) -> Entry:
+    return max(left, right, key=lambda entry: (entry.version, str(entry.extra.get("env", {}).get("date", ""))))
+
+
+KEEP: dict[str, Callable[[Entry, Entry], Entry]] = {
+    "best": _best, "newest": _newest, "left": lambda left, right: left
+}  # fmt: skip
+
+
+def _merge(args: argparse.Namespace) -> int:
+    left, right = _pair(args)
+    if args.out.exists() and not args.out.samefile(args.left):
+        raise Unreadable(f"{args.out} exists: name a new place, or {args.left} itself to add to it")
+    if args.left.is_file() != args.right.is_file():
+        raise Unreadable(f"{args.left} and {args.right} are a file and a folder")
+    kept: Counter[str] = Counter()
+    files = []
+    for name in sorted(left.keys() | right.keys()):
+        old, new = by_key(left.get(name, ())), by_key(right.get(name, ()))
+        merged = {**new, **old}
+        for key in old.keys() & new.keys():
+            if old[key] != new[key]:
+                merged[key] = KEEP[args.keep](old[key], new[key])
+                kept["left" if merged[key] is old[key] else "right"] += 1
+        path = args.out if args.left.is_file() else args.out / name
+        store.write(path, Path(name).stem, merged.values())
+        Path(f"{path}.lock").unlink(missing_ok=True)  # nobody else writes here
+        files.append({"file": name, "entries": len(merged), "added": len(new.keys() - old.keys())})
+    conflicts = {"left": kept["left"], "right": kept["right"]}
+    if args.json:
+        print(json.dumps({"files": files, "conflicts": conflicts}, indent=1))
+        return 0
+    for one in files:
+        print(f"{one['file']}: {one['entries']} entries, {one['added']} of them only on the right")
+    print(f"{kept.total()} conflicts: {kept['left']} kept from the left, {kept['right']} from the right")
+    print(f"written to {args.out}")
+    return 0

@@ -1,0 +1,222 @@
+"""``tritune configs``: what it lists, shows, compares and merges, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tritune import cli, doctor
+from tritune.autotune import store
+from tritune.autotune.config import Config
+
+pytestmark = pytest.mark.torch
+
+
+def entry(size: int, block: int, us: float | None = None, **more: Any) -> store.Entry:
+    env = {"triton": more.pop("triton", "3.7.1"), "date": more.pop("date", "2026-01-01")}
+    fields = {"source": "model" if us is None else "measured", "version": 1} | more
+    return store.Entry({"C": size, "dtype": "bf16"}, Config(BLOCK=block), us=us, extra={"env": env}, **fields)
+
+
+def put(folder: Path, *entries: store.Entry, name: str = "nvidia_h200/max_pool2d.json") -> Path:
+    store.write(folder / name, Path(name).stem, entries)
+    return folder
+
+
+@pytest.fixture
+def run(capsys):
+    def command(*arguments: object, code: int = 0) -> str:
+        assert cli.main(["configs", *map(str, arguments)]) == code
+        captured = capsys.readouterr()
+        return captured.out if code < 2 and captured.out else captured.err
+
+    return command
+
+
+class TestList:
+    def test_what_ships(self, run):
+        text = run("list")
+        assert "shipped sm_90\n  kernel " in text
+        assert max(map(len, text.splitlines())) <= 80
+        rows = json.loads(run("list", "--json"))["files"]
+        assert {row["source"] for row in rows} == {"model"}
+        assert sum(row["entries"] for row in rows) > 500
+        assert sum(row["ignored"] for row in rows) == 0
+
+    def test_the_users_come_first(self, run):
+        put(store.cache_dir() / "configs", entry(8, 16, 3.0))
+        rows = json.loads(run("list", "--json"))["files"]
+        assert (rows[0]["store"], rows[0]["device"], rows[0]["source"]) == ("user", "nvidia_h200", "measured")
+
+    def test_by_source_and_version(self, run, tmp_path, monkeypatch):
+        pytest.importorskip("triton")
+        monkeypatch.setattr(store, "_minor", "3.7")
+        entries = [entry(8, 1), entry(16, 1), entry(32, 1, 3.0), entry(64, 1, triton="3.1.0"), entry(128, 1, version=9)]
+        put(tmp_path, *entries)
+        rows = json.loads(run("list", tmp_path, "--json"))["files"]
+        assert [(row["source"], row["triton"], row["entries"], row["stale"], row["ignored"]) for row in rows] == [
+            ("measured", "3.7.1", 1, 0, 1), ("model", "3.1.0", 1, 1, 1), ("model", "3.7.1", 3, 0, 3)
+        ], "BLOCK is no parameter of the kernel"  # fmt: skip
+
+    def test_a_corrupt_file_is_named(self, run, tmp_path, monkeypatch, capsys):
+        put(tmp_path, entry(8, 1))
+        (tmp_path / "nvidia_h200/rnn.json").write_text("{")
+        monkeypatch.setenv("TRITUNE_CONFIG_PATH", str(tmp_path))
+        assert cli.main(["configs", "list"]) == 2
+        text = capsys.readouterr().out
+        assert "user nvidia_h200" in text and "PROBLEM: ignoring the tuned configs in " in text
+
+
+class TestShow:
+    def test_a_table(self, run, tmp_path):
+        put(tmp_path, entry(8, 16, 3.25, torch_us=4.0), entry(16, 32))
+        lines = run("show", "max_pool2d", "--store", tmp_path).splitlines()
+        assert lines[0].startswith("max_pool2d for nvidia_h200, ") and lines[0].endswith(": 2 entries")
+        assert lines[2].split() == ["-", "-", "model", "C=16", "dtype=bf16", "->", "BLOCK=32"]
+        assert lines[3].split() == ["3.2", "4.0", "measured", "C=8", "dtype=bf16", "->", "BLOCK=16"]
+
+    @pytest.mark.parametrize("device, found", [("h200", True), ("NVIDIA-H200", True), ("sm_90", False)])
+    def test_device(self, run, tmp_path, device, found):
+        put(tmp_path, entry(8, 16))
+        text = run("show", "max_pool2d", "--store", tmp_path, "--device", device, code=0 if found else 1)
+        assert ("BLOCK=16" in text) is found
+        if not found:
+            assert text == "tritune configs show: no entries of max_pool2d for sm_90\n"
+
+    def test_json(self, run):
+        (found,) = json.loads(run("show", "max_pool2d", "--device", "sm_90", "--json"))
+        assert found["store"] == "shipped" and found["entries"][0]["source"] == "model"
+
+
+class TestDiff:
+    def test_same(self, run, tmp_path):
+        left = put(tmp_path / "a", entry(8, 16, 3.0))
+        right = put(tmp_path / "b", entry(8, 16, 4.0))
+        assert run("diff", left, right) == "0 added, 0 removed, 0 changed\n", "a time alone is no difference"
+
+    def test_added_removed_changed(self, run, tmp_path):
+        left = put(tmp_path / "a", entry(8, 16), entry(16, 16))
+        right = put(tmp_path / "b", entry(8, 32, 4.0), entry(32, 16))
+        put(right, entry(8, 16), name="sm_90/rnn.json")
+        lines = run("diff", left, right, code=1).splitlines()
+        assert lines == [
+            "nvidia_h200/max_pool2d.json",
+            "  C=16 dtype=bf16",
+            "    - BLOCK=16  model",
+            "  C=32 dtype=bf16",
+            "    + BLOCK=16  model",
+            "  C=8 dtype=bf16",
+            "    - BLOCK=16  model",
+            "    + BLOCK=32  4.0 us, measured",
+            "sm_90/rnn.json",
+            "  C=8 dtype=bf16",
+            "    + BLOCK=16  model",
+            "2 added, 1 removed, 1 changed",
+        ]
+        document = json.loads(run("diff", left, right, "--json", code=1))
+        assert [bool(one["old"]) + 2 * bool(one["new"]) for one in document] == [1, 2, 3, 2]
+
+    def test_folders_and_files_of_other_names(self, run, tmp_path):
+        put(tmp_path / "a", entry(8, 16), name="sm_90/max_pool2d.json")
+        put(tmp_path / "a", entry(8, 32), name="sm_80/max_pool2d.json")
+        assert "1 changed" in run("diff", tmp_path / "a/sm_90", tmp_path / "a/sm_80", code=1)
+        one = put(tmp_path / "a", entry(8, 32), name="sm_80/other.json") / "sm_80/other.json"
+        assert "1 changed" in run("diff", tmp_path / "a/sm_90/max_pool2d.json", one, code=1)
+
+    def test_what_cannot_be_read(self, run, tmp_path):
+        left = put(tmp_path / "a", entry(8, 16))
+        assert "does not exist" in run("diff", left, tmp_path / "b", code=2)
+        (tmp_path / "b").mkdir()
+        assert "holds no configs" in run("diff", left, tmp_path / "b", code=2)
+        (tmp_path / "b/rnn.json").write_text('{"schema": 1, "entries": [7]}')
+        assert "ignoring entry 0" in run("diff", left, tmp_path / "b", code=2), "a part must not count as removed"
+
+
+class TestMerge:
+    @pytest.mark.parametrize("keep, blocks", [("best", [16, 32, 32, 16, 32]), ("newest", [32, 32, 16, 32, 32]),
+                                              ("left", [16, 16, 16, 16, 16])])  # fmt: skip
+    def test_conflicts(self, run, tmp_path, keep, blocks):
+        new = {"date": "2026-02-02"}
+        put(
+            tmp_path / "a",
+            entry(1, 16, 3.0),
+            entry(2, 16),
+            entry(3, 16, 4.0, **new),
+            entry(4, 16, 3.0),
+            entry(5, 16, 3.0),
+        )
+        put(tmp_path / "b", entry(1, 32, 4.0, **new), entry(2, 32, 9.0, **new), entry(3, 32, 3.0), entry(4, 32, **new),
+            entry(5, 32, 4.0, version=2), entry(6, 32))  # fmt: skip
+        text = run("merge", tmp_path / "a", tmp_path / "b", "-o", tmp_path / "c", "--keep", keep)
+        assert "6 entries, 1 of them only on the right" in text and "5 conflicts: " in text
+        found = store.load(tmp_path / "c/nvidia_h200/max_pool2d.json")
+        assert [one.config["BLOCK"] for one in found] == [*blocks, 32]
+        assert sorted(path.name for path in (tmp_path / "c").rglob("*")) == ["max_pool2d.json", "nvidia_h200"]
+
+    def test_into_the_left(self, run, tmp_path):
+        left = put(tmp_path / "a", entry(1, 16))
+        put(left, entry(1, 16), name="sm_90/rnn.json")
+        right = put(tmp_path / "b", entry(2, 32))
+        document = json.loads(run("merge", left, right, "-o", left, "--json"))
+        assert document["conflicts"] == {"left": 0, "right": 0}
+        store.clear()
+        assert len(store.load(left / "nvidia_h200/max_pool2d.json")) == 2
+        assert len(store.load(left / "sm_90/rnn.json")) == 1
+
+    def test_files(self, run, tmp_path):
+        left = put(tmp_path / "a", entry(1, 16)) / "nvidia_h200/max_pool2d.json"
+        right = put(tmp_path / "b", entry(2, 32)) / "nvidia_h200/max_pool2d.json"
+        run("merge", left, right, "-o", tmp_path / "max_pool2d.json")
+        assert len(store.load(tmp_path / "max_pool2d.json")) == 2
+        assert json.loads((tmp_path / "max_pool2d.json").read_text())["kernel"] == "max_pool2d"
+
+    def test_nothing_is_overwritten(self, run, tmp_path):
+        left, right, other = (put(tmp_path / name, entry(1, 16)) for name in "abc")
+        before = (other / "nvidia_h200/max_pool2d.json").read_text()
+        assert "exists" in run("merge", left, right, "-o", other, code=2)
+        assert (other / "nvidia_h200/max_pool2d.json").read_text() == before
+        assert "a file and a folder" in run("merge", left / "nvidia_h200/max_pool2d.json", right, "-o", tmp_path / "d",
+                                            code=2)  # fmt: skip
+
+
+class TestEntriesThatCountForNothing:
+    @pytest.mark.parametrize(
+        "one, reason",
+        [
+            (entry(8, 1, version=9), "made for version 9 of the kernel, which is at 1"),
+            (entry(8, 1), "its parameters are BLOCK, the kernel has BLOCK_M, BLOCK_C, num_warps, num_stages"),
+        ],
+    )
+    def test_doctor_names_them(self, one, reason, tmp_path, monkeypatch):
+        pytest.importorskip("triton")
+        put(tmp_path, one, one)
+        monkeypatch.setenv("TRITUNE_CONFIG_PATH", str(tmp_path))
+        _, problems, _ = doctor.examine()
+        (problem,) = (text for text in problems if "max_pool2d.json" in text)
+        assert f"1 ignored, {reason}" in problem
+
+    def test_a_kernel_that_is_gone(self, tmp_path, monkeypatch):
+        pytest.importorskip("triton")
+        put(tmp_path, entry(8, 1), name="nvidia_h200/conv9d.json")
+        monkeypatch.setenv("TRITUNE_CONFIG_PATH", str(tmp_path))
+        _, problems, _ = doctor.examine()
+        assert any("no kernel is called conv9d" in problem for problem in problems)
+
+    def test_a_lookup_passes_over_them(self, tmp_path, monkeypatch):
+        """A config with the parameters of another version would fail in the launcher."""
+        pytest.importorskip("triton")
+        from tritune.autotune.device import named
+        from tritune.autotune.resolve import clear_memo, resolve
+        from tritune.kernels import pool
+        from tritune.perf.pool import LAYERS, problem_of
+
+        problem = problem_of(LAYERS["small-maxpool"], torch.bfloat16, 1, True)
+        stale = store.Entry(pool.FORWARD.features(problem), Config(BLOCK=1), "measured")
+        put(tmp_path, stale)
+        monkeypatch.setenv("TRITUNE_CONFIG_PATH", str(tmp_path))
+        clear_memo()
+        assert resolve(pool.FORWARD, problem, named("h200")).source == "target"
