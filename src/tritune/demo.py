@@ -336,7 +336,8 @@ def introduce(models: dict[str, Model], data: Data, console: Any) -> None:
     console.print("Handwritten digits, learned with tritune and with torch from the same weights:\n")
     for name, model in models.items():
         console.print(f"  {name:9}  {model.says}")
-    console.print(f"\n{len(data.train_labels)} images to learn from, {len(data.test_labels)} to test, on {where}\n")
+    learn, test = len(data.train_labels), len(data.test_labels)
+    console.print(f"\n{learn} images to learn from, {test} for the accuracy, on {where}\n")
 
 
 def show(results: dict[str, Any], console: Any) -> None:

@@ -39,7 +39,7 @@ def draw(folder: Path, columns: Sequence[Column]) -> Path:
     from matplotlib import pyplot
 
     figure = pyplot.figure(figsize=(4.4 * len(columns), 7.8), layout="constrained")
-    figure.suptitle("Handwritten digits, learned with tritune and with torch")
+    figure.suptitle("Handwritten digits with tritune and torch")
     halves: Any = figure.subfigures(2, 1, height_ratios=(1, 1.15))
     above, below = halves
     lowest = min(min(curve) for one in columns for curve in one.accuracies.values())
