@@ -21,7 +21,7 @@ PARALLEL = -n $(JOBS)
 	lint format bench static gpu clean
 
 help:
-	@echo 'make demo      train a CNN on handwritten digits with tritune and with torch; results in build/demo/'
+	@echo 'make demo      train three models on handwritten digits with tritune and torch; results in build/demo/'
 	@echo 'make test      everything that must pass before a commit: lint, the tiers that need no GPU, the wheel'
 	@echo 'make quick     lint and a fast part of the tests, for the inner loop'
 	@echo 'make compat    the compat subset on the oldest and the newest supported Triton'
