@@ -82,21 +82,26 @@ def _store_rows(ptr, values, first, count, stride, SIZE: tl.constexpr, WIDTH: tl
 
 
 @triton.jit
-def _scores(products, i, j, M, N, shift, scale,
+def _scores(products, row, column, first_row, first_key, M, N, shift, scale,
             mask_ptr, mask_m, mask_n, MASK_VEC: tl.constexpr, bias_ptr, bias_m, bias_n, BIAS_VEC: tl.constexpr,
             CAUSAL: tl.constexpr, UNIT: tl.constexpr, CHECK: tl.constexpr):  # fmt: skip
-    """Scores of queries ``i`` and keys ``j`` (one a column, the other a row) from their products, in units of log 2 or
-    natural ones. CHECK: some key may lie behind the end or be hidden by causality."""
+    """Scores of queries ``first_row + row`` and keys ``first_key + column`` from their products, in units of log 2 or
+    natural ones; of ``row`` and ``column`` one runs down, the other across. CHECK: some key may lie behind the end or
+    be hidden by causality. Offsets within a tile are 32-bit, or their tile would take twice the registers."""
+    i = first_row + row
+    j = first_key + column
     inside = (i < M) & (j < N)
     if UNIT == "log2":
         s = products * (scale * LOG2E)
     else:
         s = products * scale
     if bias_ptr is not None:
-        bias = tl.load(bias_ptr + i.to(tl.int64) * bias_m * BIAS_VEC + j * bias_n, mask=inside, other=float("-inf"))
+        bias_ptr += tl.cast(first_row, tl.int64) * bias_m * BIAS_VEC + tl.cast(first_key, tl.int64) * bias_n
+        bias = tl.load(bias_ptr + (row * bias_m * BIAS_VEC + column * bias_n), mask=inside, other=float("-inf"))
         s += bias.to(tl.float32)
     if mask_ptr is not None:
-        seen = tl.load(mask_ptr + i.to(tl.int64) * mask_m * MASK_VEC + j * mask_n, mask=inside, other=0)
+        mask_ptr += tl.cast(first_row, tl.int64) * mask_m * MASK_VEC + tl.cast(first_key, tl.int64) * mask_n
+        seen = tl.load(mask_ptr + (row * mask_m * MASK_VEC + column * mask_n), mask=inside, other=0)
         s = tl.where(seen != 0, s, float("-inf"))
     if CHECK:
         if CAUSAL:
@@ -142,12 +147,12 @@ def _attend(acc, total, top, q, first_row, begin, end, k_ptr, v_ptr, stride_ks, 
             CAUSAL: tl.constexpr, BOUNDED: tl.constexpr, UNIT: tl.constexpr, PRECISION: tl.constexpr,
             BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CHECK: tl.constexpr):  # fmt: skip
     """Adds the keys from ``begin`` to ``end`` to the running sums."""
-    i = (first_row + tl.arange(0, BLOCK_M))[:, None]
+    row = tl.arange(0, BLOCK_M)[:, None]
+    column = tl.arange(0, BLOCK_N)[None, :]
     for start in range(begin, end, BLOCK_N):
         k = _rows(k_ptr, start, N, stride_ks, D, BLOCK_D, BLOCK_N, VEC, CHECK)
         products = dot(q, tl.trans(k), tl.zeros([BLOCK_M, BLOCK_N], tl.float32), PRECISION)
-        j = (start + tl.arange(0, BLOCK_N))[None, :]
-        s = _scores(products, i, j, M, N, shift, scale, mask_ptr, mask_m, mask_n, MASK_VEC,
+        s = _scores(products, row, column, first_row, start, M, N, shift, scale, mask_ptr, mask_m, mask_n, MASK_VEC,
                     bias_ptr, bias_m, bias_n, BIAS_VEC, CAUSAL, UNIT, CHECK)  # fmt: skip
         if BOUNDED:
             p = _exp(s - top[:, None], UNIT)
@@ -281,15 +286,15 @@ def _gather_queries(dk, dv, k, v, first_key, begin, end, q_ptr, do_ptr, top_ptr,
                     VEC: tl.constexpr, CAUSAL: tl.constexpr, UNIT: tl.constexpr, PRECISION: tl.constexpr,
                     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CHECK: tl.constexpr):  # fmt: skip
     """Adds what the queries from ``begin`` to ``end`` give to the gradients of a tile of keys. All is transposed."""
-    j = (first_key + tl.arange(0, BLOCK_N))[:, None]
+    row = tl.arange(0, BLOCK_M)[None, :]
+    column = tl.arange(0, BLOCK_N)[:, None]
     for start in range(begin, end, BLOCK_M):
         rows = start + tl.arange(0, BLOCK_M)
-        i = rows[None, :]
         q = _rows(q_ptr, start, M, stride_qs, D, BLOCK_D, BLOCK_M, VEC, True)
         do = _rows(do_ptr, start, M, stride_dos, DV, BLOCK_DV, BLOCK_M, VEC, True)
         top, rest, delta = _row_statistics(top_ptr, rest_ptr, delta_ptr, rows, rows < M)
         products = dot(k, tl.trans(q), tl.zeros([BLOCK_N, BLOCK_M], tl.float32), PRECISION)
-        s = _scores(products, i, j, M, N, shift, scale, mask_ptr, mask_m, mask_n, MASK_VEC,
+        s = _scores(products, row, column, start, first_key, M, N, shift, scale, mask_ptr, mask_m, mask_n, MASK_VEC,
                     bias_ptr, bias_m, bias_n, BIAS_VEC, CAUSAL, UNIT, CHECK)  # fmt: skip
         p = _probabilities(s, top[None, :], rest[None, :], UNIT)
         dv = dot(narrow(p, do.dtype), do, dv, PRECISION)
@@ -373,13 +378,13 @@ def _gather_keys(dq, q, do, top, rest, delta, first_row, begin, end, k_ptr, v_pt
                  CAUSAL: tl.constexpr, UNIT: tl.constexpr, PRECISION: tl.constexpr,
                  BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CHECK: tl.constexpr):  # fmt: skip
     """Adds what the keys from ``begin`` to ``end`` give to the gradient of a tile of queries."""
-    i = (first_row + tl.arange(0, BLOCK_M))[:, None]
+    row = tl.arange(0, BLOCK_M)[:, None]
+    column = tl.arange(0, BLOCK_N)[None, :]
     for start in range(begin, end, BLOCK_N):
         k = _rows(k_ptr, start, N, stride_ks, D, BLOCK_D, BLOCK_N, VEC, CHECK)
         v = _rows(v_ptr, start, N, stride_vs, DV, BLOCK_DV, BLOCK_N, VEC, CHECK)
-        j = (start + tl.arange(0, BLOCK_N))[None, :]
         products = dot(q, tl.trans(k), tl.zeros([BLOCK_M, BLOCK_N], tl.float32), PRECISION)
-        s = _scores(products, i, j, M, N, shift, scale, mask_ptr, mask_m, mask_n, MASK_VEC,
+        s = _scores(products, row, column, first_row, start, M, N, shift, scale, mask_ptr, mask_m, mask_n, MASK_VEC,
                     bias_ptr, bias_m, bias_n, BIAS_VEC, CAUSAL, UNIT, CHECK)  # fmt: skip
         p = _probabilities(s, top[:, None], rest[:, None], UNIT)
         dp = dot(do, tl.trans(v), tl.zeros([BLOCK_M, BLOCK_N], tl.float32), PRECISION)
@@ -455,14 +460,15 @@ def _bias_grad_kernel(
     tile_n, tile_m = pid % own_n, pid // own_n % own_m
     own_bh = pid // own_n // own_m
     first_h, first_b = own_bh % own_h, own_bh // own_h
+    row = tl.arange(0, BLOCK_M)
+    column = tl.arange(0, BLOCK_N)
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for step in range(0, walk_b * walk_h * walk_m * walk_n):
         first_key = (tile_n + step % walk_n) * BLOCK_N
         first_row = (tile_m + step // walk_n % walk_m) * BLOCK_M
         h = tl.cast(first_h + step // walk_n // walk_m % walk_h, tl.int64)
         b = tl.cast(first_b + step // walk_n // walk_m // walk_h, tl.int64)
-        i = first_row + tl.arange(0, BLOCK_M)
-        j = first_key + tl.arange(0, BLOCK_N)
+        i = first_row + row
         q_tile = q_ptr + (b * stride_qb + h * stride_qh) * VEC
         k_tile = k_ptr + (b * stride_kb + h // GROUP * stride_kh) * VEC
         v_tile = v_ptr + (b * stride_vb + h // GROUP * stride_vh) * VEC
@@ -477,13 +483,14 @@ def _bias_grad_kernel(
         do = _rows(do_tile, first_row, M, stride_dos, DV, BLOCK_DV, BLOCK_M, VEC, True)
         top, rest, delta = _row_statistics(top_ptr, rest_ptr, delta_ptr, (b * H + h) * M + i, i < M)
         products = dot(q, tl.trans(k), tl.zeros([BLOCK_M, BLOCK_N], tl.float32), PRECISION)
-        s = _scores(products, i[:, None], j[None, :], M, N, shift, scale, mask_tile, stride_mask_m, mask_n, MASK_VEC,
+        s = _scores(products, row[:, None], column[None, :], first_row, first_key, M, N, shift, scale,
+                    mask_tile, stride_mask_m, mask_n, MASK_VEC,
                     bias_tile, stride_bias_m, bias_n, BIAS_VEC, CAUSAL, UNIT, True)  # fmt: skip
         p = _probabilities(s, top[:, None], rest[:, None], UNIT)
         dp = dot(do, tl.trans(v), tl.zeros([BLOCK_M, BLOCK_N], tl.float32), PRECISION)
         acc += p * (dp - delta[:, None])
-    i = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    j = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    i = tile_m * BLOCK_M + row
+    j = tile_n * BLOCK_N + column
     dtype = dbias_ptr.dtype.element_ty
     start = dbias_ptr + tl.cast(own_bh, tl.int64) * (1 if SUM_M else M) * (1 if SUM_N else N)
     if SUM_M and SUM_N:
@@ -829,7 +836,8 @@ def _registers(shape: _Shape, p: AttentionProblem, config: Config, device: Devic
     """Numbers that a thread holds: accumulators, score tiles, addresses of the streamed tiles, and the rest."""
     threads = config.num_warps * device.warp_size
     vector = 16 // p.dtype.itemsize
-    held = shape.rows * shape.kept + (shape.tiles + 0.5) * shape.rows * shape.step
+    read = 0.5 * p.masked + 3.0 * (p.bias is not None)  # values and addresses of mask and bias
+    held = shape.rows * shape.kept + (shape.tiles + 0.5 + read) * shape.rows * shape.step
     held += 2 * shape.step * shape.passes / vector
     if shape.tiles > 1:
         held += shape.rows * shape.stays * p.dtype.itemsize / 8  # half of what stays, as an operand in registers

@@ -99,8 +99,9 @@ def wgmma_rows(kernel: str, problem: Any) -> int:
 
 
 def due_load_bytes(kernel: str, problem: Any) -> int:
-    """16 bytes a load for 16-bit heads of eights; a mask or bias is loaded as the products' layout wants it."""
-    if problem.dtype.itemsize != 2 or problem.D % 8:
+    """16 bytes a load for 16-bit heads of eights; a mask or bias is loaded as the products' layout wants it, and so are
+    the lse and delta of the queries that pass, four bytes each."""
+    if problem.dtype.itemsize != 2 or problem.D % 8 or kernel == "attention_key_value_grad":
         return 0
     return 16 if kernel in STREAMS or not (problem.masked or problem.bias) else 0
 
@@ -296,6 +297,18 @@ CASES = tuple(_cases())
 
 TUNED = ("gpt-64", "llama-128", "dit-64", "cosine-64", "gemma-256", "vit-64")
 GRADIENTS = {"key_value_grad": ("key", "value"), "query_grad": ("query",)}
+
+
+def explicit(
+    query: Shape, key: Shape | None = None, *, causal: int = 0, masked: int = 0, bias: str = "", score: str = "dot"
+) -> Case:
+    """``bias``: the dimensions of "bhmn" that it has."""
+    b, h, m, d = query
+    batch, kv_heads, n, features = key or query
+    if (batch, features) != (b, d) or h % max(1, kv_heads) or score not in ("dot", "cosine") or set(bias) - set("bhmn"):
+        raise ValueError("key must have the query's batch and features and a divisor of its heads")
+    layer = Layer(b, h, m, n, d, kv_heads, bool(causal), bool(masked), bias, score)
+    return case("explicit", layer=layer, direction="fwd+bwd")
 
 
 def kinds(one: Case) -> tuple[str, ...]:

@@ -16,7 +16,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from . import nn
-from .nn import MAX_SCALE
 from .ops import attention_pool
 
 CLASSES = 10
@@ -148,7 +147,7 @@ class CosinePoolOnTorch(torch.nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         key, value = (layer(x).unflatten(-1, (HEADS, -1)).transpose(1, 2) for layer in (self.key, self.value))
         cosines = F.normalize(self.query, dim=-1) @ F.normalize(key, dim=-1).transpose(2, 3)
-        scale = self.logit_scale.clamp(max=math.log(MAX_SCALE)).exp()
+        scale = self.logit_scale.clamp(max=math.log(100.0)).exp()
         pooled = torch.softmax(scale * cosines, -1) @ value
         result: Tensor = self.out(pooled.transpose(1, 2).flatten(2))
         return result

@@ -17,7 +17,20 @@ import torch
 from torch import Tensor
 
 from .autotune.device import named
-from .ops import Decision, conv2d, elman_step, gru, lstm, max_pool2d, record, rnn, use_backend
+from .ops import (
+    Decision,
+    attention,
+    attention_pool,
+    conv2d,
+    elman_step,
+    gru,
+    lstm,
+    max_pool2d,
+    record,
+    rnn,
+    scaled_dot_product_attention,
+    use_backend,
+)
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "fp64": torch.float64}
 
@@ -71,6 +84,15 @@ def _elman(tensors: list[Tensor], o: argparse.Namespace) -> tuple[Sequence[Any],
     return [x, h, x.new_empty(o.hidden, x.shape[-1]), x.new_empty(o.hidden, o.hidden)], {}
 
 
+def _attention(tensors: list[Tensor], o: argparse.Namespace) -> tuple[Sequence[Any], dict[str, Any]]:
+    named_as = {"causal": "is_causal", "gqa": "enable_gqa"}
+    values = {named_as.get(name, name): value for name, value in vars(o).items() if name in _SCORES}
+    q, k, v, *rest = tensors
+    return [q, k, v], {**values, **({"bias" if "score" in o else "attn_mask": rest[0]} if rest else {})}
+
+
+# Options of the attention functions, by the names that the command line has for them.
+_SCORES = ("score", "scale", "causal", "gqa", "causal_alignment", "return_lse", "precision")
 _LAYOUT: Options = {"--layout": {"choices": ("nhwc", "nchw"), "default": "nhwc", "help": "of images; default: nhwc"}}
 _PRECISION: Options = {"--precision": {"choices": ("ieee", "tf32", "tf32x3"), "help": "how fp32 is multiplied"}}
 _WINDOW: Options = {"--padding": {"type": int, "default": 0}, "--dilation": {"type": int, "default": 1}}
@@ -87,14 +109,31 @@ _LAYER: Options = {
     **_HIDDEN, "--bidirectional": {"action": "store_true"}, "--batch-first": {"action": "store_true"}, **_PRECISION,
 }  # fmt: skip
 _NONLINEARITY: Options = {"--nonlinearity": {"choices": ("tanh", "relu"), "default": "tanh"}}
+_SDPA: Options = {
+    "--causal": {"action": "store_true"}, "--scale": {"type": float},
+    "--gqa": {"action": "store_true", "help": "key and value have fewer heads"},
+}  # fmt: skip
+_POOLED: Options = {
+    "--score": {"choices": ("dot", "cosine"), "default": "dot"}, "--scale": {"type": float}, **_PRECISION
+}  # fmt: skip
+_ATTENTION: Options = {
+    **_SDPA, **_POOLED, "--causal-alignment": {"choices": ("top_left", "bottom_right"), "default": "top_left"},
+    "--return-lse": {"action": "store_true"},
+}  # fmt: skip
+_HEADS = "8x16x1024x64 8x16x1024x64 8x16x1024x64"
 
 OPS = {
+    "attention": Op(attention, "query key value [bias]", _HEADS, _ATTENTION, _attention),
+    "attention_pool": Op(attention_pool, "query key value", "16x1x64 8x16x197x64 8x16x197x64", _POOLED, _attention),
     "conv2d": Op(conv2d, "input weight [bias]", "32x64x56x56 64x64x3x3", _CONV, _conv),
     "max_pool2d": Op(max_pool2d, "input", "32x64x112x112", _POOL, _pool),
     "rnn": Op(rnn, "input", "512x64x128", {**_LAYER, **_NONLINEARITY}, _recurrent(1)),
     "gru": Op(gru, "input", "512x64x128", _LAYER, _recurrent(3)),
     "lstm": Op(lstm, "input", "512x64x128", _LAYER, _recurrent(4)),
     "elman_step": Op(elman_step, "input", "64x128", _HIDDEN, _elman),
+    "scaled_dot_product_attention": Op(
+        scaled_dot_product_attention, "query key value [attn_mask]", _HEADS, _SDPA, _attention
+    ),
 }
 
 
