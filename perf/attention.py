@@ -42,11 +42,14 @@ LAYERS = {
     "dit-64": Layer(8, 16, 4096, 4096, 64),
     "vit-64": Layer(64, 12, 197, 197, 64),
     "bert-64-mask": Layer(16, 12, 512, 512, 64, masked=True),
+    "bert-64-additive": Layer(16, 12, 512, 512, 64, bias="bn"),
     "t5-64-bias": Layer(8, 12, 512, 512, 64, bias="hmn"),
+    "pairs-32-bias": Layer(128, 4, 256, 256, 32, bias="hmn"),
     "cross-128": Layer(4, 16, 1024, 4096, 128),
     "gemma-256": Layer(2, 8, 2048, 2048, 256, kv_heads=4, causal=True),
     "phi-80": Layer(4, 32, 2048, 2048, 80, causal=True),
     "cosine-64": Layer(8, 16, 2048, 2048, 64, score="cosine"),
+    "cosine-128": Layer(4, 16, 2048, 2048, 128, causal=True, score="cosine"),
     "swin-32": Layer(1024, 4, 64, 64, 32, bias="hmn", score="cosine"),
     "pool-64": Layer(256, 4, 1, 197, 64, score="cosine"),
 }
@@ -70,7 +73,7 @@ def layers(target: str) -> Iterator[Layers]:
     for name, layer in LAYERS.items():
         if target not in ALL_LAYERS and name not in HEADLINE:
             continue
-        for label in ("bf16", "fp16", "tf32", "ieee") if name in HEADLINE[:2] else ("bf16",):
+        for label in ("bf16", "fp16", "tf32", "ieee") if name in HEADLINE else ("bf16",):
             dtype, precision = PRECISIONS[label]
             problem = problem_of(layer, dtype, precision, True)
             tunables = [kernels.FORWARD, kernels.DELTA, kernels.KEY_VALUE_GRAD, kernels.QUERY_GRAD]

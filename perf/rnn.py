@@ -12,8 +12,8 @@ from torch import Tensor
 from ..autotune.config import Config
 from ..autotune.cost import cdiv
 from ..autotune.device import DeviceSpec
-from ..ops import gru, lstm, rnn
-from ..ops.rnn import _composite
+from ..ops import gru, lstm, rnn, use_backend
+from ..ops.rnn import OP, OP_BACKWARD, _composite
 from .case import ALL_LAYERS, DTYPES, PRECISIONS, Case, Kernel, Layers, Operator, Shape, random_tensors, stream_us
 
 GATES = {"tanh": 1, "gru": 3, "lstm": 4}
@@ -194,26 +194,66 @@ def explicit(input: Shape, *, hidden: int, cell: str = "tanh", directions: int =
 
 
 def kinds(one: Case) -> tuple[str, ...]:
-    return ("fwd",)
+    return ("fwd", "train", "bwd")
+
+
+NAMES = ("input", "w_ih", "w_hh", "b_ih", "b_hh")
 
 
 def kernel_tensors(one: Case, kind: str, device: str, seed: int) -> dict[str, Tensor]:
-    return random_tensors(OPERATORS["rnn"], one, device, seed)
+    """For backward also what forward leaves, ours and torch's."""
+    t = random_tensors(OPERATORS["rnn"], one, device, seed)
+    if kind != "bwd":
+        return t
+    zero = t["input"].new_zeros(t["w_hh"].shape[0], t["input"].shape[1], t["w_hh"].shape[2])
+    c0 = zero if one.kwargs["cell"] == "lstm" else None
+    operands = (*(t[name] for name in NAMES), zero, c0)
+    out, _, _, cells = OP(*operands, one.kwargs["cell"], False, _precision(one, t), True, "triton")
+    return {**t, "zero": zero, "out": out, "cells": cells, **_recorded(one, t)}
+
+
+def _recorded(one: Case, t: dict[str, Tensor]) -> dict[str, Tensor]:
+    """torch's forward with its graph, so that its backward can be timed alone: ``"y"``, and leaves to differentiate."""
+    with torch.enable_grad():
+        leaves = {name: t[name].detach().requires_grad_() for name in NAMES}
+        return {**leaves, "y": _torch(**leaves, cell=one.kwargs["cell"])}
+
+
+def _precision(one: Case, tensors: dict[str, Tensor]) -> str:
+    return str(one.kwargs.get("precision", "ieee")) if tensors["input"].dtype == torch.float32 else "16"
 
 
 def kernel_of(one: Case, kind: str, tensors: dict[str, Tensor]) -> Kernel:
-    """The forward kernel with the product before it, as torch's layer has it."""
+    """Each kernel with the products around it, as torch's layer has them. ``"train"`` is the forward that keeps what
+    backward needs."""
     from ..kernels import rnn as kernels
 
-    layer, dtype = layer_of(one), tensors["input"].dtype
-    precision = one.kwargs.get("precision", "ieee") if dtype == torch.float32 else "16"
-    problem = kernels.RnnProblem(layer.cell, layer.T, layer.B, layer.H, layer.directions, dtype, precision, False)
-    names = ("input", "w_ih", "w_hh", "b_ih", "b_hh")
+    layer, dtype, precision = layer_of(one), tensors["input"].dtype, _precision(one, tensors)
+    problem = kernels.RnnProblem(
+        layer.cell, layer.T, layer.B, layer.H, layer.directions, dtype, precision, kind != "fwd"
+    )  # fmt: skip
 
-    def ours(t: dict[str, Tensor]) -> Tensor:
-        from ..ops import use_backend
+    def forward(t: dict[str, Tensor]) -> Tensor:
+        with use_backend("triton"), torch.set_grad_enabled(kind == "train"):
+            leaves = [t[name].detach().requires_grad_(kind == "train") for name in NAMES]
+            return _ours(*leaves, **one.kwargs).detach()
 
-        with use_backend("triton"), torch.no_grad():
-            return _ours(*(t[name] for name in names), **one.kwargs)
+    if kind != "bwd":
+        return Kernel(kernels.FORWARD, problem, forward, lambda t: _torch(*(t[name] for name in NAMES), **one.kwargs))
 
-    return Kernel(kernels.FORWARD, problem, ours, lambda t: _torch(*(t[name] for name in names), **one.kwargs))
+    def gradients(t: dict[str, Tensor]) -> Tensor:
+        is_lstm = layer.cell == "lstm"
+        operands = [*(t[name].detach() for name in NAMES), t["zero"], t["zero"] if is_lstm else None]
+        grads = OP_BACKWARD(
+            *operands, t["out"], t["cells"] if is_lstm else None, t["dy"], None, None, None, [True] * 5, layer.cell,
+            False, precision, "triton",
+        )  # fmt: skip
+        return torch.cat([grad.flatten() for grad in grads[:5]])
+
+    def their_gradients(t: dict[str, Tensor]) -> Tensor:
+        if t["input"].dtype != dtype:  # the reference, in float64
+            t = {**t, **_recorded(one, t)}
+        grads = torch.autograd.grad(t["y"], [t[name] for name in NAMES], t["dy"], retain_graph=True)
+        return torch.cat([grad.flatten() for grad in grads])
+
+    return Kernel(kernels.BACKWARD, problem, gradients, their_gradients)
