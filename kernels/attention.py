@@ -220,18 +220,19 @@ def _attention_kernel(
     i = first_row + tl.arange(0, BLOCK_M)
     row = bh * M + i
     base = tl.where(top == float("-inf"), 0.0, top)
+    # For backward, in the unit of the scores. With 0 and +inf every probability of an empty row is 0.
     if UNIT == "log2":
-        lse = (base + tl.log2(tl.where(empty, 1.0, total))) * LN2
+        kept = tl.where(empty, float("inf"), base + tl.log2(tl.where(empty, 1.0, total)))
+        lse = kept * LN2
     else:
+        kept = base
         lse = base + tl.log(tl.where(empty, 1.0, total))
     if lse_ptr is not None:
         tl.store(lse_ptr + row, tl.where(empty, float("-inf"), lse), mask=i < M)
-    # For backward, in the unit of the scores. With 0 and +inf every probability of an empty row is 0.
+    if top_ptr is not None:
+        tl.store(top_ptr + row, kept, mask=i < M)
     if rest_ptr is not None:
-        tl.store(top_ptr + row, base, mask=i < M)
         tl.store(rest_ptr + row, inverse, mask=i < M)
-    elif top_ptr is not None:
-        tl.store(top_ptr + row, tl.where(empty, float("inf"), lse * LOG2E), mask=i < M)
 
 
 # --- backward --------------------------------------------------------------------------------------------------------

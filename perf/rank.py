@@ -28,7 +28,7 @@ from .families import layers
 from .progress import Progress
 from .static import TRITON, StaticProfile, faults, profile
 
-CANDIDATES = 12  # of the model's order are compiled, then the layer gets no entry
+CANDIDATES = 16  # of the model's order are compiled, then the layer gets no entry
 
 
 Best = tuple[Config | None, StaticProfile | None, list[str]]

@@ -216,7 +216,7 @@ def _recorded(one: Case, t: dict[str, Tensor]) -> dict[str, Tensor]:
     """torch's forward with its graph, so that its backward can be timed alone: ``"y"``, and leaves to differentiate."""
     with torch.enable_grad():
         leaves = {name: t[name].detach().requires_grad_() for name in NAMES}
-        return {**leaves, "y": _torch(**leaves, cell=one.kwargs["cell"])}
+        return {**leaves, "y": _torch(*leaves.values(), cell=one.kwargs["cell"])}
 
 
 def _precision(one: Case, tensors: dict[str, Tensor]) -> str:
