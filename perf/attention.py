@@ -73,7 +73,9 @@ def layers(target: str) -> Iterator[Layers]:
     for name, layer in LAYERS.items():
         if target not in ALL_LAYERS and name not in HEADLINE:
             continue
-        for label in ("bf16", "fp16", "tf32", "ieee") if name in HEADLINE else ("bf16",):
+        narrow = name not in HEADLINE[:2] and target not in ALL_LAYERS
+        labels = ("bf16",) if name not in HEADLINE else ("bf16", "fp16") if narrow else ("bf16", "fp16", "tf32", "ieee")
+        for label in labels:
             dtype, precision = PRECISIONS[label]
             problem = problem_of(layer, dtype, precision, True)
             tunables = [kernels.FORWARD, kernels.DELTA, kernels.KEY_VALUE_GRAD, kernels.QUERY_GRAD]
