@@ -806,7 +806,7 @@ ROWS = tuple(
     Config(BLOCK_M=m, num_warps=warps, num_stages=1) for m in (64, 32, 16, 128, 256, 8, 4) for warps in (4, 8, 2, 1)
 )
 CLOCK_GHZ = 1.7
-MAX_HEAD = 256  # numbers a head
+MAX_HEAD = 256  # numbers a head; ops/attention.py says so while compiling
 SMALLEST = Config(BLOCK_M=16, BLOCK_N=16, num_warps=4, num_stages=1)
 
 

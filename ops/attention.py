@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import wraps
 from math import inf
 from typing import Any
 
@@ -58,8 +59,14 @@ def scaled_dot_product_attention(
         >>> tritune.scaled_dot_product_attention(q, k, v).shape
         torch.Size([2, 8, 100, 32])
     """
+    if any(isinstance(t, Tensor) and t.is_nested for t in (query, key, value)):
+        reason = "a nested tensor"
+        choose("scaled_dot_product_attention", (query,), lambda _: (False, reason), lambda _: (), lambda: reason)
+        return F.scaled_dot_product_attention(
+            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+        )
     attention_checks.check_scaled_dot_product_attention(
-        query, key, value, attn_mask, dropout_p, is_causal, scale
+        query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa
     )  # fmt: skip
     mask, bias = (attn_mask, None) if attn_mask is not None and attn_mask.dtype is torch.bool else (None, attn_mask)
     return _attend(
@@ -203,7 +210,7 @@ def _attend(
         op, tensors,
         lambda device: _auto_rule(problem(), device, wants_lse),
         lambda device: _kernel_choices(problem(), device, score == "cosine", bias is not None and bias.requires_grad),
-        lambda: _limits(problem, mask, dropout_p, q.device),
+        lambda: _limits(problem, max(q.shape[3], v.shape[3]), mask, dropout_p, q.device),
     )  # fmt: skip
     if score == "cosine":
         q, k = (_normalized(t, eps, backend) for t in (q, k))
@@ -263,11 +270,16 @@ def _is_bounded(scale: float, dtype: torch.dtype) -> bool:
 # --- the choice of backend -------------------------------------------------------------------------------------------
 
 
+MAX_HEAD = 256  # numbers a head, as kernels/attention.py has it: Dynamo must not trace into the kernels
+
+
 def _limits(
-    problem: Callable[[], Any], mask: Tensor | None, dropout_p: float, where: torch.device
+    problem: Callable[[], Any], head: int, mask: Tensor | None, dropout_p: float, where: torch.device
 ) -> str | None:  # fmt: skip
     if dropout_p:
         return f"dropout_p={dropout_p:g}"
+    if head > MAX_HEAD:
+        return f"a head dimension of {head}: no kernel has more than {MAX_HEAD}"
     if torch.compiler.is_compiling():
         return None
     if mask is not None and not is_plain(mask):
@@ -345,11 +357,12 @@ def _hidden(q: Tensor, k: Tensor, mask: Tensor | None, shift: int | None) -> Ten
 def _on_torch(
     call: tuple[Any, ...], group: int, wants_lse: bool, dropout_p: float, saves: bool
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    if wants_lse or in_transform():
+    if wants_lse or (in_transform() and not dropout_p):
         return _formula(*call)
+    out = _composite(*call, group=group, dropout_p=dropout_p)
     if saves and not dropout_p and not torch.compiler.is_compiling() and is_plain(call[0]):
-        return _OnTorch.apply(*call, group), None
-    return _composite(*call, group=group, dropout_p=dropout_p), None
+        out = _TwiceDifferentiable.apply(out, *call)
+    return out, None
 
 
 def _composite(
@@ -360,6 +373,8 @@ def _composite(
     if scale <= 0:
         # torch's kernel for the CPU hides keys before it scales: -inf times 0 or less is NaN.
         q, scale = q * scale, 1.0
+    if not torch.compiler.is_compiling() and q.shape[2] > 1 and 0 < q.stride(2) < q.shape[3]:
+        q = q.contiguous()  # rows that overlap are too much for torch's kernel for the CPU
     is_causal = shift is not None and mask is None and bias is None and _is_zero(shift)
     if not is_causal:
         mask = _hidden(q, k, mask, shift)
@@ -374,6 +389,21 @@ def _is_zero(shift: Any) -> bool:
     return isinstance(shift, int) and shift == 0
 
 
+def _without_autocast(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """The operands have been cast; what is computed from them in float32 stays there."""
+
+    @wraps(fn)
+    def wrapped(first: Tensor, *args: Any) -> Any:
+        kind = first.device.type
+        if kind not in ("cpu", "cuda") or not torch.is_autocast_enabled(kind):
+            return fn(first, *args)
+        with torch.autocast(kind, enabled=False):
+            return fn(first, *args)
+
+    return wrapped
+
+
+@_without_autocast
 def _formula(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, bias: Tensor | None, scale: float, shift: int | None
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
@@ -407,6 +437,7 @@ def _weights(
     return p, torch.where(empty.squeeze(-1), -inf, torch.logsumexp(s, -1))
 
 
+@_without_autocast
 def _grads(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, bias: Tensor | None, dout: Tensor, dlse: Tensor | None,
     scale: float, shift: int | None, needs: Sequence[bool],
@@ -433,35 +464,24 @@ def _folded(grad: Tensor, t: Tensor) -> Tensor:
     return grad.to(t.dtype)
 
 
-class _OnTorch(torch.autograd.Function):
-    """torch's attention with a second derivative, which its fused kernels lack. The first is torch's own: the graph
-    that it records in forward is kept and walked in backward."""
+class _TwiceDifferentiable(torch.autograd.Function):
+    """Stands behind torch's attention, whose fused kernels have no second derivative. A first backward passes through
+    to torch's own; one that is differentiated again leaves it out and takes the formula."""
 
     @staticmethod
-    def forward(ctx: Any, *call: Any) -> Tensor:
-        tensors, (scale, shift, group) = call[:5], call[5:]
-        with torch.enable_grad():
-            leaves: list[Any] = [None if t is None else t.detach().requires_grad_(t.requires_grad) for t in tensors]
-            q, k, v, mask, bias = leaves
-            out = _composite(q, k, v, mask, bias, scale, shift, group=group)
-        ctx.graph = (out, leaves)
-        ctx.save_for_backward(*tensors)
-        ctx.options = (scale, shift)
+    def forward(ctx: Any, out: Tensor, *call: Any) -> Tensor:
+        ctx.save_for_backward(*call[:5])
+        ctx.options = call[5:]
         return out.detach()
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        tensors, needs = ctx.saved_tensors, ctx.needs_input_grad
-        scale, shift = ctx.options
-        if torch.is_grad_enabled():
-            q, k, v, mask, bias = tensors
-            wanted = [*needs[:3], needs[4]]
-            dq, dk, dv, dbias = _grads(q, k, v, mask, bias, dout, None, scale, shift, wanted)
-            return dq, dk, dv, None, dbias, None, None, None
-        out, leaves = ctx.graph
-        inputs = [leaf for leaf, need in zip(leaves, needs[:5], strict=True) if need]
-        grads = iter(torch.autograd.grad(out, inputs, dout, retain_graph=True))
-        return *(next(grads) if need else None for need in needs[:5]), None, None, None
+        if not torch.is_grad_enabled():
+            return dout, *(None,) * 7
+        q, k, v, mask, bias = ctx.saved_tensors
+        needs = ctx.needs_input_grad[1:]
+        dq, dk, dv, dbias = _grads(q, k, v, mask, bias, dout, None, *ctx.options, [*needs[:3], needs[4]])
+        return None, dq, dk, dv, None, dbias, None, None
 
 
 # --- operators -------------------------------------------------------------------------------------------------------
@@ -636,10 +656,17 @@ def _normalized(t: Tensor, eps: float, backend: str) -> Tensor:
 def _lengths(t: Tensor, eps: float) -> Tensor:
     """[..., 1]: max(|t|, eps) in float32 at least. The squares are added in float64, where no row of float32 overflows
     or vanishes."""
-    length = torch.linalg.vector_norm(t, dim=-1, keepdim=True, dtype=torch.float64)
-    return length.clamp_min(eps).to(torch.promote_types(t.dtype, torch.float32))
+    wide = torch.promote_types(t.dtype, torch.float32)
+    length = torch.linalg.vector_norm(t.detach(), dim=-1, keepdim=True, dtype=torch.float64)
+    if torch.is_grad_enabled() or in_transform():
+        # A short row has no part in its length, which at 0 has no second derivative.
+        is_short = length < eps
+        length = torch.linalg.vector_norm(torch.where(is_short, 1.0, t), dim=-1, keepdim=True, dtype=torch.float64)
+        return torch.where(is_short, eps, length).to(wide)
+    return length.clamp_min(eps).to(wide)
 
 
+@_without_autocast
 def _unit(t: Tensor, eps: float) -> Tensor:
     lengths = _lengths(t, eps)
     return (t.to(lengths.dtype) / lengths).to(t.dtype)

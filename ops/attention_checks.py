@@ -27,7 +27,7 @@ class AttentionArgs(NamedTuple):
 
 
 def check_scaled_dot_product_attention(
-    query: Any, key: Any, value: Any, attn_mask: Any, dropout_p: Any, is_causal: Any, scale: Any
+    query: Any, key: Any, value: Any, attn_mask: Any, dropout_p: Any, is_causal: Any, scale: Any, enable_gqa: Any
 ) -> None:
     """What torch's function asks for beyond :func:`check_operands`: types, dropout, one mask."""
     name = "scaled_dot_product_attention"
@@ -35,8 +35,13 @@ def check_scaled_dot_product_attention(
         _check_tensor(name, position, argument, tensor)
     if attn_mask is not None:
         _check_tensor(name, 4, "attn_mask", attn_mask)
-    if isinstance(scale, bool | str) or not (scale is None or hasattr(scale, "__float__")):
-        raise TypeError(f"{name}(): argument 'scale' must be float, not {type(scale).__name__}")
+    for argument, flag in (("is_causal", is_causal), ("enable_gqa", enable_gqa)):
+        if not isinstance(flag, bool):
+            raise TypeError(f"{name}(): argument '{argument}' must be bool, not {type(flag).__name__}")
+    is_number = not isinstance(scale, str) and (scale is None or hasattr(scale, "__float__"))
+    if not is_number or (isinstance(scale, Tensor) and scale.numel() != 1):
+        kind = "Tensor" if isinstance(scale, Tensor) else type(scale).__name__
+        raise TypeError(f"{name}(): argument 'scale' must be float, not {kind}")
     if not 0 <= dropout_p <= 1:
         raise RuntimeError(f"dropout probability has to be between 0 and 1, but got {dropout_p:g}")
     if is_causal and attn_mask is not None:
@@ -59,13 +64,13 @@ def check_attention(
             raise TypeError(f"{name} must be a Tensor or None, got {type(optional).__name__}")
     if attn_mask is not None and attn_mask.dtype is not torch.bool:
         raise RuntimeError(f"attn_mask must be bool, True where a query sees a key, got {attn_mask.dtype}: see bias")
-    choices: tuple[tuple[str, object, Sequence[str]], ...] = (
+    choices: tuple[tuple[str, object, Sequence[str | None]], ...] = (
         ("score", score, SCORES), ("causal_alignment", causal_alignment, ALIGNMENTS),
-        ("precision", precision, ("None", *PRECISIONS)),
+        ("precision", precision, (None, *PRECISIONS)),
     )  # fmt: skip
     for name, given, accepted in choices:
-        if str(given) not in accepted:
-            raise ValueError(f"{name}={given!r} is not accepted: it must be one of {', '.join(accepted)}")
+        if given not in accepted:
+            raise ValueError(f"{name}={given!r} is not accepted: it must be one of {', '.join(map(str, accepted))}")
     if isinstance(scale, Tensor):
         if scale.dim() > 1 or not scale.is_floating_point():
             got = f"{scale.dtype} {list(scale.shape)}"

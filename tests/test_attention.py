@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import gc
 import itertools
 import math
 import pickle
+import weakref
 from typing import Any
 
 import pytest
@@ -488,6 +490,16 @@ class TestKernels:
                     grads.append((out, lse, *torch.autograd.grad(loss, (q, k, v, bias))))
         torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-5)
 
+    def test_compiling_knows_the_widest_head(self, device):
+        from tritune.kernels import attention as kernels
+        from tritune.ops import attention as ops
+
+        assert kernels.MAX_HEAD == ops.MAX_HEAD
+        wide = torch.randn(1, 1, 3, 300, device=device)
+        compiled = torch.compile(lambda x: tritune.attention(x, x, x), fullgraph=True, backend="eager")
+        with tritune.use_backend("triton"), pytest.raises(Exception, match="head dimension of 300"):
+            compiled(wide)
+
     def test_what_is_left_to_torch_is_named(self, device):
         q, k, v = (torch.randn(1, 2, 5, 8, device=device) for _ in range(3))
         wide = torch.randn(1, 2, 5, 257, device=device)
@@ -631,6 +643,68 @@ class TestOnTorch:
         assert torch.equal(first, torch.autograd.grad(loss, q)[0])
         with pytest.raises(RuntimeError, match="second time"):
             torch.autograd.grad(loss, q)
+
+    def test_dropout_in_a_transform(self):
+        """Not dropped itself."""
+        q, k, v = (torch.randn(2, 2, 5, 8) for _ in range(3))
+        torch.manual_seed(0)
+        out, _ = torch.func.vjp(lambda q: tritune.scaled_dot_product_attention(q, k, v, dropout_p=0.9), q)
+        torch.manual_seed(0)
+        assert torch.equal(out, F.scaled_dot_product_attention(q, k, v, dropout_p=0.9))
+
+    def test_memory_is_torchs_to_free(self):
+        """Activations under checkpointing, and everything after backward, though the loss is kept."""
+        kept = []
+        for checkpointed in (False, True):
+            base = torch.randn(2, 2, 9, 8, requires_grad=True)
+
+            def attend(x: Tensor) -> Tensor:
+                q = x * 2
+                kept.append(weakref.ref(q.untyped_storage()))
+                return tritune.scaled_dot_product_attention(q, x + 1, x + 2).sin()
+
+            if checkpointed:
+                y = torch.utils.checkpoint.checkpoint(attend, base, use_reentrant=False)
+            else:
+                y = attend(base).sum()
+                y.backward()
+            gc.collect()
+            assert kept.pop()() is None, f"checkpointed: {checkpointed}"
+            del y
+
+    def test_lse_under_autocast_is_float32(self):
+        q, k = torch.randn(1, 1, 40, 64) * 4, torch.randn(1, 1, 40, 64) * 4
+        with torch.autocast("cpu", torch.bfloat16):
+            _, lse = tritune.attention(q, k, k, return_lse=True)
+            cosine = tritune.attention(q, k, k, score="cosine")
+        _, wanted = tritune.attention(q.bfloat16(), k.bfloat16(), k.bfloat16(), return_lse=True)
+        assert lse.dtype == torch.float32 and cosine.dtype == torch.bfloat16
+        torch.testing.assert_close(lse, wanted)
+
+    def test_a_query_whose_rows_overlap(self):
+        q = torch.randn(2, 1, 17 + 63).unfold(-1, 64, 1)
+        k, v = torch.randn(2, 1, 20, 64), torch.randn(2, 1, 20, 64)
+        dense = torch.stack([q[..., i, :] for i in range(17)], -2)
+        torch.testing.assert_close(tritune.attention(q, k, v), tritune.attention(dense, k, v))
+
+    @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+    def test_nested_tensors_are_torchs(self):
+        parts = [torch.randn(3, 2, 8), torch.randn(5, 2, 8)]
+        q = torch.nested.nested_tensor(parts, layout=torch.jagged).transpose(1, 2)
+        got, wanted = (fn(q, q, q) for fn in (tritune.scaled_dot_product_attention, F.scaled_dot_product_attention))
+        for one, other in zip(got.unbind(), wanted.unbind(), strict=True):
+            assert torch.equal(one, other)
+
+    def test_second_derivative_of_a_row_of_zeros(self):
+        """Padding makes such rows."""
+        q, k, v = (torch.randn(1, 1, 5, 8) for _ in range(3))
+        q[0, 0, 1] = k[0, 0, 2] = 0
+        q.requires_grad_()
+        k.requires_grad_()
+        loss = tritune.attention(q, k, v, score="cosine", scale=3.0).sin().sum()
+        first = torch.autograd.grad(loss, (q, k), create_graph=True)
+        second = torch.autograd.grad(sum(g.sin().sum() for g in first), (q, k))
+        assert all(g.isfinite().all() for g in second)
 
     def test_float64(self):
         q, k, v = (torch.randn(1, 2, 5, 8, dtype=torch.float64) for _ in range(3))

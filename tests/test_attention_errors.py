@@ -49,6 +49,10 @@ REJECTED = {
     "a list": lambda: call(x(*Q), [1], x(*V)),
     "a mask of text": lambda: call(x(*Q), x(*K), x(*V), "a"),
     "a scale of text": lambda: call(x(*Q), x(*K), x(*V), scale="a"),
+    "a causality of text": lambda: call(x(*Q), x(*K), x(*V), is_causal="a"),
+    "a causality of None": lambda: call(x(*Q), x(*K), x(*V), is_causal=None),
+    "groups of text": lambda: call(x(*Q), x(*K), x(*V), enable_gqa="a"),
+    "a scale of two numbers": lambda: call(x(*Q), x(*K), x(*V), scale=torch.ones(2)),
     "a seventh position": lambda: call(x(*Q), x(*K), x(*V), None, 0.0, False, 1.0),
 }
 # torch words these after the function that happened to notice, with sizes of its own making.
@@ -116,6 +120,7 @@ OURS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "score": ({"score": "l2"}, ValueError, "score='l2'"),
     "alignment": ({"causal_alignment": "middle"}, ValueError, "causal_alignment='middle'"),
     "precision": ({"precision": "bf16"}, ValueError, "precision='bf16'"),
+    "precision of text": ({"precision": "None"}, ValueError, "precision='None'"),
     "eps": ({"eps": 0.0}, ValueError, "eps must be positive"),
     "eps NaN": ({"eps": float("nan")}, ValueError, "eps must be positive"),
     "float mask": ({"attn_mask": x(5, 7)}, RuntimeError, "attn_mask must be bool"),
