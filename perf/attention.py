@@ -73,14 +73,15 @@ def layers(target: str) -> Iterator[Layers]:
     for name, layer in LAYERS.items():
         if target not in ALL_LAYERS and name not in HEADLINE:
             continue
-        narrow = name not in HEADLINE[:2] and target not in ALL_LAYERS
-        labels = ("bf16",) if name not in HEADLINE else ("bf16", "fp16") if narrow else ("bf16", "fp16", "tf32", "ieee")
-        for label in labels:
+        for label in ("bf16", "fp16", "tf32", "ieee") if name in HEADLINE else ("bf16",):
             dtype, precision = PRECISIONS[label]
             problem = problem_of(layer, dtype, precision, True)
-            tunables = [kernels.FORWARD, kernels.DELTA, kernels.KEY_VALUE_GRAD, kernels.QUERY_GRAD]
-            for tunable in [*tunables, kernels.BIAS_GRAD] if layer.bias else tunables:
-                yield f"{name}-{label}", tunable, problem
+            # In fp32 wider heads, and those with a bias, have no tile that spills with no Triton from 3.6 to 3.9.
+            if dtype is not torch.float32 or name == "gpt-64":
+                for tunable in (kernels.FORWARD, kernels.DELTA, kernels.KEY_VALUE_GRAD, kernels.QUERY_GRAD):
+                    yield f"{name}-{label}", tunable, problem
+            if layer.bias:
+                yield f"{name}-{label}", kernels.BIAS_GRAD, problem
             if layer.score == "cosine":
                 rows = kernels.NormalizeProblem(layer.B * layer.H * layer.M, layer.D, dtype)
                 yield f"{name}-{label}", kernels.NORMALIZE, rows
