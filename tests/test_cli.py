@@ -114,7 +114,7 @@ class TestExplain:
 
     def test_every_public_operator(self, capsys):
         """One that is added to the package must be added to the command."""
-        from tritune import explain as command
+        from tritune import explain_command as command
 
         public = {
             name

@@ -16,7 +16,7 @@ from importlib import metadata
 COMMANDS = {
     ("demo",): (".demo", "train three models on real data with tritune and torch; accuracy, parity, what ran", "demo"),
     ("doctor",): (".doctor", "the environment, and what is wrong with it", "cli"),
-    ("explain",): (".explain", "what a call would run on a device, and why", "cli"),
+    ("explain",): (".explain_command", "what a call would run on a device, and why", "cli"),
     ("tune",): (".perf.tune", "the best configs: measured on this GPU, or ranked without one", "triton"),
     ("configs",): (".configs", "list, show, diff and merge tuned configs", "cli"),
     ("bench", "static"): (".perf.static", "compile every shipped config; compare with the baseline", "triton"),
