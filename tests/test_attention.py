@@ -491,6 +491,8 @@ class TestKernels:
                     grads.append((out, lse, *torch.autograd.grad(loss, (q, k, v, bias))))
         torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-5)
 
+    @pytest.mark.filterwarnings("ignore::DeprecationWarning")
+    @pytest.mark.filterwarnings("ignore:.*lru_cache:UserWarning")
     def test_compiling_knows_the_widest_head(self, device):
         from tritune.kernels import attention as kernels
 
