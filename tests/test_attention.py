@@ -646,6 +646,12 @@ class TestOnTorch:
         with pytest.raises(RuntimeError, match="second time"):
             torch.autograd.grad(loss, q)
 
+    def test_a_bias_beside_no_keys(self):
+        q, k = torch.randn(1, 1, 3, 8, requires_grad=True), torch.zeros(1, 1, 0, 8, requires_grad=True)
+        bias = torch.zeros(1, 1, 3, 1, requires_grad=True)
+        tritune.attention(q, k, k, bias=bias).sum().backward()
+        assert not q.grad.any() and (bias.grad is None or not bias.grad.any())
+
     def test_dropout_in_a_transform(self):
         """Not dropped itself."""
         q, k, v = (torch.randn(2, 2, 5, 8) for _ in range(3))
