@@ -1,0 +1,106 @@
+"""The tests' own yardstick: what it lets through and what it stops."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from harness import EPSILON, Case, Errors, assert_close, check
+
+pytestmark = pytest.mark.torch
+EXACT = torch.tensor([1.0, -2.0, 0.5, 4.0], dtype=torch.float64)
+
+
+def off_by(error: float, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """The reference with its last element, the largest, off by ``error`` times itself."""
+    return torch.cat([EXACT[:-1], EXACT[-1:] * (1 + error)]).to(dtype)
+
+
+class TestAssertClose:
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+    def test_twice_torchs_error_and_an_epsilon(self, dtype):
+        step = 8 * EPSILON[dtype]
+        assert_close("y", off_by(step, dtype), EXACT, off_by(step, dtype))
+        assert_close("y", off_by(2 * step, dtype), EXACT, off_by(step, dtype))
+        with pytest.raises(AssertionError, match="y: max error"):
+            assert_close("y", off_by(3 * step, dtype), EXACT, off_by(step, dtype))
+
+    def test_rms_is_judged_too(self):
+        everywhere = (EXACT * (1 + 2e-6)).float()
+        with pytest.raises(AssertionError, match="rms"):
+            assert_close("y", everywhere, EXACT, off_by(1e-6))
+
+    def test_other_samples_count_only_where_they_are_worse(self):
+        assert_close("y", off_by(3e-6), EXACT, off_by(1e-6), [Errors(2e-6, 2e-6)])
+        with pytest.raises(AssertionError):
+            assert_close("y", off_by(3e-6), EXACT, off_by(1e-6), [Errors(0.0, 0.0), Errors(1e-6, 1e-6)])
+
+    @pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
+    def test_what_is_not_finite(self, wrong):
+        ours, exact = off_by(0.0), EXACT.clone()
+        ours[1] = wrong
+        with pytest.raises(AssertionError):
+            assert_close("y", ours, exact, off_by(0.0))
+        exact[1] = wrong
+        assert_close("y", ours, exact, off_by(0.0))
+        with pytest.raises(AssertionError, match="NaN or inf misplaced"):
+            assert_close("y", off_by(0.0), exact, ours)
+
+    def test_shape_and_dtype(self):
+        with pytest.raises(AssertionError, match="shape"):
+            assert_close("y", off_by(0.0)[:3], EXACT, off_by(0.0))
+        with pytest.raises(AssertionError, match="dtype"):
+            assert_close("y", off_by(0.0, torch.float16), EXACT, off_by(0.0))
+
+
+class TestCheck:
+    SHAPES = {"x": (3, 5), "w": (5, 4)}
+
+    def case(self, op) -> Case:
+        return Case("product", op, lambda x, w: x @ w, self.SHAPES)
+
+    def test_a_wrong_output_and_a_wrong_gradient_are_named(self):
+        class WrongGradient(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx, x, w):
+                ctx.save_for_backward(x, w)
+                return x @ w
+
+            @staticmethod
+            def backward(ctx, dy):
+                x, w = ctx.saved_tensors
+                return dy @ w.mT, 1.001 * (x.mT @ dy)
+
+        check(self.case(lambda x, w: x @ w), torch.float32, "nchw", "cpu", "torch")
+        with pytest.raises(AssertionError, match=r"^output: max error"):
+            check(self.case(lambda x, w: 1.001 * (x @ w)), torch.float32, "nchw", "cpu", "torch")
+        with pytest.raises(AssertionError, match=r"^grad w: max error"):
+            check(self.case(WrongGradient.apply), torch.float32, "nchw", "cpu", "torch")
+
+    def test_an_element_nobody_wrote(self):
+        def forgetful(x, w):
+            y = torch.empty_like(x @ w)
+            y[:, 1:] = (x @ w)[:, 1:]
+            return y
+
+        with pytest.raises(AssertionError, match="output"):
+            check(self.case(forgetful), torch.float32, "nchw", "cpu", "torch")
+
+    def test_another_layout(self):
+        with pytest.raises(AssertionError, match="layout"):
+            check(self.case(lambda x, w: (w.mT @ x.mT).mT), torch.float32, "nchw", "cpu", "torch")
+
+    @pytest.mark.parametrize("seed", range(20))
+    def test_torch_passes_its_own_test(self, seed):
+        """The same layer, its sums in another order: with one sample of torch's error, one in thirty fails."""
+        order = torch.randperm(12)
+        weights = {"input": (3, 7, 12), "w_ih": (45, 12), "w_hh": (45, 15), "b_ih": (45,), "h0": (1, 7, 15)}
+
+        def gru(input, w_ih, w_hh, b_ih, h0, permute=False):
+            if permute:
+                input, w_ih = input[..., order], w_ih[..., order]
+            parameters = [w_ih / 4, w_hh / 4, b_ih, torch.zeros_like(b_ih)]
+            return torch._VF.gru(input, h0, parameters, True, 1, 0.0, True, False, False)[0]
+
+        torch.manual_seed(seed)
+        other = Case("gru", lambda **arguments: gru(**arguments, permute=True), gru, weights)
+        check(other, torch.float32, "nchw", "cpu", "torch")
