@@ -28,7 +28,6 @@ Once from memory it is each tensor once: K and V of a head stay in the L2 cache 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -52,6 +51,12 @@ LN2_LOW = tl.constexpr(-2.12194440e-4)
 _SIZES = ["H", "M", "N", "shift", "scale"]
 _OPERANDS = [f"stride_{tensor}{dim}" for tensor in ("q", "k", "v", "o", "do", "dq", "dk", "dv") for dim in "bhs"]
 _SCORES = [f"stride_{tensor}{dim}" for tensor in ("mask", "bias") for dim in ("_b", "_h", "_m")]
+
+
+@triton.jit
+def _head(ptr, b, h, stride_b, stride_h, VEC: tl.constexpr):
+    """Where a tensor's batch ``b`` and head ``h`` start."""
+    return ptr + (b * stride_b + h * stride_h) * VEC
 
 
 @triton.jit
@@ -188,14 +193,14 @@ def _attention_kernel(
     first_row = (tiles - 1 - tl.program_id(0) % tiles) * BLOCK_M
     bh = (tl.program_id(0) // tiles).to(tl.int64)
     b, h = bh // H, bh % H
-    q_ptr += (b * stride_qb + h * stride_qh) * VEC
-    k_ptr += (b * stride_kb + h // GROUP * stride_kh) * VEC
-    v_ptr += (b * stride_vb + h // GROUP * stride_vh) * VEC
-    o_ptr += (b * stride_ob + h * stride_oh) * VEC
+    q_ptr = _head(q_ptr, b, h, stride_qb, stride_qh, VEC)
+    k_ptr = _head(k_ptr, b, h // GROUP, stride_kb, stride_kh, VEC)
+    v_ptr = _head(v_ptr, b, h // GROUP, stride_vb, stride_vh, VEC)
+    o_ptr = _head(o_ptr, b, h, stride_ob, stride_oh, VEC)
     if mask_ptr is not None:
-        mask_ptr += (b * stride_mask_b + h * stride_mask_h) * MASK_VEC
+        mask_ptr = _head(mask_ptr, b, h, stride_mask_b, stride_mask_h, MASK_VEC)
     if bias_ptr is not None:
-        bias_ptr += (b * stride_bias_b + h * stride_bias_h) * BIAS_VEC
+        bias_ptr = _head(bias_ptr, b, h, stride_bias_b, stride_bias_h, BIAS_VEC)
     q = _rows(q_ptr, first_row, M, stride_qs, D, BLOCK_D, BLOCK_M, VEC, True)
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
@@ -248,8 +253,8 @@ def _delta_kernel(
     first_row = tl.program_id(0) % tiles * BLOCK_M
     bh = (tl.program_id(0) // tiles).to(tl.int64)
     b, h = bh // H, bh % H
-    o_ptr += (b * stride_ob + h * stride_oh) * VEC
-    do_ptr += (b * stride_dob + h * stride_doh) * VEC
+    o_ptr = _head(o_ptr, b, h, stride_ob, stride_oh, VEC)
+    do_ptr = _head(do_ptr, b, h, stride_dob, stride_doh, VEC)
     o = _rows(o_ptr, first_row, M, stride_os, DV, BLOCK_DV, BLOCK_M, VEC, True).to(tl.float32)
     do = _rows(do_ptr, first_row, M, stride_dos, DV, BLOCK_DV, BLOCK_M, VEC, True).to(tl.float32)
     delta = tl.sum(o * do, 1)
@@ -321,18 +326,18 @@ def _key_value_grad_kernel(
     first_key = tl.program_id(0) % tiles * BLOCK_N
     bh = (tl.program_id(0) // tiles).to(tl.int64)
     b, h_kv = bh // (H // GROUP), bh % (H // GROUP)
-    k_ptr += (b * stride_kb + h_kv * stride_kh) * VEC
-    v_ptr += (b * stride_vb + h_kv * stride_vh) * VEC
+    k_ptr = _head(k_ptr, b, h_kv, stride_kb, stride_kh, VEC)
+    v_ptr = _head(v_ptr, b, h_kv, stride_vb, stride_vh, VEC)
     k = _rows(k_ptr, first_key, N, stride_ks, D, BLOCK_D, BLOCK_N, VEC, True)
     v = _rows(v_ptr, first_key, N, stride_vs, DV, BLOCK_DV, BLOCK_N, VEC, True)
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
-    q_ptr += (b * stride_qb + h_kv * GROUP * stride_qh) * VEC
-    do_ptr += (b * stride_dob + h_kv * GROUP * stride_doh) * VEC
+    q_ptr = _head(q_ptr, b, h_kv * GROUP, stride_qb, stride_qh, VEC)
+    do_ptr = _head(do_ptr, b, h_kv * GROUP, stride_dob, stride_doh, VEC)
     if mask_ptr is not None:
-        mask_ptr += (b * stride_mask_b + h_kv * GROUP * stride_mask_h) * MASK_VEC
+        mask_ptr = _head(mask_ptr, b, h_kv * GROUP, stride_mask_b, stride_mask_h, MASK_VEC)
     if bias_ptr is not None:
-        bias_ptr += (b * stride_bias_b + h_kv * GROUP * stride_bias_h) * BIAS_VEC
+        bias_ptr = _head(bias_ptr, b, h_kv * GROUP, stride_bias_b, stride_bias_h, BIAS_VEC)
     row = (b * H + h_kv * GROUP) * M
     begin = 0
     whole = 0
@@ -365,8 +370,8 @@ def _key_value_grad_kernel(
             mask_ptr += tl.cast(stride_mask_h, tl.int64) * MASK_VEC
         if bias_ptr is not None:
             bias_ptr += tl.cast(stride_bias_h, tl.int64) * BIAS_VEC
-    dk_ptr += (b * stride_dkb + h_kv * stride_dkh) * VEC
-    dv_ptr += (b * stride_dvb + h_kv * stride_dvh) * VEC
+    dk_ptr = _head(dk_ptr, b, h_kv, stride_dkb, stride_dkh, VEC)
+    dv_ptr = _head(dv_ptr, b, h_kv, stride_dvb, stride_dvh, VEC)
     _store_rows(dk_ptr, dk * scale, first_key, N, stride_dks, D, BLOCK_D, BLOCK_N, VEC)
     _store_rows(dv_ptr, dv, first_key, N, stride_dvs, DV, BLOCK_DV, BLOCK_N, VEC)
 
@@ -409,15 +414,15 @@ def _query_grad_kernel(
     first_row = (tiles - 1 - tl.program_id(0) % tiles) * BLOCK_M
     bh = (tl.program_id(0) // tiles).to(tl.int64)
     b, h = bh // H, bh % H
-    q_ptr += (b * stride_qb + h * stride_qh) * VEC
-    k_ptr += (b * stride_kb + h // GROUP * stride_kh) * VEC
-    v_ptr += (b * stride_vb + h // GROUP * stride_vh) * VEC
-    do_ptr += (b * stride_dob + h * stride_doh) * VEC
-    dq_ptr += (b * stride_dqb + h * stride_dqh) * VEC
+    q_ptr = _head(q_ptr, b, h, stride_qb, stride_qh, VEC)
+    k_ptr = _head(k_ptr, b, h // GROUP, stride_kb, stride_kh, VEC)
+    v_ptr = _head(v_ptr, b, h // GROUP, stride_vb, stride_vh, VEC)
+    do_ptr = _head(do_ptr, b, h, stride_dob, stride_doh, VEC)
+    dq_ptr = _head(dq_ptr, b, h, stride_dqb, stride_dqh, VEC)
     if mask_ptr is not None:
-        mask_ptr += (b * stride_mask_b + h * stride_mask_h) * MASK_VEC
+        mask_ptr = _head(mask_ptr, b, h, stride_mask_b, stride_mask_h, MASK_VEC)
     if bias_ptr is not None:
-        bias_ptr += (b * stride_bias_b + h * stride_bias_h) * BIAS_VEC
+        bias_ptr = _head(bias_ptr, b, h, stride_bias_b, stride_bias_h, BIAS_VEC)
     q = _rows(q_ptr, first_row, M, stride_qs, D, BLOCK_D, BLOCK_M, VEC, True)
     do = _rows(do_ptr, first_row, M, stride_dos, DV, BLOCK_DV, BLOCK_M, VEC, True)
     i = first_row + tl.arange(0, BLOCK_M)
@@ -470,14 +475,14 @@ def _bias_grad_kernel(
         h = tl.cast(first_h + step // walk_n // walk_m % walk_h, tl.int64)
         b = tl.cast(first_b + step // walk_n // walk_m // walk_h, tl.int64)
         i = first_row + row
-        q_tile = q_ptr + (b * stride_qb + h * stride_qh) * VEC
-        k_tile = k_ptr + (b * stride_kb + h // GROUP * stride_kh) * VEC
-        v_tile = v_ptr + (b * stride_vb + h // GROUP * stride_vh) * VEC
-        do_tile = do_ptr + (b * stride_dob + h * stride_doh) * VEC
+        q_tile = _head(q_ptr, b, h, stride_qb, stride_qh, VEC)
+        k_tile = _head(k_ptr, b, h // GROUP, stride_kb, stride_kh, VEC)
+        v_tile = _head(v_ptr, b, h // GROUP, stride_vb, stride_vh, VEC)
+        do_tile = _head(do_ptr, b, h, stride_dob, stride_doh, VEC)
         mask_tile = mask_ptr
         if mask_ptr is not None:
-            mask_tile = mask_ptr + (b * stride_mask_b + h * stride_mask_h) * MASK_VEC
-        bias_tile = bias_ptr + (b * stride_bias_b + h * stride_bias_h) * BIAS_VEC
+            mask_tile = _head(mask_ptr, b, h, stride_mask_b, stride_mask_h, MASK_VEC)
+        bias_tile = _head(bias_ptr, b, h, stride_bias_b, stride_bias_h, BIAS_VEC)
         q = _rows(q_tile, first_row, M, stride_qs, D, BLOCK_D, BLOCK_M, VEC, True)
         k = _rows(k_tile, first_key, N, stride_ks, D, BLOCK_D, BLOCK_N, VEC, True)
         v = _rows(v_tile, first_key, N, stride_vs, DV, BLOCK_DV, BLOCK_N, VEC, True)
@@ -519,7 +524,7 @@ def _normalize_kernel(
     first_row = tl.program_id(0) % tiles * BLOCK_M
     bh = (tl.program_id(0) // tiles).to(tl.int64)
     b, h = bh // H, bh % H
-    q_ptr += (b * stride_qb + h * stride_qh) * VEC
+    q_ptr = _head(q_ptr, b, h, stride_qb, stride_qh, VEC)
     x = _rows(q_ptr, first_row, M, stride_qs, D, BLOCK_D, BLOCK_M, VEC, True).to(tl.float32)
     # The power of two at or below the largest element: to divide by it and multiply again is exact.
     power = (tl.max(tl.abs(x), 1).to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
@@ -530,7 +535,7 @@ def _normalize_kernel(
     # NaN and inf stay what they are: the comparison is false for them.
     short = length * safe * limit < 1.0
     y = tl.where(short[:, None], x * limit, y * unit[:, None])
-    o_ptr += (b * stride_ob + h * stride_oh) * VEC
+    o_ptr = _head(o_ptr, b, h, stride_ob, stride_oh, VEC)
     _store_rows(o_ptr, y, first_row, M, stride_os, D, BLOCK_D, BLOCK_M, VEC)
     i = first_row + tl.arange(0, BLOCK_M)
     tl.store(inverse_ptr + bh * M + i, tl.where(short, limit, unit / safe), mask=i < M)
@@ -547,15 +552,15 @@ def _normalize_grad_kernel(
     first_row = tl.program_id(0) % tiles * BLOCK_M
     bh = (tl.program_id(0) // tiles).to(tl.int64)
     b, h = bh // H, bh % H
-    o_ptr += (b * stride_ob + h * stride_oh) * VEC
-    do_ptr += (b * stride_dob + h * stride_doh) * VEC
+    o_ptr = _head(o_ptr, b, h, stride_ob, stride_oh, VEC)
+    do_ptr = _head(do_ptr, b, h, stride_dob, stride_doh, VEC)
     o = _rows(o_ptr, first_row, M, stride_os, D, BLOCK_D, BLOCK_M, VEC, True).to(tl.float32)
     do = _rows(do_ptr, first_row, M, stride_dos, D, BLOCK_D, BLOCK_M, VEC, True).to(tl.float32)
     i = first_row + tl.arange(0, BLOCK_M)
     inverse = tl.load(inverse_ptr + bh * M + i, mask=i < M, other=0.0)
     along = tl.where(inverse >= limit, 0.0, tl.sum(o * do, 1))
     dq = (do - o * along[:, None]) * inverse[:, None]
-    dq_ptr += (b * stride_dqb + h * stride_dqh) * VEC
+    dq_ptr = _head(dq_ptr, b, h, stride_dqb, stride_dqh, VEC)
     _store_rows(dq_ptr, dq, first_row, M, stride_dqs, D, BLOCK_D, BLOCK_M, VEC)
 
 
@@ -626,15 +631,6 @@ def readable(t: torch.Tensor) -> torch.Tensor:
     """[B, H, S, D] as the kernels read it: neighbours of a row lie side by side, and a tile of rows within 2**31."""
     rows = strides(t)
     return t if (t.shape[3] == 1 or rows[3] == 1) and abs(rows[2]) < 2**22 else t.contiguous()
-
-
-def empty_rows(like: torch.Tensor, size: int) -> torch.Tensor:
-    """[B, H, S, size] with heads and sequence in the order in which ``like`` has them in memory, as torch's fused
-    attention lays out its result."""
-    b, h, s, _ = like.shape
-    if like.stride(1) < like.stride(2):
-        return like.new_empty(b, s, h, size).transpose(1, 2)
-    return like.new_empty(b, h, s, size)
 
 
 def _operands(**tensors: torch.Tensor) -> tuple[dict[str, object], int]:
@@ -1070,30 +1066,19 @@ NORMALIZE_GRAD = register(
 
 
 def run_forward(
-    p: AttentionProblem, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scores: Scores, *, wants_lse: bool
-) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-    """``(out [B, H, M, DV], lse [B, H, M], stats)``: lse if it is wanted, stats if there will be a backward."""
-    out = empty_rows(q, p.DV)
-    rows = (p.B, p.H, p.M)
-    lse = q.new_empty(rows, dtype=torch.float32) if wants_lse else None
-    stats = q.new_empty((p.parts, *rows), dtype=torch.float32) if p.saves else None
+    p: AttentionProblem, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scores: Scores,
+    out: torch.Tensor, lse: torch.Tensor | None, stats: torch.Tensor | None,
+) -> None:  # fmt: skip
+    """Fills out [B, H, M, DV] and, where they are given, lse [B, H, M] and stats [parts, B, H, M] for a backward."""
     launch(FORWARD, plan_forward, p, readable(q), readable(k), readable(v), scores, out, lse, stats)
-    return out, lse, stats
 
 
 def run_backward(
     p: AttentionProblem, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scores: Scores, out: torch.Tensor,
-    stats: torch.Tensor, dout: torch.Tensor, dlse: torch.Tensor | None, needs: Sequence[bool],
-) -> tuple[torch.Tensor | None, ...]:  # fmt: skip
-    """``(dq, dk, dv, dbias)``; ``needs`` says which of them. dk and dv come together."""
-    needs_q, needs_k, needs_v, needs_bias = needs
-    dq = empty_rows(q, p.D) if needs_q else None
-    dk, dv = (empty_rows(k, p.D), empty_rows(v, p.DV)) if needs_k or needs_v else (None, None)
-    dbias = (
-        None
-        if scores.bias is None or not needs_bias
-        else torch.empty_like(scores.bias, memory_format=torch.contiguous_format)
-    )
+    stats: torch.Tensor, dout: torch.Tensor, dlse: torch.Tensor | None,
+    dq: torch.Tensor | None, dk: torch.Tensor | None, dv: torch.Tensor | None, dbias: torch.Tensor | None,
+) -> None:  # fmt: skip
+    """Fills those gradients that are given; dk and dv come together."""
     q, k, v, dout = readable(q), readable(k), readable(v), readable(dout)
     delta = q.new_empty(p.B, p.H, p.M, dtype=torch.float32)
     launch(DELTA, plan_delta, p, out, dout, None if dlse is None else dlse.contiguous(), delta)
@@ -1104,20 +1089,16 @@ def run_backward(
         launch(QUERY_GRAD, plan_query_grad, p, *common, dq)
     if dbias is not None:
         launch(BIAS_GRAD, plan_bias_grad, p, *common, dbias)
-    return dq, dk, dv, dbias
 
 
-def run_normalize(p: NormalizeProblem, x: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """``x / max(|x|, eps)`` of the rows of [B, H, M, D], and the inverses of those divisors."""
-    out = empty_rows(x, p.D)
-    inverse = x.new_empty(x.shape[:3], dtype=torch.float32)
+def run_normalize(
+    p: NormalizeProblem, x: torch.Tensor, eps: float, out: torch.Tensor, inverse: torch.Tensor
+) -> None:  # fmt: skip
+    """Fills out with ``x / max(|x|, eps)`` of the rows of [B, H, M, D], inverse with 1 over those divisors."""
     launch(NORMALIZE, plan_normalize, p, readable(x), 1.0 / eps, out, inverse)
-    return out, inverse
 
 
 def run_normalize_grad(
-    p: NormalizeProblem, out: torch.Tensor, inverse: torch.Tensor, dout: torch.Tensor, eps: float
-) -> torch.Tensor:
-    dx = empty_rows(out, p.D)
+    p: NormalizeProblem, out: torch.Tensor, inverse: torch.Tensor, dout: torch.Tensor, eps: float, dx: torch.Tensor
+) -> None:  # fmt: skip
     launch(NORMALIZE_GRAD, plan_normalize_grad, p, out, readable(dout), inverse, 1.0 / eps, dx)
-    return dx

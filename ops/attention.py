@@ -491,24 +491,24 @@ def _forward(
     query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, bias: Tensor | None, scale: float,
     shift: int | None, bounded: bool, wants_lse: bool, saves: bool, precision: str, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    out, lse, stats = _empty_results(query, value, bias, wants_lse, saves, precision)
     if runs_kernels(backend, query):
         from ..kernels.attention import Scores, run_forward
 
         problem = _problem(query, key, value, attn_mask, bias, shift, bounded, precision, saves)
         scores = Scores(attn_mask, bias, scale)
-        found = run_forward(problem, query, key, value, scores, wants_lse=wants_lse)
-        out, lse, stats = (query.new_empty(0, dtype=torch.float32) if t is None else t for t in found)
+        run_forward(
+            problem, query, key, value, scores, out, lse if wants_lse else None, stats if saves else None
+        )  # fmt: skip
         return out, lse, stats
     args = (query, key, value, attn_mask, bias, scale, shift)
-    lse = query.new_empty(0, dtype=_lse_dtype(query))
     if wants_lse or saves:
         result, full_lse = _formula(*args)
         lse = full_lse if wants_lse else lse
     else:
         result = _composite(*args, group=query.shape[1] // max(1, key.shape[1]))
-    # Nothing reads here what the kernels keep for backward; it has the same shape.
-    stats = lse.new_zeros(_stats_shape(query, bias, precision) if saves else 0)
-    return _empty_rows(query, value.shape[3]).copy_(result), lse, stats
+    # Nothing reads here what the kernels keep for backward.
+    return out.copy_(result), lse, stats.zero_()
 
 
 def _stats_shape(query: Tensor, bias: Tensor | None, precision: str) -> tuple[int, ...]:
@@ -522,22 +522,30 @@ def _lse_dtype(query: Tensor) -> torch.dtype:
 
 
 def _empty_rows(like: Tensor, size: int) -> Tensor:
-    """The layout of a result: heads and sequence as ``like`` has them in memory. The kernels' launcher agrees."""
+    """[B, H, S, size] with heads and sequence in the order in which ``like`` has them in memory, as torch's fused
+    attention lays out its result."""
     b, h, s, _ = like.shape
     if like.stride(1) < like.stride(2):
         return like.new_empty(b, s, h, size).transpose(1, 2)
     return like.new_empty(b, h, s, size)
 
 
-def _fake_forward(
-    query: Tensor, key: Tensor, value: Tensor, attn_mask: Any, bias: Any, scale: float, shift: Any, bounded: bool,
-    wants_lse: bool, saves: bool, precision: str, backend: str,
+def _empty_results(
+    query: Tensor, value: Tensor, bias: Tensor | None, wants_lse: bool, saves: bool, precision: str
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """``(out, lse, stats)``; empty where nobody asked."""
     rows, dtype = query.shape[:3], _lse_dtype(query)
     return (
         _empty_rows(query, value.shape[3]), query.new_empty(rows if wants_lse else 0, dtype=dtype),
         query.new_empty(_stats_shape(query, bias, precision) if saves else 0, dtype=dtype),
     )  # fmt: skip
+
+
+def _fake_forward(
+    query: Tensor, key: Any, value: Tensor, attn_mask: Any, bias: Any, scale: Any, shift: Any, bounded: Any,
+    wants_lse: bool, saves: bool, precision: str, backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    return _empty_results(query, value, bias, wants_lse, saves, precision)
 
 
 class _Attention(torch.autograd.Function):
@@ -587,22 +595,20 @@ def _backward(
     stats: Tensor, dout: Tensor, dlse: Tensor | None, needs: list[bool], scale: float, shift: int | None,
     bounded: bool, precision: str, backend: str,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    pair = needs[1] or needs[2]  # they come together
-    needs = [needs[0], pair, pair, needs[3]]
+    dq, dk, dv, dbias = _empty_grads(query, key, value, bias, needs)
     if runs_kernels(backend, query):
         from ..kernels.attention import Scores, run_backward
 
         problem = _problem(query, key, value, attn_mask, bias, shift, bounded, precision, True)
         scores = Scores(attn_mask, bias, scale)
-        found = run_backward(problem, query, key, value, scores, out, stats, dout, dlse, needs)
+        run_backward(problem, query, key, value, scores, out, stats, dout, dlse, dq, dk, dv, dbias)
     else:
-        *grads, dbias = _grads(query, key, value, attn_mask, bias, dout, dlse, scale, shift, needs)
-        laid_out = (
-            None if grad is None else _empty_rows(like, grad.shape[3]).copy_(grad)
-            for grad, like in zip(grads, (query, key, value), strict=True)
-        )
-        found = (*laid_out, dbias)
-    return tuple(query.new_empty(0) if grad is None else grad for grad in found)
+        wanted = [grad is not None for grad in (dq, dk, dv, dbias)]
+        grads = _grads(query, key, value, attn_mask, bias, dout, dlse, scale, shift, wanted)
+        for grad, result in zip((dq, dk, dv, dbias), grads, strict=True):
+            if grad is not None:
+                grad.copy_(result)
+    return _or_nothing(query, dq, dk, dv, dbias)
 
 
 def _backward_autograd(*call: Any) -> tuple[Tensor, ...]:
@@ -610,23 +616,35 @@ def _backward_autograd(*call: Any) -> tuple[Tensor, ...]:
     if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in call[:9]):
         query, key, value, mask, bias, _, _, dout, dlse, needs, scale, shift, *_ = call
         grads = _grads(query, key, value, mask, bias, dout, dlse, scale, shift, needs)
-        return tuple(query.new_empty(0) if grad is None else grad for grad in grads)
+        return _or_nothing(query, *grads)
     with below_autograd():
         return tuple(OP_BACKWARD(*call))
+
+
+def _empty_grads(
+    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, needs: list[bool]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """``(dq, dk, dv, dbias)``, those that are needed; dk and dv come together."""
+    needs_q, needs_k, needs_v, needs_bias = needs
+    pair = needs_k or needs_v
+    return (
+        _empty_rows(query, query.shape[3]) if needs_q else None,
+        _empty_rows(key, key.shape[3]) if pair else None,
+        _empty_rows(value, value.shape[3]) if pair else None,
+        None if bias is None or not needs_bias else bias.new_empty(bias.shape),
+    )
+
+
+def _or_nothing(like: Tensor, *grads: Tensor | None) -> tuple[Tensor, ...]:
+    """An operator returns tensors only: an empty one in place of ``None``."""
+    return tuple(like.new_empty(0) if grad is None else grad for grad in grads)
 
 
 def _fake_backward(
     query: Tensor, key: Tensor, value: Tensor, attn_mask: Any, bias: Tensor | None, out: Any, stats: Any, dout: Any,
     dlse: Any, needs: list[bool], *_: Any,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    nothing = query.new_empty(0)
-    pair = needs[1] or needs[2]
-    return (
-        _empty_rows(query, query.shape[3]) if needs[0] else nothing,
-        _empty_rows(key, key.shape[3]) if pair else query.new_empty(0),
-        _empty_rows(value, value.shape[3]) if pair else query.new_empty(0),
-        query.new_empty(0) if bias is None or not needs[3] else bias.new_empty(bias.shape),
-    )
+    return _or_nothing(query, *_empty_grads(query, key, value, bias, needs))
 
 
 OP_BACKWARD: Any = register(
@@ -681,23 +699,25 @@ def _unit_grad(t: Tensor, dout: Tensor, eps: float) -> Tensor:
 
 
 def _normalize(input: Tensor, eps: float, backend: str) -> tuple[Tensor, Tensor]:
+    out, inverse = _empty_units(input)
     if runs_kernels(backend, input):
         from ..kernels.attention import run_normalize
 
-        return run_normalize(_rows_problem(input), input, eps)
-    inverse = 1 / _lengths(input, eps)
-    out = _empty_rows(input, input.shape[3]).copy_((input * inverse).to(input.dtype))
-    return out, inverse.squeeze(-1)
+        run_normalize(_rows_problem(input), input, eps, out, inverse)
+        return out, inverse
+    lengths = _lengths(input, eps)
+    return out.copy_(input / lengths), inverse.copy_(1 / lengths.squeeze(-1))
+
+
+def _empty_units(input: Tensor) -> tuple[Tensor, Tensor]:
+    """``(out, inverse)``: rows of unit length, and what they were multiplied by."""
+    return _empty_rows(input, input.shape[3]), input.new_empty(input.shape[:3], dtype=_lse_dtype(input))
 
 
 def _rows_problem(t: Tensor) -> Any:
     from ..kernels.attention import NormalizeProblem
 
     return NormalizeProblem(t.shape[0] * t.shape[1] * t.shape[2], t.shape[3], t.dtype)
-
-
-def _fake_normalize(input: Tensor, eps: float, backend: str) -> tuple[Tensor, Tensor]:
-    return _empty_rows(input, input.shape[3]), input.new_empty(input.shape[:3], dtype=_lse_dtype(input))
 
 
 class _Normalize(torch.autograd.Function):
@@ -725,7 +745,7 @@ def _normalize_autograd(input: Tensor, eps: float, backend: str) -> tuple[Tensor
 OP_NORMALIZE: Any = register(
     "attention_normalize(Tensor input, float eps, str backend) -> (Tensor, Tensor)",
     implementation=_normalize,
-    fake=_fake_normalize,
+    fake=lambda input, eps, backend: _empty_units(input),
     autograd=_normalize_autograd,
 )
 
@@ -733,11 +753,13 @@ OP_NORMALIZE: Any = register(
 def _normalize_backward(
     input: Tensor, out: Tensor, inverse: Tensor, dout: Tensor, eps: float, backend: str
 ) -> Tensor:  # fmt: skip
+    dx = _empty_rows(out, out.shape[3])
     if runs_kernels(backend, input):
         from ..kernels.attention import run_normalize_grad
 
-        return run_normalize_grad(_rows_problem(out), out, inverse, dout, eps)
-    return _empty_rows(out, out.shape[3]).copy_(_unit_grad(input, dout, eps))
+        run_normalize_grad(_rows_problem(out), out, inverse, dout, eps, dx)
+        return dx
+    return dx.copy_(_unit_grad(input, dout, eps))
 
 
 def _normalize_backward_autograd(

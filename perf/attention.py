@@ -323,17 +323,24 @@ def kinds(one: Case) -> tuple[str, ...]:
 
 def kernel_tensors(one: Case, kind: str, device: str, seed: int) -> dict[str, Tensor]:
     """For a gradient also what forward leaves."""
-    from ..kernels import attention as kernels
-
     t = random_tensors(OPERATORS["attention"], one, device, seed)
     if layer_of(one).score == "cosine":
         t |= {name: F.normalize(t[name], dim=-1) for name in ("query", "key")}
     if kind == "fwd":
         return t
-    problem = _problem_of_case(one, t)
-    out, _, stats = kernels.run_forward(problem, *_operands(t), _scores(one, t), wants_lse=False)
-    assert stats is not None
+    out, stats = _forward(one, t)
     return {**t, "out": out, "stats": stats, **_recorded(one, t)}
+
+
+def _forward(one: Case, t: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Ours, as training needs it: ``(out, stats)``."""
+    from ..kernels import attention as kernels
+
+    problem, q = _problem_of_case(one, t), t["query"]
+    out = q.new_empty(*q.shape[:3], problem.DV)
+    stats = q.new_empty(problem.parts, *q.shape[:3], dtype=torch.float32)
+    kernels.run_forward(problem, *_operands(t), _scores(one, t), out, None, stats)
+    return out, stats
 
 
 def _operands(t: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
@@ -374,21 +381,18 @@ def kernel_of(one: Case, kind: str, tensors: dict[str, Tensor]) -> Kernel:
 
     problem = _problem_of_case(one, tensors)
     if kind == "fwd":
-        return Kernel(
-            kernels.FORWARD,
-            problem,
-            lambda t: kernels.run_forward(problem, *_operands(t), _scores(one, t), wants_lse=False)[0],
-            lambda t: _torch_alone(one, t),
-        )
+        return Kernel(kernels.FORWARD, problem, lambda t: _forward(one, t)[0], lambda t: _torch_alone(one, t))
 
     names = GRADIENTS[kind]
-    needs = [*(name in names for name in ("query", "key", "value")), False]
 
     def gradients(t: dict[str, Tensor]) -> Tensor:
-        found = kernels.run_backward(
-            problem, *_operands(t), _scores(one, t), t["out"], t["stats"], t["dy"], None, needs
+        dq, dk, dv = grads = [
+            torch.empty_like(t[name]) if name in names else None for name in ("query", "key", "value")
+        ]
+        kernels.run_backward(
+            problem, *_operands(t), _scores(one, t), t["out"], t["stats"], t["dy"], None, dq, dk, dv, None
         )  # fmt: skip
-        return torch.cat([grad.flatten() for grad in found if grad is not None])
+        return torch.cat([grad.flatten() for grad in grads if grad is not None])
 
     def their_gradients(t: dict[str, Tensor]) -> Tensor:
         if t["query"].dtype != tensors["query"].dtype:  # the reference, in float64

@@ -30,6 +30,7 @@ class TestCommand:
         text = capsys.readouterr().out
         for words in cli.COMMANDS:
             assert f"  {' '.join(words)} " in text
+        assert max(map(len, text.splitlines())) <= 80
 
     def test_help_of_every_command(self, capsys):
         pytest.importorskip("triton")
@@ -154,6 +155,13 @@ class TestExplain:
         captured = capsys.readouterr()
         assert message in captured.err
         assert captured.err.count("\n") == 1
+
+    @pytest.mark.parametrize("text", ["1,2,3,4", "x8", "8x-1", "8.5x3"])
+    def test_what_is_not_a_shape(self, text, capsys):
+        pytest.importorskip("triton")
+        with pytest.raises(SystemExit):
+            cli.main(["explain", "conv2d", text, "8x8x3x3"])
+        assert f"argument SHAPE: {text!r} is not a shape such as 32x64x56x56" in capsys.readouterr().err
 
 
 class TestDoctor:

@@ -103,6 +103,13 @@ def test_one_model(tmp_path, monkeypatch, capsys):
     assert both["rnn"]["tritune"]["losses"] == results["models"]["rnn"]["tritune"]["losses"]
 
 
+@pytest.mark.parametrize("count", ["0", "-3"])
+def test_no_epochs(count, capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["demo", "--epochs", count])
+    assert "argument --epochs: must be at least 1" in capsys.readouterr().err
+
+
 def test_what_is_printed(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "80")
     for name, model in MODELS.items():

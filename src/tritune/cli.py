@@ -14,7 +14,7 @@ from importlib import metadata
 
 # words -> module, what it does, the extra that brings its dependencies
 COMMANDS = {
-    ("demo",): (".demo", "train three models on real data with tritune and torch; accuracy, parity, what ran", "demo"),
+    ("demo",): (".demo", "train three models with tritune and torch: accuracy, parity", "demo"),
     ("doctor",): (".doctor", "the environment, and what is wrong with it", "cli"),
     ("explain",): (".explain_command", "what a call would run on a device, and why", "cli"),
     ("tune",): (".perf.tune", "the best configs: measured on this GPU, or ranked without one", "triton"),

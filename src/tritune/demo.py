@@ -192,10 +192,17 @@ def interpreted_steps(weights: dict[str, dict[str, Tensor]], data: Data) -> dict
 # --- the command -----------------------------------------------------------------------------------------------------
 
 
+def at_least_one(text: str) -> int:
+    count = int(text)
+    if count < 1:
+        raise argparse.ArgumentTypeError("must be at least 1")
+    return count
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", choices=MODELS, action="append", help="only this one; may be repeated")
     parser.add_argument("--out", type=Path, default=Path("tritune-demo"), help="folder for demo.png")
-    parser.add_argument("--epochs", type=int, default=20)
+    parser.add_argument("--epochs", type=at_least_one, default=20)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", action="store_true", help="print the results as JSON")
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -138,6 +139,8 @@ OPS = {
 
 
 def _shape(text: str) -> tuple[int, ...]:
+    if not re.fullmatch(r"\d+(x\d+)*", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a shape such as 32x64x56x56")
     return tuple(int(part) for part in text.split("x"))
 
 
