@@ -117,6 +117,7 @@ CASES = [
     case("bias-and-mask-and-causal", 2, 2, 21, 37, 16, bias=(1, 2, 21, 37), mask=(2, 1, 21, 37), is_causal=True),
     case("groups", 2, 6, 18, 20, 16, kv=2, return_lse=True),
     case("groups-causal-bias", 1, 4, 18, 34, 8, kv=1, bias=(4, 18, 34), mask=(18, 34), is_causal=True),
+    case("groups-mask-of-heads", 1, 4, 18, 20, 8, kv=2, bias=(4, 18, 20), mask=(1, 4, 18, 20)),
     case("cosine", 2, 2, 18, 35, 20, score="cosine", scale=8.0, return_lse=True),
     case("cosine-large-scale", 1, 2, 18, 35, 64, score="cosine", scale=42.0),
     case("cosine-causal-mask", 2, 2, 20, 35, 24, score="cosine", scale=-5.0, is_causal=True, mask=(2, 1, 20, 35)),
@@ -368,6 +369,27 @@ class TestEdges:
         if dtype is torch.float32:
             assert dq[0].abs().max() <= 3e6 and dq[0].any() and not dq[3].abs().gt(1e-20).any()
 
+    def test_gradient_of_rows_shorter_than_eps(self, device, tier):
+        """They are divided by a constant: nothing of their gradient is projected away."""
+        q, k, v = tensors((6, 8), (7, 8), (7, 8), device=device)
+        q = (F.normalize(q, dim=-1) * torch.linspace(0.1, 1.0, 6, device=device)[:, None]).detach().requires_grad_()
+        with tritune.use_backend(backend_of(tier)):
+            out = tritune.attention(q, k, v, score="cosine", scale=3.0, eps=0.5)
+            grad = torch.autograd.grad(out.square().sum(), q)[0]
+        a, b = (F.normalize(t, dim=-1, eps=0.5) for t in (q, k))
+        wanted = torch.softmax(3.0 * a @ b.transpose(-1, -2), -1) @ v
+        torch.testing.assert_close(out, wanted)
+        exact = torch.autograd.grad(wanted.square().sum(), q)[0]
+        torch.testing.assert_close(grad, exact, rtol=1e-4, atol=1e-5)
+
+    def test_a_negative_scale_of_cosine_does_not_overflow(self, device, tier):
+        """The bound of the scores is |scale|: above it 10 000 exponentials would pass what fp32 holds."""
+        q, k, v = (torch.full((s, 8), x, device=device) for s, x in ((1, -1.0), (10_000, 1.0), (10_000, 2.0)))
+        with tritune.use_backend(backend_of(tier)), few_dots():
+            out, lse = tritune.attention(q, k, v, score="cosine", scale=-40.0, return_lse=True)
+        torch.testing.assert_close(out, torch.full_like(out, 2.0), rtol=1e-3, atol=0)
+        torch.testing.assert_close(lse, torch.full_like(lse, 40 + math.log(10_000)))
+
     def test_gradient_of_lse_is_the_weights(self, device, tier):
         q, k, v = tensors((1, 2, 6, 8), (1, 2, 7, 8), (1, 2, 7, 7), device=device)
         bias = torch.zeros(1, 2, 6, 7, device=device, requires_grad=True)
@@ -490,6 +512,20 @@ class TestKernels:
                     loss = out.square().sum() + lse.nan_to_num(neginf=0.0).sum()
                     grads.append((out, lse, *torch.autograd.grad(loss, (q, k, v, bias))))
         torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-5)
+
+    @pytest.mark.parametrize("shift", [1, 14])
+    def test_the_diagonal_beside_the_edge_of_a_tile(self, shift, device):
+        """One key more or less moves the end of the visible keys, or of those that all rows see, by a tile."""
+        from tritune.autotune.config import Config
+        from tritune.autotune.resolve import override
+        from tritune.kernels import attention as kernels
+
+        config = Config(BLOCK_M=16, BLOCK_N=16, num_warps=4, num_stages=1)
+        one = case("edge", 1, 1, 40, 40 + shift, 16, is_causal=True, causal_alignment="bottom_right", return_lse=True)
+        with contextlib.ExitStack() as stack:
+            for tunable in (kernels.FORWARD, kernels.KEY_VALUE_GRAD, kernels.QUERY_GRAD):
+                stack.enter_context(override(tunable, config))
+            check(one, torch.float32, "nchw", device, "triton")
 
     @pytest.mark.filterwarnings("ignore::DeprecationWarning")
     @pytest.mark.filterwarnings("ignore:.*lru_cache:UserWarning")
