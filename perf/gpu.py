@@ -33,7 +33,7 @@ BUDGET_SECONDS = 460.0
 TESTS_SHARE = 0.44  # of the budget, at most: tests and compiling
 START_SECONDS = 120.0  # a worker's imports, on a machine that has not read torch from its disk yet
 ITEM_SECONDS = 60.0
-LAST_SECONDS = 5.0  # kept for the files and the table
+LAST_SECONDS = 8.0  # kept for the imports of this process, the files and the table
 MAX_IDLE_STARTS = 2  # workers in a row that ended before they began anything
 
 

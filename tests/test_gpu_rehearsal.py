@@ -111,7 +111,7 @@ def test_faults_are_survived_and_named(tmp_path):
     pytest.importorskip("triton")
     (tmp_path / "planted.py").write_text(PLANTED)
     done = rehearse(
-        tmp_path / "out", "--cases", "planted", "--tests", "--item-limit", "4", "--budget", "120", path=(tmp_path,)
+        tmp_path / "out", "--cases", "planted", "--tests", "--item-limit", "10", "--budget", "120", path=(tmp_path,)
     )
     assert done.returncode == 1, done.stdout + done.stderr
     ours = {
@@ -123,7 +123,7 @@ def test_faults_are_survived_and_named(tmp_path):
     assert ours["wrong"]["err"]["where"] == "output: max"
     assert "device_us" not in ours["wrong"], "what is wrong is not timed"
     assert ours["dies"]["error"].startswith("exited with 7")
-    assert ours["hangs"]["error"] == "hung: nothing for 4 s"
+    assert ours["hangs"]["error"] == "hung: nothing for 10 s"
     assert records(tmp_path / "out", "pool")[0]["correct"] is True, "the case behind them ran"
 
     table = done.stdout[done.stdout.index("\nop ") :]

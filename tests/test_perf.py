@@ -511,7 +511,7 @@ class TestHostTime:
 
     @pytest.mark.parametrize("grad", [False, True], ids=["no grad", "grad"])
     def test_attention_with_work(self, grad):
-        q, k, v = (torch.randn(2, 8, 256, 64, requires_grad=grad) for _ in range(3))
+        q, k, v = (torch.randn(4, 8, 256, 64, requires_grad=grad) for _ in range(3))
         calls = {
             "ours": lambda: tritune.scaled_dot_product_attention(q, k, v),
             "torch": lambda: F.scaled_dot_product_attention(q, k, v),

@@ -216,12 +216,19 @@ class TestModules:
         assert mine.weight_ih_l0.grad is None and mine.bias_hh_l0.grad is None
         assert mine.weight_hh_l0.grad is not None and mine.bias_ih_l0.grad is not None
 
-    def test_nan_stays_in_its_sequence(self, device, tier):
-        mine, _ = layers("GRU", 3, 5, device=device)
+    @pytest.mark.parametrize("name, options", [*((name, {}) for name in MODULES), ("RNN", {"nonlinearity": "relu"})])
+    def test_nan_stays_in_its_sequence(self, name, options, device, tier):
+        mine, theirs = layers(name, 3, 5, **options, device=device)
         x = torch.randn(3, 4, 3, device=device)
         x[1, 2] = float("nan")
-        with tritune.use_backend(backend_of(tier)):
-            out = mine(x)[0]
+        results = []
+        for layer in (mine, theirs):
+            leaf = x.clone().requires_grad_()
+            with tritune.use_backend(backend_of(tier)):
+                out = layer(leaf)[0]
+            results.append((out, torch.autograd.grad(out.sum(), leaf)[0]))
+        torch.testing.assert_close(*results, equal_nan=True)
+        out = results[0][0]
         assert out[1:, 2].isnan().all() and out[:, [0, 1, 3]].isfinite().all() and out[0].isfinite().all()
 
 
