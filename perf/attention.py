@@ -311,8 +311,10 @@ def explicit(
     """``bias``: the dimensions of "bhmn" that it has."""
     b, h, m, d = query
     batch, kv_heads, n, features = key or query
-    if (batch, features) != (b, d) or h % max(1, kv_heads) or score not in ("dot", "cosine") or set(bias) - set("bhmn"):
+    if (batch, features) != (b, d) or h % kv_heads:
         raise ValueError("key must have the query's batch and features and a divisor of its heads")
+    if score not in ("dot", "cosine") or set(bias) - set("bhmn"):
+        raise ValueError(f"score is dot or cosine, bias some of bhmn; not {score!r} and {bias!r}")
     layer = Layer(b, h, m, n, d, kv_heads, bool(causal), bool(masked), bias, score)
     return case("explicit", layer=layer, direction="fwd+bwd")
 

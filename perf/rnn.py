@@ -189,6 +189,8 @@ TUNED = ("lstm-128", "gru-128", "tanh-256", "lstm-64")
 def explicit(input: Shape, *, hidden: int, cell: str = "tanh", directions: int = 1) -> Case:
     if cell not in GATES:
         raise ValueError(f"cell must be one of {', '.join(GATES)}, not {cell!r}")
+    if directions > 2:
+        raise ValueError("a layer has one direction or two")
     t, b, i = input
     return case("explicit", layer=Layer(cell, t, b, i, hidden, directions), direction="fwd+bwd")
 

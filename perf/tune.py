@@ -21,7 +21,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, TextIO, get_args
 
 import torch
 
@@ -128,7 +128,7 @@ def targets(args: argparse.Namespace) -> list[Target]:
     """The kernels, the forward of every layer first. Raises TypeError or ValueError for layers that make no sense."""
     ops = args.op or list(operators())
     known = {case.name for op in ops for case in FAMILIES[family_of_op(op)].CASES if case.op == op}
-    explicit = [layer for layer in args.shapes if layer[0].isdigit()]
+    explicit = [layer for layer in args.shapes if layer[:1].isdigit()]
     if unknown := [layer for layer in args.shapes if layer not in known and layer not in explicit]:
         raise ValueError(f"{' and '.join(ops)} have no layer {unknown[0]!r}: known are {', '.join(sorted(known))}")
     if explicit and len(ops) != 1:
@@ -156,20 +156,34 @@ def _cases(op: str, layers: Sequence[str]) -> list[Case]:
     if not layers:
         return [known[name] for name in family.TUNED if name in known]
     return [
-        _explicit(op, one) if one[0].isdigit() else known[one] for one in layers if one[0].isdigit() or one in known
+        _explicit(op, one) if one[:1].isdigit() else known[one] for one in layers if one[:1].isdigit() or one in known
     ]
 
 
 def _explicit(op: str, text: str) -> Case:
-    """``"32x64x56x56,64x64x3x3,padding=1"``: shapes first, then options."""
+    """``"32x64x56x56,64x64x3x3,padding=1"``: shapes first, then options. The operator itself says what does not fit."""
+    explicit = FAMILIES[family_of_op(op)].explicit
+    known = inspect.signature(explicit, eval_str=True).parameters
     parts = text.split(",")
     options = dict(part.split("=", 1) for part in parts if "=" in part)
     try:
-        shapes = [tuple(map(int, part.split("x"))) for part in parts if "=" not in part]
-        values = {name: int(value) if value.isdigit() else value for name, value in options.items()}
-        return replace(FAMILIES[family_of_op(op)].explicit(*shapes, **values), name=text)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{op} {text}: {str(error).removeprefix('explicit() ')}") from None
+        shapes = [tuple(_size("a size", size, 1) for size in part.split("x")) for part in parts if "=" not in part]
+        values: dict[str, Any] = dict(options)
+        for name in options.keys() & known.keys():
+            if int in (known[name].annotation, *get_args(known[name].annotation)):
+                values[name] = _size(name, options[name], 0 if known[name].default == 0 else 1)
+        case = replace(explicit(*shapes, **values), name=text)
+        operator_of(case).output_shape(case)
+    except (TypeError, ValueError, RuntimeError) as error:
+        reason = str(error).partition("\n")[0].removeprefix("explicit() ")
+        raise ValueError(f"{op} {text}: {reason}") from None
+    return case
+
+
+def _size(name: str, text: str, least: int) -> int:
+    if not (text.isascii() and text.isdigit()) or int(text) < least:
+        raise ValueError(f"{name} is a whole number from {least} on, not {text!r}")
+    return int(text)
 
 
 def with_precision(case: Case, label: str) -> Case:

@@ -448,6 +448,17 @@ class TestUsage:
             (["--shapes", "8x16x14x14,32x16x3x3"], "shapes belong to one operator"),
             (["rnn", "--shapes", "5x4x8,hidden=12,cell=qrnn"], "cell must be one of tanh, gru, lstm"),
             (["max_pool2d", "--shapes", "5x4x8x8,hidden=12"], "unexpected keyword argument 'hidden'"),
+            (["max_pool2d", "--shapes", "5x4x8x8,kernel=0"], "kernel is a whole number from 1 on, not '0'"),
+            (["max_pool2d", "--shapes", "5x4x8x8,kernel=9"], "Output size is too small"),
+            (["conv2d", "--shapes", "1x2x8x8,3x2x3x3,groups=0"], "groups is a whole number from 1 on, not '0'"),
+            (["conv2d", "--shapes", "1x2x8x8,3x2x3x3,padding=-1"], "padding is a whole number from 0 on, not '-1'"),
+            (["conv2d", "--shapes", "1x2x0x8,3x2x3x3"], "a size is a whole number from 1 on, not '0'"),
+            (["rnn", "--shapes", "5x4x8,hidden="], "hidden is a whole number from 1 on, not ''"),
+            (["rnn", "--shapes", "5x4x8,hidden=8,directions=3"], "one direction or two"),
+            (["rnn", "--shapes", "5x4x8"], "missing 1 required keyword-only argument: 'hidden'"),
+            (["attention", "--shapes", "2x6x8x16,2x4x8x16"], "a divisor of its heads"),
+            (["attention", "--shapes", "2x6x8x16,score=norm"], "score is dot or cosine"),
+            (["attention", "--shapes", ""], "attention have no layer ''"),
         ],
     )
     def test_what_cannot_be_tuned(self, arguments, message, capsys, monkeypatch):
