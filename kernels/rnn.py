@@ -10,7 +10,7 @@ torch's order. T steps, B sequences, H hidden units, D directions (the second wa
 
 One program serves BLOCK_B sequences of one direction from the first step to the last. It holds all of W_hh on the
 chip and h (and c) in registers, so a step waits for nobody: no launch, no grid barrier. That bounds H; see
-``fits``. H is padded to a power of two with zero weights, and the padded h stays exactly 0 in all four cells. SWAP
+``fits``. H is padded to a power of two with zero weights, and the padded h is 0. SWAP
 multiplies W h^T instead of h W^T: the weights are then the operand with 64 rows and more that WGMMA wants.
 
 Backward keeps no gates: ``gates`` holds their inputs, recomputed by two products for all steps (h_{t-1} is known), and
@@ -131,6 +131,8 @@ def _rnn_kernel(
             if cells_ptr is not None:
                 cells_t = cells_ptr + t * B * (D * H)
                 tl.store(cells_t + out_off, narrow(c, cells_ptr.dtype.element_ty), mask=mask)
+        if H < BLOCK_H:
+            h = tl.where(mask, h, 0.0)  # an infinite state makes NaN of the zero weights behind it
         tl.store(out_ptr + t * B * (D * H) + out_off, narrow(h, out_ptr.dtype.element_ty), mask=mask)
     tl.store(hn_ptr + state_off, narrow(h, hn_ptr.dtype.element_ty), mask=mask)
     if CELL == "lstm":

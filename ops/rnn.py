@@ -62,6 +62,7 @@ def rnn(
         >>> tritune.rnn(x, w_ih, w_hh)[0].shape
         torch.Size([5, 2, 4])
     """
+    rnn_checks.check_nonlinearity(nonlinearity)
     out, (h_n, _) = _recur(
         "rnn", nonlinearity, input, w_ih, w_hh, b_ih, b_hh, (h0,), reverse, batch_first, precision
     )  # fmt: skip
@@ -165,7 +166,7 @@ def elman_step(
         >>> h.shape
         torch.Size([2, 4])
     """
-    rnn_checks.check_elman_step(x, h, W_ho, b_o, W_yh)
+    rnn_checks.check_elman_step(x, h, b_h, W_ho, b_o, W_yh)
     _, hidden = rnn(x.unsqueeze(0), W_xh, W_hh, b_h, None, h.unsqueeze(0))
     o, y = elman_head(hidden[0], W_ho, b_o, W_yh)
     return hidden[0], o, y
@@ -285,7 +286,9 @@ def _composite(
     stacked: list[Any] = [w_ih, w_hh, *([b_ih, b_hh] if has_biases else [])]
     directions = w_ih.shape[0]
     parameters = [parameter for d in range(directions) for parameter in (t[d] for t in stacked)]
-    options = (has_biases, 1, 0.0, torch.is_grad_enabled(), directions == 2, False)
+    # Under jit.trace sizes are tensors, and the trace is checked with another mode of gradients.
+    is_training = torch.is_grad_enabled() or torch.jit.is_tracing()  # type: ignore[attr-defined]
+    options = (has_biases, 1, 0.0, is_training, bool(directions == 2), False)
     sequence = input.flip(0) if reverse else input
     if cell == "lstm":
         assert c0 is not None

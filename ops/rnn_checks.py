@@ -20,6 +20,11 @@ class RnnArgs(NamedTuple):
     hidden_size: int
 
 
+def check_nonlinearity(nonlinearity: str) -> None:
+    if nonlinearity not in ("tanh", "relu"):
+        raise ValueError(f"Unknown nonlinearity '{nonlinearity}'. Select from 'tanh' or 'relu'.")
+
+
 def check_rnn(
     cell: str,
     input: Tensor,
@@ -35,11 +40,11 @@ def check_rnn(
 ) -> RnnArgs:
     """Arguments of :func:`tritune.rnn`, ``gru`` and ``lstm``, normalised. ``states``: h0, and for LSTM c0."""
     name = {"gru": "GRU", "lstm": "LSTM"}.get(cell, "RNN")
-    if cell not in GATES:
-        raise ValueError(f"Unknown nonlinearity '{cell}'. Select from 'tanh' or 'relu'.")
     for argument, tensor in (("input", input), ("w_ih", w_ih), ("w_hh", w_hh)):
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{argument} must be a Tensor, got {type(tensor).__name__}")
+        if tensor.is_nested:
+            raise NotImplementedError(f"{name}: {argument} is a nested tensor, which this function does not take")
     for argument, optional in (("b_ih", b_ih), ("b_hh", b_hh), *zip(("h0", "c0"), states, strict=False)):
         if optional is not None and not isinstance(optional, Tensor):
             raise TypeError(f"{argument} must be a Tensor or None, got {type(optional).__name__}")
@@ -119,7 +124,9 @@ def _check_state_dims(cell: str, input: Tensor, states: Sequence[Tensor | None])
     raise RuntimeError(f"For {batched} input, hx should also be {dims}-D but got {given[0].dim()}-D tensor")
 
 
-def check_elman_step(x: Tensor, h: Tensor, w_ho: Tensor | None, b_o: Tensor | None, w_yh: Tensor | None) -> None:
+def check_elman_step(
+    x: Tensor, h: Tensor, b_h: Tensor | None, w_ho: Tensor | None, b_o: Tensor | None, w_yh: Tensor | None
+) -> None:  # fmt: skip
     """What :func:`tritune.elman_step` adds to the check of the recurrence."""
     for argument, tensor in (("x", x), ("h", h)):
         if not isinstance(tensor, Tensor):
@@ -128,3 +135,15 @@ def check_elman_step(x: Tensor, h: Tensor, w_ho: Tensor | None, b_o: Tensor | No
         raise RuntimeError(f"x and h must both be [size] or [B, size], got {list(x.shape)} and {list(h.shape)}")
     if w_ho is None and (b_o is not None or w_yh is not None):
         raise ValueError("b_o and W_yh belong to an output: they need W_ho")
+    hidden, outputs = h.shape[-1], "O" if w_ho is None else w_ho.shape[0]
+    wanted = (("b_h", b_h, (hidden,)), ("W_ho", w_ho, ("O", hidden)), ("b_o", b_o, (outputs,)),
+              ("W_yh", w_yh, ("Y", outputs)))  # fmt: skip
+    for argument, optional, shape in wanted:
+        if optional is None:
+            continue
+        if not isinstance(optional, Tensor):
+            raise TypeError(f"{argument} must be a Tensor or None, got {type(optional).__name__}")
+        fits = (isinstance(size, str) or size == got for size, got in zip(shape, optional.shape, strict=False))
+        if optional.dim() != len(shape) or not all(fits):
+            sizes = ", ".join(map(str, shape))
+            raise RuntimeError(f"{argument} must be [{sizes}], got {list(optional.shape)}")

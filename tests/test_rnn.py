@@ -231,9 +231,47 @@ class TestModules:
         out = results[0][0]
         assert out[1:, 2].isnan().all() and out[:, [0, 1, 3]].isfinite().all() and out[0].isfinite().all()
 
+    @pytest.mark.parametrize("name", MODULES)
+    @pytest.mark.parametrize("size", [5, 16, 20])
+    @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # numpy's, in the interpreter
+    def test_an_infinite_state_saturates(self, name, size, device, tier):
+        """Behind it the weights of padded units are 0, and 0 times infinity is no number."""
+        mine, theirs = layers(name, 3, size, device=device)
+        state = torch.zeros(1, 2, size, device=device)
+        state[0, 0, 0], state[0, 1, 1] = float("inf"), -float("inf")
+        x = torch.randn(4, 2, 3, device=device)
+        hx = (state, torch.zeros_like(state)) if name == "LSTM" else state
+        results = []
+        for layer in (mine, theirs):
+            leaf = x.clone().requires_grad_()
+            with tritune.use_backend(backend_of(tier)):
+                out = layer(leaf, hx)[0]
+            results.append((out, torch.autograd.grad(out.sum(), leaf)[0]))
+        torch.testing.assert_close(*results, equal_nan=True)
+        assert name == "GRU" or results[0][0].isfinite().all()
+
+    @pytest.mark.parametrize("name", MODULES)
+    def test_weights_changed_in_place(self, name, device, tier):
+        mine, theirs = layers(name, 3, 4, bidirectional=True, device=device)
+        x = torch.randn(5, 2, 3, device=device, requires_grad=True)
+        wanted = torch.autograd.grad(theirs(x)[0].square().sum(), x)[0]
+        with tritune.use_backend(backend_of(tier)):
+            loss = mine(x)[0].square().sum()
+            with torch.no_grad():
+                mine.weight_hh_l0.mul_(2)
+            assert_same(torch.autograd.grad(loss, x)[0], wanted)
+
 
 @pytest.mark.torch
 class TestModulesAreTorchs:
+    @pytest.mark.parametrize("name", MODULES)
+    @pytest.mark.filterwarnings("ignore:`torch.jit.trace:DeprecationWarning", "ignore::torch.jit.TracerWarning")
+    def test_jit_trace(self, name):
+        mine, _ = layers(name, 3, 4, bidirectional=True, device="cpu")
+        traced = torch.jit.trace(mine.eval(), torch.randn(5, 2, 3))
+        x = torch.randn(5, 2, 3)
+        assert_same(traced(x), mine(x))
+
     @pytest.mark.parametrize("name", MODULES)
     @pytest.mark.parametrize(
         "options",

@@ -126,9 +126,15 @@ class TestOurs:
         with pytest.raises(RuntimeError, match="must"):
             tritune.rnn(x(), x(*w_ih), x(*w_hh), None if b_ih is None else x(*b_ih))
 
+    def test_a_nested_tensor(self):
+        nested = torch.nested.nested_tensor([torch.ones(3, 3), torch.ones(2, 3)], layout=torch.jagged)
+        with pytest.raises(NotImplementedError, match="input is a nested tensor"):
+            tritune.rnn(nested, x(4, 3), x(4, 4))
+
     def test_options(self):
-        with pytest.raises(ValueError, match="Unknown nonlinearity 'sin'"):
-            tritune.rnn(x(), x(4, 3), x(4, 4), nonlinearity="sin")
+        for wrong in ("sin", "gru", "lstm"):
+            with pytest.raises(ValueError, match=f"Unknown nonlinearity '{wrong}'"):
+                tritune.rnn(x(), x(4, 3), x(4, 4), nonlinearity=wrong)
         with pytest.raises(ValueError, match="precision='bf16'"):
             tritune.gru(x(), x(12, 3), x(12, 4), precision="bf16")
         with pytest.raises(ValueError, match="reverse"):
@@ -142,3 +148,36 @@ class TestOurs:
             tritune.elman_step(x(2, 3), None, *weights)
         with pytest.raises(ValueError, match="need W_ho"):
             tritune.elman_step(x(2, 3), x(2, 4), *weights, W_yh=x(5, 4))
+
+    @pytest.mark.parametrize(
+        "name, shape, message",
+        [
+            ("b_h", (1,), r"b_h must be \[4\], got \[1\]"),
+            ("W_ho", (5, 3), r"W_ho must be \[O, 4\], got \[5, 3\]"),
+            ("b_o", (1,), r"b_o must be \[5\], got \[1\]"),
+            ("W_yh", (5,), r"W_yh must be \[Y, 5\], got \[5\]"),
+            ("W_yh", (6, 4), r"W_yh must be \[Y, 5\], got \[6, 4\]"),
+        ],
+    )
+    def test_the_head_of_elman_step(self, name, shape, message):
+        right = {"b_h": x(4), "W_ho": x(5, 4), "b_o": x(5), "W_yh": x(6, 5)}
+        tritune.elman_step(x(2, 3), x(2, 4), x(4, 3), x(4, 4), **right)
+        with pytest.raises(RuntimeError, match=message):
+            tritune.elman_step(x(2, 3), x(2, 4), x(4, 3), x(4, 4), **{**right, name: x(*shape)})
+
+    def test_elman_network(self):
+        for name in ("input_size", "hidden_size", "output_size", "y_size"):
+            sizes = {"input_size": 3, "hidden_size": 4, "output_size": 5}
+            with pytest.raises(ValueError, match=f"{name} must be greater than zero"):
+                tritune.nn.ElmanRNN(**{**sizes, name: 0})
+            with pytest.raises(TypeError, match=f"{name} should be of type int, got: float"):
+                tritune.nn.ElmanRNN(**{**sizes, name: 2.5})
+        for wrong in ([1], x(4), x(1, 2, 4)):
+            with pytest.raises(RuntimeError, match=r"h0 must be \[B, H\]"):
+                tritune.nn.ElmanRNN(3, 4, 2)(x(5, 2, 3), wrong)
+
+    @pytest.mark.parametrize("name", ["RNN", "GRU", "LSTM"])
+    def test_complex_numbers(self, name):
+        layer = getattr(tritune.nn, name)(3, 4, dtype=torch.complex64)
+        with pytest.raises(ValueError, match="takes floating-point tensors, got torch"):
+            layer(torch.zeros(5, 2, 3, dtype=torch.complex64))

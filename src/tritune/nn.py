@@ -12,6 +12,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from .ops import attention, attention_pool, conv2d, elman_step, gru, lstm, max_pool2d, rnn
 from .ops.rnn import elman_head, require_torch
+from .ops.rnn_checks import check_nonlinearity
 
 __all__ = ["GRU", "LSTM", "RNN", "Attention", "AttentionPool", "Conv2d", "ElmanRNN", "MaxPool2d"]
 
@@ -85,7 +86,11 @@ class _Recurrent(torch.nn.RNNBase):
             tensors = [input.data if isinstance(input, PackedSequence) else input, *self.parameters()]
             if isinstance(tensors[0], Tensor):
                 require_torch(self.mode.lower(), tensors, reason)
-            return self._torch.forward(self, input, hx)
+            serve = self._torch.forward
+            if self.mode == "LSTM" and torch.compiler.is_compiling() and not torch.compiler.is_exporting():
+                # Its operator cannot be traced with gradients. torch's own module breaks the graph, too.
+                serve = torch.compiler.disable(serve)
+            return serve(self, input, hx)
         output, *states = self._run(input, *self._weights(), hx)
         return output, states[0] if len(states) == 1 else tuple(states)
 
@@ -119,8 +124,7 @@ class RNN(_Recurrent):
                  *args: Any, **kwargs: Any) -> None:  # fmt: skip
         if "proj_size" in kwargs:
             raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")
-        if nonlinearity not in ("tanh", "relu"):
-            raise ValueError(f"Unknown nonlinearity '{nonlinearity}'. Select from 'tanh' or 'relu'.")
+        check_nonlinearity(nonlinearity)
         super().__init__(f"RNN_{nonlinearity.upper()}", input_size, hidden_size, num_layers, *args, **kwargs)
         self.nonlinearity = nonlinearity
 
@@ -195,8 +199,14 @@ class ElmanRNN(torch.nn.Module):
         batch_first: bool = False, device: Any = None, dtype: Any = None,
     ) -> None:  # fmt: skip
         super().__init__()
-        self.input_size, self.hidden_size, self.output_size = input_size, hidden_size, output_size
-        self.y_size = output_size if y_size is None else y_size
+        y_size = output_size if y_size is None else y_size
+        sizes = {"input_size": input_size, "hidden_size": hidden_size, "output_size": output_size, "y_size": y_size}
+        for name, size in sizes.items():
+            if not isinstance(size, int):
+                raise TypeError(f"{name} should be of type int, got: {type(size).__name__}")
+            if size <= 0:
+                raise ValueError(f"{name} must be greater than zero")
+        self.input_size, self.hidden_size, self.output_size, self.y_size = sizes.values()
         self.batch_first = batch_first
 
         def empty(*shape: int) -> torch.nn.Parameter:
@@ -217,6 +227,9 @@ class ElmanRNN(torch.nn.Module):
 
     def forward(self, input: Tensor, h0: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """``h0`` is ``[B, H]``, or ``[H]`` for one sequence; zeros by default."""
+        if h0 is not None and (not isinstance(h0, Tensor) or h0.dim() != input.dim() - 1):
+            got = list(h0.shape) if isinstance(h0, Tensor) else type(h0).__name__
+            raise RuntimeError(f"h0 must be [B, H], or [H] for one sequence, got {got}")
         states = None if h0 is None else h0.unsqueeze(0)
         out, h_n = rnn(input, self.W_xh, self.W_hh, self.b_h, None, states, batch_first=self.batch_first)
         o, y = elman_head(out, self.W_ho, self.b_o, self.W_yh)
