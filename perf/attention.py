@@ -330,15 +330,15 @@ def kernel_tensors(one: Case, kind: str, device: str, seed: int) -> dict[str, Te
         t |= {name: F.normalize(t[name], dim=-1) for name in ("query", "key")}
     if kind == "fwd":
         return t
-    out, stats = _forward(one, t)
+    out, stats = _forward(_problem_of_case(one, t), one, t)
     return {**t, "out": out, "stats": stats, **_recorded(one, t)}
 
 
-def _forward(one: Case, t: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+def _forward(problem: Any, one: Case, t: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     """Ours, as training needs it: ``(out, stats)``."""
     from ..kernels import attention as kernels
 
-    problem, q = _problem_of_case(one, t), t["query"]
+    q = t["query"]
     out = q.new_empty(*q.shape[:3], problem.DV)
     stats = q.new_empty(problem.parts, *q.shape[:3], dtype=torch.float32)
     kernels.run_forward(problem, *_operands(t), _scores(one, t), out, None, stats)
@@ -383,7 +383,7 @@ def kernel_of(one: Case, kind: str, tensors: dict[str, Tensor]) -> Kernel:
 
     problem = _problem_of_case(one, tensors)
     if kind == "fwd":
-        return Kernel(kernels.FORWARD, problem, lambda t: _forward(one, t)[0], lambda t: _torch_alone(one, t))
+        return Kernel(kernels.FORWARD, problem, lambda t: _forward(problem, one, t)[0], lambda t: _torch_alone(one, t))
 
     names = GRADIENTS[kind]
 

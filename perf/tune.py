@@ -128,7 +128,7 @@ def targets(args: argparse.Namespace) -> list[Target]:
     """The kernels, the forward of every layer first. Raises TypeError or ValueError for layers that make no sense."""
     ops = args.op or list(operators())
     known = {case.name for op in ops for case in FAMILIES[family_of_op(op)].CASES if case.op == op}
-    explicit = [layer for layer in args.shapes if layer[:1].isdigit()]
+    explicit = [layer for layer in args.shapes if _is_explicit(layer)]
     if unknown := [layer for layer in args.shapes if layer not in known and layer not in explicit]:
         raise ValueError(f"{' and '.join(ops)} have no layer {unknown[0]!r}: known are {', '.join(sorted(known))}")
     if explicit and len(ops) != 1:
@@ -156,8 +156,13 @@ def _cases(op: str, layers: Sequence[str]) -> list[Case]:
     if not layers:
         return [known[name] for name in family.TUNED if name in known]
     return [
-        _explicit(op, one) if one[:1].isdigit() else known[one] for one in layers if one[:1].isdigit() or one in known
+        _explicit(op, one) if _is_explicit(one) else known[one] for one in layers if _is_explicit(one) or one in known
     ]
+
+
+def _is_explicit(layer: str) -> bool:
+    """Shapes, not a name: it starts with a size."""
+    return layer[:1].isdigit()
 
 
 def _explicit(op: str, text: str) -> Case:
