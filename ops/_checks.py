@@ -1,5 +1,7 @@
 """One validator per operator: it runs once, before a backend is chosen, and is the only place that rejects arguments.
 
+Here are what all validators share, and pooling's; other families have files of their own (``*_checks.py``).
+
 The yardstick is torch 2.13 on the CPU: what it rejects is rejected here with the same exception type and with its text
 first; what follows that text names the value and what would be accepted. The tests compare each of them with torch
 itself. Where torch accepts silently, crashes or contradicts itself, ``docs/differences.md`` has our choice.
@@ -33,17 +35,6 @@ PRECISIONS = ("ieee", "tf32", "tf32x3")
 Pair = tuple[int, int]
 
 
-class Conv2dArgs(NamedTuple):
-    """The normalised arguments of a legal ``conv2d`` call."""
-
-    stride: Pair
-    padding: Pair
-    dilation: Pair
-    groups: int
-    pad_extra: tuple[int, int, int, int] | None
-    """What ``F.pad`` must add first, for ``padding="same"`` with an odd total: torch pads a copy in that case, too."""
-
-
 class MaxPool2dArgs(NamedTuple):
     """The normalised arguments of a legal ``max_pool2d`` call."""
 
@@ -55,56 +46,6 @@ class MaxPool2dArgs(NamedTuple):
     output_size: Pair
     has_empty_window: bool
     """Some window lies wholly in the padding (with symbolic sizes: may lie). Such a call must not reach torch."""
-
-
-def check_conv2d(
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    stride: int | Sequence[int] = 1,
-    padding: int | Sequence[int] | str = 0,
-    dilation: int | Sequence[int] = 1,
-    groups: int = 1,
-    *,
-    activation: str | None = None,
-    residual: Tensor | None = None,
-    scale: Tensor | None = None,
-    precision: str | None = None,
-) -> Conv2dArgs:
-    """Arguments of :func:`tritune.conv2d`, normalised. Raises what torch raises, in torch's order."""
-    _check_tensor("conv2d", 1, "input", input)
-    _check_tensor("conv2d", 2, "weight", weight)
-    if bias is not None:
-        _check_tensor("conv2d", 3, "bias", bias)
-    strides = _int_list("conv2d", 4, "stride", stride)
-    mode = _padding_mode(padding)
-    paddings = _int_list("conv2d", 5, "padding", padding) if mode is None else (0,)
-    dilations = _int_list("conv2d", 6, "dilation", dilation)
-    groups = _int("conv2d", 7, "groups", groups)
-
-    # With a padding string torch looks at the dtype of the bias last, and in some of its kernels not at all.
-    if bias is not None and mode is None and bias.dtype != input.dtype:
-        raise RuntimeError(_text_bias_dtype(input, bias))
-    shape = tuple(input.shape)
-    if len(shape) != 4:
-        if len(shape) != 3:
-            raise RuntimeError(_text_conv_input_ndim(shape))
-        shape = (1, *shape)
-    if input.dtype.is_complex and (weight.dtype != input.dtype or (bias is not None and bias.dtype != input.dtype)):
-        raise RuntimeError(_text_complex_dtypes(input, weight, bias))
-
-    kernel = tuple(weight.shape)
-    pad_extra = None
-    if mode is not None:
-        if mode == "same":
-            paddings, pad_extra, shape = _same_padding(shape, kernel, strides, dilations, groups)
-        elif mode != "valid":
-            raise RuntimeError(_text_padding_string(mode))
-    _check_conv_shapes(shape, kernel, bias, strides, paddings, dilations, groups, mode)
-    args = Conv2dArgs(_pair(strides), _pair(paddings), _pair(dilations), groups, pad_extra)
-    _check_conv_operands(input, weight, bias, shape, args)
-    _check_epilogue(input, weight, shape, args, activation, residual, scale, precision)
-    return args
 
 
 def check_max_pool2d(
@@ -166,7 +107,22 @@ def _check_tensor(fn: str, position: int, name: str, value: object) -> None:
         raise NotImplementedError(f"{fn}(): argument '{name}' is a nested tensor, which this function does not take")
 
 
+def _check_like(name: str, tensor: Tensor, shape: tuple[int, ...], other: Tensor) -> None:
+    if tuple(tensor.shape) != shape or tensor.dtype != other.dtype:
+        raise RuntimeError(
+            f"{name} must be a {other.dtype} tensor of shape {list(shape)}, "
+            f"but got {tensor.dtype} and {list(tensor.shape)}"
+        )
+    if tensor.device != other.device:
+        raise RuntimeError(
+            "Expected all tensors to be on the same device, "
+            f"but got {name} is on {tensor.device}, different from other tensors on {other.device}"
+        )
+
+
 def _int(fn: str, position: int, name: str, value: Any) -> int:
+    if type(value) is int and _INT64_MIN <= value <= _INT64_MAX:
+        return value
     if type(value) is not int:
         index = _as_index(value)
         if index is None:
@@ -176,17 +132,16 @@ def _int(fn: str, position: int, name: str, value: Any) -> int:
     return value
 
 
-def _int_list(fn: str, position: int, name: str, value: Any) -> tuple[int, ...]:
-    """A tuple as long as given; one int stands for two, a tuple's length is left to the caller to judge."""
-    if type(value) is int:
-        _check_int64(name, value)
-        return (value, value)
+def _int_list(fn: str, position: int, name: str, value: Any, count: int = 2) -> tuple[int, ...]:
+    """A tuple as long as given; one int stands for ``count``, a tuple's length is left to the caller to judge."""
+    if type(value) is int and _INT64_MIN <= value <= _INT64_MAX:
+        return (value,) * count
     if not isinstance(value, (tuple, list)):
         index = _as_index(value)
         if index is None:
             raise TypeError(_text_argument_type(fn, position, name, "tuple of ints", value))
         _check_int64(name, index)
-        return (index, index)
+        return (index,) * count
     items: list[int] = []
     for place, item in enumerate(value):
         if type(item) is not int:
@@ -255,374 +210,6 @@ def _is_left_to_torch(input: Tensor) -> bool:
 def _type_name(value: object) -> str:
     kind = type(value)
     return f"numpy.{kind.__name__}" if kind.__module__ == "numpy" else kind.__name__
-
-
-# -- conv2d ------------------------------------------------------------------------------------------------------------
-
-
-def _padding_mode(padding: Any) -> str | None:
-    if isinstance(padding, str):
-        return padding
-    if isinstance(padding, bytes):  # torch's parser takes them as a string
-        return padding.decode()
-    return None
-
-
-def _same_padding(
-    shape: tuple[int, ...], kernel: tuple[int, ...], stride: tuple[int, ...], dilation: tuple[int, ...], groups: int
-) -> tuple[tuple[int, ...], tuple[int, int, int, int] | None, tuple[int, ...]]:
-    """Symmetric padding, what ``F.pad`` adds beside it, and the input's shape after that."""
-    dims = len(kernel) - 2
-    if dims < 1:
-        raise RuntimeError(_text_weight_ndim(kernel))
-    if groups <= 0:
-        raise RuntimeError(_text_groups(groups))
-    if dims != 2:
-        raise RuntimeError(_text_conv_ndim_mismatch(shape, kernel, ""))
-    if len(stride) not in (1, 2):
-        raise RuntimeError(_text_same_broadcast("stride", stride))
-    if len(dilation) not in (1, 2):
-        raise RuntimeError(_text_same_broadcast("dilation", dilation))
-    if any(s != 1 for s in stride):
-        raise RuntimeError(_text_same_stride(stride))
-    rows = dilation[0] * (kernel[2] - 1)
-    columns = dilation[-1] * (kernel[3] - 1)
-    # One below zero (a dilation of -1, or no taps) is cropped rather than padded by torch: a later check rejects it.
-    if rows < -1 or columns < -1:
-        raise RuntimeError(_text_negative_padding((rows // 2, columns // 2)))
-    padding = (max(rows, 0) // 2, max(columns, 0) // 2)
-    extra_row, extra_column = rows - 2 * padding[0], columns - 2 * padding[1]
-    if extra_row == 0 and extra_column == 0:
-        return padding, None, shape
-    padded = (*shape[:2], shape[2] + extra_row, shape[3] + extra_column)
-    return padding, (0, extra_column, 0, extra_row), padded
-
-
-def _check_conv_shapes(
-    shape: tuple[int, ...],
-    kernel: tuple[int, ...],
-    bias: Tensor | None,
-    stride: tuple[int, ...],
-    padding: tuple[int, ...],
-    dilation: tuple[int, ...],
-    groups: int,
-    mode: str | None,
-) -> None:
-    dims = len(kernel) - 2
-    if dims < 1:
-        raise RuntimeError(_text_weight_ndim(kernel))
-    if groups <= 0:
-        raise RuntimeError(_text_groups(groups))
-    for name, values in (("stride", stride), ("padding", padding), ("dilation", dilation)):
-        if len(values) not in (1, dims):
-            raise RuntimeError(_text_conv_list(name, dims, values))
-    if dims != 2 and mode is None:  # conv2d itself passes two values for this one
-        raise RuntimeError(_text_conv_list("output_padding", dims, (0, 0)) + _text_weight_is_4d(kernel))
-    if min(padding) < 0:
-        raise RuntimeError(_text_negative_padding(padding))
-    if min(stride) <= 0:
-        raise RuntimeError(_text_conv_stride(stride))
-    if min(dilation) < 0:
-        raise RuntimeError(_text_negative_dilation(dilation))
-    if dims != 2:
-        raise RuntimeError(_text_conv_ndim_mismatch(shape, kernel, " "))
-    if kernel[0] < groups:
-        raise RuntimeError(_text_too_few_filters(kernel, groups))
-    if kernel[0] % groups != 0:
-        raise RuntimeError(_text_filters_not_divisible(kernel, groups))
-    if shape[1] != kernel[1] * groups:
-        raise RuntimeError(_text_channels(shape, kernel, groups))
-    if bias is not None and (bias.dim() != 1 or bias.shape[0] != kernel[0]):
-        raise RuntimeError(_text_bias_shape(bias, kernel))
-    if max(padding) > _INT64_MAX // 2:
-        raise RuntimeError(_text_padding_overflow(padding))
-    padded = (shape[2] + 2 * padding[0], shape[3] + 2 * padding[-1])
-    reach = (dilation[0] * (kernel[2] - 1) + 1, dilation[-1] * (kernel[3] - 1) + 1)
-    if padded[0] < reach[0] or padded[1] < reach[1]:
-        raise RuntimeError(_text_kernel_too_large(padded, reach))
-    if (shape[2] == 0 or shape[3] == 0) and shape[0] != 0 and shape[1] != 0:
-        raise RuntimeError(_text_no_pixels(shape))
-
-
-def _pair(values: tuple[int, ...]) -> Pair:
-    return (values[0], values[-1])
-
-
-def _check_conv_operands(
-    input: Tensor, weight: Tensor, bias: Tensor | None, shape: tuple[int, ...], args: Conv2dArgs
-) -> None:
-    """What torch leaves to its kernels: devices, dtypes, dilation 0, kernels without taps."""
-    device, dtype = input.device, input.dtype
-    if weight.device != device:
-        raise RuntimeError(_text_device(input, "weight", weight))
-    if bias is not None and bias.device != device:
-        raise RuntimeError(_text_device(input, "bias", bias))
-    if (
-        weight.dtype != dtype
-        or (bias is not None and bias.dtype != dtype)
-        or dtype not in _CONV_DTYPES
-        or weight.shape[2] == 0
-        or weight.shape[3] == 0
-        or args.dilation != (1, 1)
-    ):
-        _check_like_the_kernel(input, weight, bias, shape, args)
-
-
-def _check_like_the_kernel(
-    input: Tensor, weight: Tensor, bias: Tensor | None, shape: tuple[int, ...], args: Conv2dArgs
-) -> None:
-    """The checks of the kernel that torch would run on a CPU: order and texts differ between its two kernels."""
-    if _is_left_to_torch(input):
-        return
-    dilation = args.dilation
-    dilated = dilation != (1, 1)
-    no_taps = weight.shape[2] == 0 or weight.shape[3] == 0
-    no_dilation = min(dilation) == 0
-    mixed_weight = weight.dtype != input.dtype
-    mixed_bias = bias is not None and bias.dtype != input.dtype
-    dtypes = _DILATED_CONV_DTYPES if dilated else _CONV_DTYPES
-    unsupported = input.dtype not in dtypes
-    if not (no_taps or no_dilation or mixed_weight or mixed_bias or unsupported):
-        return
-
-    if _torch_would_use_onednn(input, weight, shape, args):
-        if mixed_weight:
-            raise RuntimeError(_text_onednn_dtype(input, "weight", weight))
-        if bias is not None and mixed_bias:
-            raise RuntimeError(_text_onednn_dtype(input, "bias", bias))
-        if no_dilation:
-            raise RuntimeError(f"non-positive dilation is not supported: dilation={dilation}")
-    if no_taps:
-        raise RuntimeError(_text_no_taps(weight, dilated))
-    if no_dilation:
-        raise RuntimeError(f"dilation should be greater than zero, but got {list(dilation)}")
-    if unsupported:
-        raise NotImplementedError(_text_conv_dtype(input, dilated))
-    if mixed_weight:
-        raise RuntimeError(_text_mixed_dtype(input, "weight", weight))
-    if bias is not None and mixed_bias:
-        raise RuntimeError(_text_mixed_dtype(input, "bias", bias))
-
-
-def _torch_would_use_onednn(input: Tensor, weight: Tensor, shape: tuple[int, ...], args: Conv2dArgs) -> bool:
-    """The rule by which torch chooses its CPU kernel (``use_mkldnn`` in ATen's ``Convolution.cpp``)."""
-    if not torch.backends.mkldnn.is_available() or not torch.backends.mkldnn.enabled:
-        return False
-    dtype = input.dtype.to_real() if input.dtype.is_complex else input.dtype
-    if dtype == torch.bfloat16:
-        return torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    if dtype == torch.float16:
-        return torch.ops.mkldnn._is_mkldnn_fp16_supported()
-    if dtype != torch.float32:
-        return False
-    taps = tuple(weight.shape[2:])
-    worth_it = (
-        args.stride != (1, 1)
-        or args.dilation != (1, 1)
-        or shape[0] >= 16
-        or taps != (1, 1)
-        or torch.get_num_threads() > 1
-    )
-    large = args.groups > 1 or min(taps) > 3 or shape[0] > 1 or shape[0] * shape[1] * shape[2] * shape[3] > 20480
-    return worth_it and large
-
-
-def _check_epilogue(
-    input: Tensor,
-    weight: Tensor,
-    shape: tuple[int, ...],
-    args: Conv2dArgs,
-    activation: str | None,
-    residual: Tensor | None,
-    scale: Tensor | None,
-    precision: str | None,
-) -> None:
-    """The keywords that torch lacks."""
-    if activation is not None and activation not in ACTIVATIONS:
-        raise ValueError(_text_choice("activation", activation, ACTIVATIONS))
-    if precision is not None and precision not in PRECISIONS:
-        raise ValueError(_text_choice("precision", precision, PRECISIONS))
-    if scale is not None:
-        if not isinstance(scale, Tensor):
-            raise TypeError(_text_keyword_type("scale", scale))
-        _check_like("scale", scale, (weight.shape[0],), weight)
-    if residual is not None:
-        if not isinstance(residual, Tensor):
-            raise TypeError(_text_keyword_type("residual", residual))
-        _check_like("residual", residual, _conv_output_shape(input, weight, shape, args), input)
-
-
-def _conv_output_shape(input: Tensor, weight: Tensor, shape: tuple[int, ...], args: Conv2dArgs) -> tuple[int, ...]:
-    stride, padding, dilation = args.stride, args.padding, args.dilation
-    height = (shape[2] + 2 * padding[0] - dilation[0] * (weight.shape[2] - 1) - 1) // stride[0] + 1
-    width = (shape[3] + 2 * padding[1] - dilation[1] * (weight.shape[3] - 1) - 1) // stride[1] + 1
-    channels = 0 if shape[1] == 0 else weight.shape[0]  # torch's rule
-    return (channels, height, width) if input.dim() == 3 else (shape[0], channels, height, width)
-
-
-def _check_like(name: str, tensor: Tensor, shape: tuple[int, ...], other: Tensor) -> None:
-    if tuple(tensor.shape) != shape or tensor.dtype != other.dtype:
-        raise RuntimeError(
-            f"{name} must be a {other.dtype} tensor of shape {list(shape)}, "
-            f"but got {tensor.dtype} and {list(tensor.shape)}"
-        )
-    if tensor.device != other.device:
-        raise RuntimeError(
-            "Expected all tensors to be on the same device, "
-            f"but got {name} is on {tensor.device}, different from other tensors on {other.device}"
-        )
-
-
-def _text_bias_dtype(input: Tensor, bias: Tensor) -> str:
-    return f"Input type ({_cpp_name(input)}) and bias type ({_cpp_name(bias)}) should be the same"
-
-
-def _text_conv_input_ndim(shape: tuple[int, ...]) -> str:
-    return f"Expected 3D (unbatched) or 4D (batched) input to conv2d, but got input of size: {list(shape)}"
-
-
-def _text_complex_dtypes(input: Tensor, weight: Tensor, bias: Tensor | None) -> str:
-    name, other = ("weight", weight) if bias is None or weight.dtype != input.dtype else ("bias", bias)
-    return f"Input type ({_tensor_type(input)}) and {name} type ({_tensor_type(other)}) should be the same"
-
-
-def _text_padding_string(mode: str) -> str:
-    return f"Invalid padding string: '{mode}'; accepted are 'same' and 'valid', or one or two ints"
-
-
-def _text_weight_ndim(kernel: tuple[int, ...]) -> str:
-    return f"weight should have at least three dimensions, and four for conv2d, but got weight of size {list(kernel)}"
-
-
-def _text_groups(groups: int) -> str:
-    return f"non-positive groups is not supported: groups={groups}"
-
-
-def _text_conv_list(name: str, dims: int, values: tuple[int, ...]) -> str:
-    return (
-        f"expected {name} to be a single integer value or a list of {dims} values "
-        f"to match the convolution dimensions, but got {name}={list(values)}"
-    )
-
-
-def _text_weight_is_4d(kernel: tuple[int, ...]) -> str:
-    return f": conv2d takes a 4-dimensional weight, but got one of size {list(kernel)}"
-
-
-def _text_same_broadcast(name: str, values: tuple[int, ...]) -> str:
-    return f"{name} cannot broadcast to 2 dimensions: {name}={list(values)}"
-
-
-def _text_same_stride(stride: tuple[int, ...]) -> str:
-    return f"padding='same' is not supported for strided convolutions: stride={list(stride)}"
-
-
-def _text_negative_padding(padding: tuple[int, ...]) -> str:
-    return f"negative padding is not supported: padding={list(padding)}"
-
-
-def _text_conv_stride(stride: tuple[int, ...]) -> str:
-    return f"non-positive stride is not supported: stride={list(stride)}"
-
-
-def _text_negative_dilation(dilation: tuple[int, ...]) -> str:
-    return f"dilation should be greater than zero, but got {list(dilation)}"
-
-
-def _text_conv_ndim_mismatch(shape: tuple[int, ...], kernel: tuple[int, ...], space: str) -> str:
-    return (
-        f"Expected {len(kernel)}-dimensional input for {len(kernel)}-dimensional weight{space}{list(kernel)}, "
-        f"but got {len(shape)}-dimensional input of size {list(shape)} instead"
-    )
-
-
-def _text_too_few_filters(kernel: tuple[int, ...], groups: int) -> str:
-    return (
-        f"Given groups={groups}, expected weight to be at least {groups} at dimension 0, "
-        f"but got weight of size {list(kernel)} instead"
-    )
-
-
-def _text_filters_not_divisible(kernel: tuple[int, ...], groups: int) -> str:
-    return (
-        f"Given groups={groups}, expected weight to be divisible by {groups} at dimension 0, "
-        f"but got weight of size [{list(kernel)}] instead"
-    )
-
-
-def _text_channels(shape: tuple[int, ...], kernel: tuple[int, ...], groups: int) -> str:
-    return (
-        f"Given groups={groups}, weight of size {list(kernel)}, expected input{list(shape)} "
-        f"to have {kernel[1] * groups} channels, but got {shape[1]} channels instead"
-    )
-
-
-def _text_bias_shape(bias: Tensor, kernel: tuple[int, ...]) -> str:
-    return (
-        f"Given weight of size {list(kernel)}, expected bias to be 1-dimensional with {kernel[0]} elements, "
-        f"but got bias of size {list(bias.shape)} instead"
-    )
-
-
-def _text_padding_overflow(padding: tuple[int, ...]) -> str:
-    dim = 0 if padding[0] > _INT64_MAX // 2 else 1
-    return f"Given padding={padding[dim]} at dimension {dim} , expected padding to be at most {_INT64_MAX // 2}"
-
-
-def _text_kernel_too_large(padded: Pair, reach: Pair) -> str:
-    return (
-        f"Calculated padded input size per channel: ({padded[0]} x {padded[1]}). "
-        f"Kernel size: ({reach[0]} x {reach[1]}). Kernel size can't be greater than actual input size"
-    )
-
-
-def _text_no_pixels(shape: tuple[int, ...]) -> str:
-    return f"Only zero batch or zero channel inputs are supported, but got input shape: {list(shape)}"
-
-
-def _text_device(input: Tensor, name: str, other: Tensor) -> str:
-    here, there = input.device, other.device
-    if {here.type, there.type} != {"cpu", "cuda"}:
-        return (
-            "Expected all tensors to be on the same device, "
-            f"but got {name} is on {there}, different from other tensors on {here}"
-        )
-    types = f"({_tensor_type(input, here.type)}) and {name} type ({_tensor_type(other, there.type)})"
-    mkldnn = f" or input should be a MKLDNN tensor and {name} is a dense tensor" if here.type == "cpu" else ""
-    return f"Input type {types} should be the same{mkldnn}: input is on {here}, {name} is on {there}"
-
-
-def _text_onednn_dtype(input: Tensor, name: str, other: Tensor) -> str:
-    return (
-        f"Input type ({_tensor_type(input)}) and {name} type ({_tensor_type(other)}) should be the same "
-        f"or input should be a MKLDNN tensor and {name} is a dense tensor"
-    )
-
-
-def _text_mixed_dtype(input: Tensor, name: str, other: Tensor) -> str:
-    return (
-        f"expected scalar type {_scalar_name(input)} but found {_scalar_name(other)}: "
-        f"input is {input.dtype}, {name} is {other.dtype}"
-    )
-
-
-def _text_no_taps(weight: Tensor, dilated: bool) -> str:
-    height, width = weight.shape[2:]
-    got = f"[{height}, {width}]" if dilated else f"kernel_height: {height} kernel_width: {width}"
-    return f"kernel size should be greater than zero, but got {got}"
-
-
-def _text_conv_dtype(input: Tensor, dilated: bool) -> str:
-    kernel = "slow_conv_dilated<>" if dilated else "slow_conv2d_cpu"
-    return f"\"{kernel}\" not implemented for '{_scalar_name(input)}': conv2d does not take {input.dtype}"
-
-
-def _text_choice(name: str, value: object, accepted: Sequence[str]) -> str:
-    return f"{name}={value!r} is not accepted: it must be None or one of {', '.join(map(repr, accepted))}"
-
-
-def _text_keyword_type(name: str, value: object) -> str:
-    return f"conv2d(): argument '{name}' must be Tensor, not {_type_name(value)}"
 
 
 # -- max_pool2d --------------------------------------------------------------------------------------------------------
@@ -749,8 +336,6 @@ _FLOATING = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
 _INTEGERS = {torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64}
 _COMPLEX = {torch.complex32, torch.complex64, torch.complex128}
 
-_CONV_DTYPES = frozenset(_FLOATING | _INTEGERS | _COMPLEX)
-_DILATED_CONV_DTYPES = frozenset(_FLOATING | _COMPLEX | {torch.int64})
 _POOL_DTYPES = frozenset(_FLOATING | _INTEGERS)
 _NOT_AN_INDEX = frozenset(_FLOATING | _COMPLEX | {torch.bool})
 

@@ -460,3 +460,12 @@ def test_symbolic_sizes_may_have_an_empty_window():
     function, _ = compiled(dynamic=False, **arguments)
     assert function(x(2, 3, 6, 7))[2] is False
     assert function(x(2, 3, 2, 7))[2] is True
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged])
+def test_nested_tensors(layout):
+    # docs/differences.md: torch rejects them with errors of several types, from deep inside.
+    nested = torch.nested.nested_tensor([torch.randn(3, 8), torch.randn(5, 8)], layout=layout)
+    with pytest.raises(NotImplementedError, match="nested tensor"):
+        tritune.max_pool2d(nested, 2)
