@@ -50,7 +50,7 @@ class Tunable:
     """One kernel as the tuner sees it. ``kernels/`` declares them; a *problem* is the kernel's own NamedTuple.
 
     Attributes:
-        name: file name in the store and first word of every message, for example ``"conv2d_input_grad"``.
+        name: file name in the store and first word of every message, for example ``"conv_transpose"``.
         configs: the declared space, best default first.
         features: problem -> the key under which measurements are stored. Integers are sizes, compared by
             log2 distance; strings must match exactly.

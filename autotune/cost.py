@@ -37,6 +37,7 @@ def gemm(
     blocks: tuple[int, int, int],
     split: int = 1,
     partial_bytes: float = 0.0,
+    columns: int = 0,
 ) -> Estimate:
     """Time of a tiled matrix product: ``tiles`` output tiles, each walking ``steps`` tiles of the reduction.
 
@@ -44,6 +45,8 @@ def gemm(
         blocks: ``(BLOCK_M, BLOCK_N, BLOCK_K)`` of one step.
         split: programs that share the reduction of one output tile.
         partial_bytes: traffic of writing and summing the partial results.
+        columns: of one tensor-core instruction, if they limit it: an instruction of 64 rows reads 64 + columns operand
+            rows from shared memory in the time that 2 * columns would take.
     """
     block_m, block_n, block_k = blocks
     warps = config.num_warps
@@ -58,6 +61,8 @@ def gemm(
     concurrent = min(resident, cdiv(programs, device.sms))
     # A small tile cannot keep the tensor cores fed from shared memory: both operands are read once per product.
     feed = min(1.0, (block_m * block_n) / (block_m + block_n) / 48)
+    if columns:
+        feed = min(feed, 0.9 * 2 * columns / (64 + columns))
     step_compute = 2 * block_m * block_n * block_k / (device.tflops(precision) * 1e6 / device.sms) / feed
     l2_rate = 2.5 * device.dram_gbs * 1e3 / device.sms
     step_load = (block_m + block_n) * block_k * itemsize / l2_rate

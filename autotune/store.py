@@ -3,7 +3,7 @@
 A slug is a device (``nvidia_h200``, entries measured there) or a target (``sm_90``, entries ranked without a GPU).
 One entry per line, sorted, so that a change reads well in a diff::
 
-    {"schema": 1, "kernel": "conv2d", "entries": [
+    {"schema": 1, "kernel": "conv", "entries": [
     {"key": {"pixels": 100352, ...}, "config": {"BLOCK_M": 128, ...}, "source": "model", "version": 1, ...}
     ]}
 
@@ -65,8 +65,10 @@ class Entry:
         """Why the kernel as it is now takes no notice of the entry. Empty if it does."""
         if self.version != tunable.version:
             return f"made for version {self.version} of the kernel, which is at {tunable.version}"
-        if tunable.configs and self.config.keys() != tunable.configs[0].keys():
-            return f"its parameters are {', '.join(self.config)}, the kernel has {', '.join(tunable.configs[0])}"
+        declared = {tuple(config) for config in tunable.configs}  # a kernel for two layouts has two kinds of tiles
+        if declared and not any(self.config.keys() == set(names) for names in declared):
+            wanted = " or ".join(", ".join(names) for names in sorted(declared))
+            return f"its parameters are {', '.join(self.config)}, the kernel has {wanted}"
         return ""
 
     def to_json(self) -> dict[str, Any]:

@@ -128,7 +128,7 @@ def strides(t: torch.Tensor) -> list[int]:
 
 
 def layout_strides(t: torch.Tensor, channels: int | None = None) -> tuple[int, bool, list[int]]:
-    """How a kernel reads a [N, C, H, W] tensor in place.
+    """How a kernel reads a [N, C, D, H, W] tensor in place; missing dimensions in front of the last have stride 0.
 
     Args:
         channels: length of the runs of channels that a program starts at (one group's); default: all.
@@ -137,8 +137,9 @@ def layout_strides(t: torch.Tensor, channels: int | None = None) -> tuple[int, b
         ``(vec, unit_c, strides)``. With ``unit_c`` neighbouring channels are neighbours in memory, every run of them
         starts on a multiple of ``vec`` elements (at most 16 bytes), and ``strides`` count units of ``vec``.
     """
-    raw = strides(t)
-    if t.shape[1] != 1 and raw[1] != 1:
+    image, channel, *space = strides(t)
+    raw = [image, channel, *(0 for _ in range(3 - len(space))), *space]
+    if t.shape[1] != 1 and channel != 1:
         return 1, False, raw
-    vec = unit_divisor(16 // t.dtype.itemsize, channels or t.shape[1], raw[0], raw[2], raw[3])
+    vec = unit_divisor(16 // t.dtype.itemsize, channels or t.shape[1], image, *space)
     return vec, True, [stride // vec for stride in raw]

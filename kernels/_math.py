@@ -141,20 +141,25 @@ def grouped_tile(pid, tiles_m, tiles_n, GROUP_M: tl.constexpr):
 
 
 @triton.jit
-def pixel(index, P, Q):
-    """Splits a flat pixel index into image, row and column of a [N, P, Q] grid."""
-    image = index // (P * Q)
+def position(index, Z, P, Q, RANK: tl.constexpr):
+    """Splits a flat index into image, depth, row and column of a [N, Z, P, Q] grid. Below rank 3 depth is 0, and the
+    compiler knows it."""
+    plane = index // (P * Q)
     rest = index % (P * Q)
-    return image, rest // Q, rest % Q
+    if RANK == 3:
+        return plane // Z, plane % Z, rest // Q, rest % Q
+    else:
+        return plane, tl.zeros_like(plane), rest // Q, rest % Q
 
 
 @triton.jit
 def tile_offsets(
-    n, i, j, c, stride_n, stride_c, stride_h, stride_w, VEC: tl.constexpr, UNIT_C: tl.constexpr
+    n, z, p, q, c, stride_n, stride_c, stride_z, stride_p, stride_q, VEC: tl.constexpr, UNIT_C: tl.constexpr
 ):  # fmt: skip
-    """Offsets [pixels (n, i, j), channels c] in a [N, C, H, W] tensor. With UNIT_C neighbouring channels are
+    """Offsets [positions (n, z, p, q), channels c] in a [N, C, Z, P, Q] tensor. With UNIT_C neighbouring channels are
     neighbours in memory and strides count units of VEC elements, so the compiler sees aligned runs of channels."""
-    row = (n.to(tl.int64) * stride_n + i.to(tl.int64) * stride_h + j.to(tl.int64) * stride_w) * VEC
+    row = n.to(tl.int64) * stride_n + z.to(tl.int64) * stride_z + p.to(tl.int64) * stride_p + q.to(tl.int64) * stride_q
+    row = row * VEC
     if UNIT_C:
         return row[:, None] + c[None, :]
     else:

@@ -1,26 +1,30 @@
-r"""Dense and grouped 2-d convolution as implicit matrix products: forward, input gradient, weight gradient.
+r"""Convolution of 1, 2 and 3 dimensions as implicit matrix products: forward, transpose, weight gradient.
 
-    y[n,k,p,q] = act(scale[k] * sum_{c,r,s} x[n, c, p*STRIDE_H - PAD_H + r*DIL_H, q*STRIDE_W - PAD_W + s*DIL_W]
-                                            * w[k,c,r,s]  + bias[k] + residual[n,k,p,q])
+    y[n,k,z,p,q] = act(scale[k] * sum_{c,t,r,s} x[n, c, z*STRIDE_D - PAD_D + t*DIL_D, p*STRIDE_H - PAD_H + r*DIL_H,
+                                                  q*STRIDE_W - PAD_W + s*DIL_W] * w[k,c,t,r,s]
+                       + bias[k] + residual[n,k,z,p,q])
 
-Letters are the literature's: N images, C input and K output channels *of one group*, H x W input, R x S window,
-P x Q output. All sums are in fp32; results are rounded once.
+Letters are the literature's: N images, C input and K output channels *of one group*, D x H x W input, T x R x S window,
+Z x P x Q output. Dimensions that a lower rank lacks have size 1. All sums are in fp32; results are rounded once.
+
+The transpose maps y's side to x's: it is the gradient of the input, and with the epilogue on top the transposed
+convolution. The gradients of either are the three passes again.
 
 Each pass is one tiled matrix product whose left operand is gathered from the tensor, never materialised:
 
-    pass             rows                   columns        reduction      left operand      right operand
-    forward          N*P*Q output pixels    K              R*S*C          x, per window tap w
-    input gradient   input pixels           C              taps*K         g, per window tap w, transposed
-    weight gradient  K                      R*S*C          N*P*Q pixels   g, transposed     x, per window tap
+    pass             rows                    columns        reduction       left operand      right operand
+    forward          N*Z*P*Q output pixels   K              T*R*S*C         x, per window tap w
+    transpose        N*D*H*W input pixels    C              taps*K          g, per window tap w, transposed
+    weight gradient  K                       T*R*S*C        N*Z*P*Q pixels  g, transposed     x, per window tap
 
-Tensors lie channels last here (the launchers re-lay what does not), weights as [K*GROUPS, R, S, C].
+Tensors lie channels last here (the launchers re-lay what does not), weights as [K*GROUPS, T, R, S, C].
 
 Bytes. What must come from memory once is |x| + |w| + |y|. What the load and store instructions move, with T_m, T_n
-tiles of rows and columns and e bytes an element, is
+tiles of rows and columns, TAPS = T*R*S and e bytes an element, is
 
-    forward          T_n * N*P*Q*R*S*C*e + T_m * K*R*S*C*e + N*P*Q*K*e    (per group; taps outside load nothing)
-    input gradient   T_n * N*P*Q*R*S*K*e + T_m * K*R*S*C*e + N*H*W*C*e    (T_m, per parity class with its taps)
-    weight gradient  T_m * N*P*Q*R*S*C*e + T_n * N*P*Q*K*e + R*S*C*K*e
+    forward          T_n * N*Z*P*Q*TAPS*C*e + T_m * K*TAPS*C*e + N*Z*P*Q*K*e    (per group; taps outside load nothing)
+    transpose        T_n * N*Z*P*Q*TAPS*K*e + T_m * K*TAPS*C*e + N*D*H*W*C*e    (T_m, per parity class with its taps)
+    weight gradient  T_m * N*Z*P*Q*TAPS*C*e + T_n * N*Z*P*Q*K*e + TAPS*C*K*e    (C and K of MERGED groups together)
     split s > 1      + 8 * s * (size of the output) for the fp32 partial sums, written and read once
 
 Strides of a channels-last tensor come in units of its VEC elements (the widest load that all of them allow), and the
@@ -33,7 +37,8 @@ Everything is deterministic: a split reduction writes partial sums that a second
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -43,16 +48,44 @@ from ..autotune import cost
 from ..autotune.config import Config, Estimate, Tunable, register
 from ..autotune.device import DeviceSpec
 from ._launch import Launch, launch, layout_strides, strides
-from ._math import activate, activation_grad, column_sum, dot, grouped_tile, narrow, pixel, tile_offsets
+from ._math import activate, activation_grad, column_sum, dot, grouped_tile, narrow, position, tile_offsets
 
-SIZES = ["M", "N", "H", "W", "P", "Q", "splits"]
+SIZES = ["M", "N", "D", "H", "W", "Z", "P", "Q", "splits"]
+X_STRIDES = ["stride_xn", "stride_xc", "stride_xd", "stride_xh", "stride_xw"]
+Y_STRIDES = ["stride_yn", "stride_yk", "stride_yz", "stride_yp", "stride_yq"]
+S_STRIDES = ["stride_sn", "stride_sk", "stride_sz", "stride_sp", "stride_sq"]
+G_STRIDES = ["stride_gn", "stride_gz", "stride_gp", "stride_gq"]
 
 
 # --- forward ---------------------------------------------------------------------------------------------------------
 
 
 @triton.jit
-def _epilogue(
+def tap_shift(
+    tap, R: tl.constexpr, S: tl.constexpr, DIL_D: tl.constexpr, DIL_H: tl.constexpr, DIL_W: tl.constexpr,
+    RANK: tl.constexpr,
+):  # fmt: skip
+    """How far window tap ``tap`` lies from the window's corner, in depth, rows and columns."""
+    if RANK == 3:
+        return tap // (R * S) * DIL_D, tap // S % R * DIL_H, tap % S * DIL_W
+    else:
+        return tap * 0, tap // S * DIL_H, tap % S * DIL_W
+
+
+@triton.jit
+def inside(mask, d, h, w, D, H, W, PAD_D: tl.constexpr, PAD_H: tl.constexpr, PAD_W: tl.constexpr):
+    """``mask`` where (d, h, w) lies in the image. Only padding lets a window look outside."""
+    if PAD_D > 0:
+        mask &= (d >= 0) & (d < D)
+    if PAD_H > 0:
+        mask &= (h >= 0) & (h < H)
+    if PAD_W > 0:
+        mask &= (w >= 0) & (w < W)
+    return mask
+
+
+@triton.jit
+def epilogue(
     acc, k, y_off, mask, scale_ptr, bias_ptr, residual_ptr, y_ptr, z_ptr, mask_k, ACTIVATION: tl.constexpr
 ):  # fmt: skip
     """``act(scale * acc + bias + residual)`` in fp32, stored at ``y_off``; keeps the activation's input in z."""
@@ -67,25 +100,27 @@ def _epilogue(
     tl.store(y_ptr + y_off, narrow(activate(acc, ACTIVATION), y_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=[*SIZES, "stride_xn", "stride_xh", "stride_xw",
-                               "stride_yn", "stride_yk", "stride_yp", "stride_yq"])  # fmt: skip
-def _conv2d_kernel(
+@triton.jit(do_not_specialize=[*SIZES, *X_STRIDES, *Y_STRIDES])
+def _conv_kernel(
     x_ptr, w_ptr, scale_ptr, bias_ptr, residual_ptr, y_ptr, z_ptr, partial_ptr,
-    M, H, W, P, Q, splits,
-    stride_xn: tl.int64, stride_xh: tl.int64, stride_xw: tl.int64,
-    stride_yn: tl.int64, stride_yk: tl.int64, stride_yp: tl.int64, stride_yq: tl.int64,
-    C: tl.constexpr, K: tl.constexpr, R: tl.constexpr, S: tl.constexpr, GROUPS: tl.constexpr,
-    STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr, PAD_H: tl.constexpr, PAD_W: tl.constexpr,
-    DIL_H: tl.constexpr, DIL_W: tl.constexpr,
+    M, D, H, W, Z, P, Q, splits,
+    stride_xn: tl.int64, stride_xd: tl.int64, stride_xh: tl.int64, stride_xw: tl.int64,
+    stride_yn: tl.int64, stride_yk: tl.int64, stride_yz: tl.int64, stride_yp: tl.int64, stride_yq: tl.int64,
+    C: tl.constexpr, TAIL: tl.constexpr, K: tl.constexpr, R: tl.constexpr, S: tl.constexpr, TAPS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    STRIDE_D: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
+    PAD_D: tl.constexpr, PAD_H: tl.constexpr, PAD_W: tl.constexpr,
+    DIL_D: tl.constexpr, DIL_H: tl.constexpr, DIL_W: tl.constexpr, RANK: tl.constexpr,
     X_VEC: tl.constexpr, Y_VEC: tl.constexpr, Y_UNIT_C: tl.constexpr,
-    ACTIVATION: tl.constexpr, PRECISION: tl.constexpr,
+    ACTIVATION: tl.constexpr, PRECISION: tl.constexpr, SWAP: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
+    """With SWAP the filters are the rows of the product and the pixels its columns: one instruction of the tensor cores
+    multiplies 64 rows, so 64 filters by 256 pixels reads less shared memory than 256 pixels by 64 filters."""
     # A reduction tile lies in one tap when BLOCK_K divides C; otherwise every element finds its own tap.
     ONE_TAP: tl.constexpr = C % BLOCK_K == 0
-    STEPS: tl.constexpr = (R * S * C + BLOCK_K - 1) // BLOCK_K
+    STEPS: tl.constexpr = (TAPS * C + BLOCK_K - 1) // BLOCK_K
     TILES_N: tl.constexpr = (K + BLOCK_N - 1) // BLOCK_N
-    PADDED: tl.constexpr = PAD_H > 0 or PAD_W > 0
 
     pid = tl.program_id(0)
     tiles_m = tl.cdiv(M, BLOCK_M)
@@ -99,45 +134,47 @@ def _conv2d_kernel(
     offs_k = tl.arange(0, BLOCK_K)
     mask_m = offs_m < M
     mask_n = offs_n < K
-    n, p, q = pixel(offs_m, P, Q)
+    n, z, p, q = position(offs_m, Z, P, Q, RANK)
+    d0 = z * STRIDE_D - PAD_D
     h0 = p * STRIDE_H - PAD_H
     w0 = q * STRIDE_W - PAD_W
-    row = n.to(tl.int64) * stride_xn + h0.to(tl.int64) * stride_xh + w0.to(tl.int64) * stride_xw
+    row = n.to(tl.int64) * stride_xn + d0.to(tl.int64) * stride_xd
+    row += h0.to(tl.int64) * stride_xh + w0.to(tl.int64) * stride_xw
     row = (row + group * (C // X_VEC)) * X_VEC
-    w_row = (group * K + offs_n) * (R * S * C)
+    w_row = (group * K + offs_n) * (TAPS * C)
 
     per_split = tl.cdiv(STEPS, splits)
     first = split * per_split
     last = tl.minimum(first + per_split, STEPS)
-    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    if SWAP:
+        acc = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
+    else:
+        acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     for step in range(first, last):
         k = step * BLOCK_K + offs_k
         if ONE_TAP:
-            tap = step // (C // BLOCK_K)
-            r = tap // S * DIL_H
-            s = tap % S * DIL_W
-            mask_x = mask_m
-            if PADDED:
-                mask_x &= (h0 + r >= 0) & (h0 + r < H) & (w0 + s >= 0) & (w0 + s < W)
-            x_row = row + (r * stride_xh + s * stride_xw) * X_VEC
+            t, r, s = tap_shift(step // (C // BLOCK_K), R, S, DIL_D, DIL_H, DIL_W, RANK)
+            mask_x = inside(mask_m, d0 + t, h0 + r, w0 + s, D, H, W, PAD_D, PAD_H, PAD_W)
+            x_row = row + (t * stride_xd + r * stride_xh + s * stride_xw) * X_VEC
             x_off = x_row[:, None] + (step % (C // BLOCK_K) * BLOCK_K + offs_k)[None, :]
             x = tl.load(x_ptr + x_off, mask=mask_x[:, None], other=0.0)  # [BLOCK_M, BLOCK_K]
             w = tl.load(w_ptr + w_row[None, :] + k[:, None], mask=mask_n[None, :], other=0.0)  # [BLOCK_K, BLOCK_N]
         else:
-            tap = k // C
-            r = tap // S * DIL_H
-            s = tap % S * DIL_W
-            mask_k = k < R * S * C
-            mask_x = mask_m[:, None] & mask_k[None, :]
-            if PADDED:
-                h = h0[:, None] + r[None, :]
-                mask_x &= (h >= 0) & (h < H)
-                col = w0[:, None] + s[None, :]
-                mask_x &= (col >= 0) & (col < W)
-            tap_off = (r * stride_xh + s * stride_xw) * X_VEC + k % C
+            t, r, s = tap_shift(k // C, R, S, DIL_D, DIL_H, DIL_W, RANK)
+            mask_k = k < TAPS * C
+            d, h, col = d0[:, None] + t[None, :], h0[:, None] + r[None, :], w0[:, None] + s[None, :]
+            mask_x = inside(mask_m[:, None] & mask_k[None, :], d, h, col, D, H, W, PAD_D, PAD_H, PAD_W)
+            tap_off = (t * stride_xd + r * stride_xh + s * stride_xw) * X_VEC + k % C
             x = tl.load(x_ptr + row[:, None] + tap_off[None, :], mask=mask_x, other=0.0)
             w = tl.load(w_ptr + w_row[None, :] + k[:, None], mask=mask_n[None, :] & mask_k[:, None], other=0.0)
-        acc = dot(x, w, acc, PRECISION)
+        if TAIL > 0:  # of a neighbour, so not even its infinities may count; masked, it would be loaded in halves
+            x = tl.where((k % C < C - TAIL)[None, :], x, 0.0)
+        if SWAP:
+            acc = dot(tl.trans(w), tl.trans(x), acc, PRECISION)
+        else:
+            acc = dot(x, w, acc, PRECISION)
+    if SWAP:
+        acc = tl.trans(acc)
 
     channel = group * K + offs_n
     mask = mask_m[:, None] & mask_n[None, :]
@@ -145,16 +182,18 @@ def _conv2d_kernel(
         row_off = (split.to(tl.int64) * M + offs_m) * (K * GROUPS)
         tl.store(partial_ptr + row_off[:, None] + channel[None, :], acc, mask=mask)
     else:
-        y_off = tile_offsets(n, p, q, channel, stride_yn, stride_yk, stride_yp, stride_yq, Y_VEC, Y_UNIT_C)
-        _epilogue(acc, channel, y_off, mask, scale_ptr, bias_ptr, residual_ptr, y_ptr, z_ptr, mask_n, ACTIVATION)
+        y_off = tile_offsets(
+            n, z, p, q, channel, stride_yn, stride_yk, stride_yz, stride_yp, stride_yq, Y_VEC, Y_UNIT_C
+        )  # fmt: skip
+        epilogue(acc, channel, y_off, mask, scale_ptr, bias_ptr, residual_ptr, y_ptr, z_ptr, mask_n, ACTIVATION)
 
 
-@triton.jit(do_not_specialize=[*SIZES, "stride_yn", "stride_yk", "stride_yp", "stride_yq"])
-def _conv2d_reduce_kernel(
+@triton.jit(do_not_specialize=[*SIZES, *Y_STRIDES])
+def _reduce_kernel(
     partial_ptr, scale_ptr, bias_ptr, residual_ptr, y_ptr, z_ptr,
-    M, P, Q, splits,
-    stride_yn: tl.int64, stride_yk: tl.int64, stride_yp: tl.int64, stride_yq: tl.int64,
-    K: tl.constexpr, Y_VEC: tl.constexpr, Y_UNIT_C: tl.constexpr, ACTIVATION: tl.constexpr,
+    M, Z, P, Q, splits,
+    stride_yn: tl.int64, stride_yk: tl.int64, stride_yz: tl.int64, stride_yp: tl.int64, stride_yq: tl.int64,
+    K: tl.constexpr, RANK: tl.constexpr, Y_VEC: tl.constexpr, Y_UNIT_C: tl.constexpr, ACTIVATION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Adds the partial sums [splits, M, K] in order and runs the epilogue; K counts all groups."""
@@ -167,12 +206,12 @@ def _conv2d_reduce_kernel(
     for split in range(0, splits):
         row_off = (offs_m + tl.cast(split, tl.int64) * M) * K
         acc += tl.load(partial_ptr + row_off[:, None] + offs_n[None, :], mask=mask, other=0.0)
-    n, p, q = pixel(offs_m, P, Q)
-    y_off = tile_offsets(n, p, q, offs_n, stride_yn, stride_yk, stride_yp, stride_yq, Y_VEC, Y_UNIT_C)
-    _epilogue(acc, offs_n, y_off, mask, scale_ptr, bias_ptr, residual_ptr, y_ptr, z_ptr, mask_n, ACTIVATION)
+    n, z, p, q = position(offs_m, Z, P, Q, RANK)
+    y_off = tile_offsets(n, z, p, q, offs_n, stride_yn, stride_yk, stride_yz, stride_yp, stride_yq, Y_VEC, Y_UNIT_C)
+    epilogue(acc, offs_n, y_off, mask, scale_ptr, bias_ptr, residual_ptr, y_ptr, z_ptr, mask_n, ACTIVATION)
 
 
-# --- gradients -------------------------------------------------------------------------------------------------------
+# --- transpose: the input gradient, and the transposed convolution ---------------------------------------------------
 
 
 @triton.jit
@@ -185,70 +224,95 @@ def _first_tap(position, STRIDE: tl.constexpr, DIL: tl.constexpr, STEP: tl.const
     return tl.minimum(first, TAPS)
 
 
-@triton.jit(do_not_specialize=[*SIZES, "stride_gn", "stride_gp", "stride_gq",
-                               "stride_xn", "stride_xc", "stride_xh", "stride_xw"])  # fmt: skip
-def _conv2d_input_grad_kernel(
-    g_ptr, w_ptr, dx_ptr,
-    N, H, W, P, Q,
-    stride_gn: tl.int64, stride_gp: tl.int64, stride_gq: tl.int64,
-    stride_xn: tl.int64, stride_xc: tl.int64, stride_xh: tl.int64, stride_xw: tl.int64,
-    C: tl.constexpr, K: tl.constexpr, R: tl.constexpr, S: tl.constexpr, GROUPS: tl.constexpr,
-    STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr, PAD_H: tl.constexpr, PAD_W: tl.constexpr,
-    DIL_H: tl.constexpr, DIL_W: tl.constexpr,
-    STEP_H: tl.constexpr, STEP_W: tl.constexpr,  # taps of one parity class lie STEP apart: STRIDE / gcd(STRIDE, DIL)
-    STRIDE_WK: tl.constexpr, STRIDE_WT: tl.constexpr, STRIDE_WC: tl.constexpr,  # of the weights: channel, tap, channel
-    G_VEC: tl.constexpr, X_VEC: tl.constexpr, X_UNIT_C: tl.constexpr, PRECISION: tl.constexpr,
+@triton.jit(do_not_specialize=[*SIZES, *G_STRIDES, *X_STRIDES])
+def _conv_transpose_kernel(
+    g_ptr, w_ptr, scale_ptr, bias_ptr, residual_ptr, x_ptr, z_ptr, partial_ptr,
+    N, D, H, W, Z, P, Q, splits,
+    stride_gn: tl.int64, stride_gz: tl.int64, stride_gp: tl.int64, stride_gq: tl.int64,
+    stride_xn: tl.int64, stride_xc: tl.int64, stride_xd: tl.int64, stride_xh: tl.int64, stride_xw: tl.int64,
+    C: tl.constexpr, K: tl.constexpr, T: tl.constexpr, R: tl.constexpr, S: tl.constexpr, GROUPS: tl.constexpr,
+    STRIDE_D: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
+    PAD_D: tl.constexpr, PAD_H: tl.constexpr, PAD_W: tl.constexpr,
+    DIL_D: tl.constexpr, DIL_H: tl.constexpr, DIL_W: tl.constexpr, RANK: tl.constexpr,
+    # Taps of one parity class lie STEP apart: STRIDE / gcd(STRIDE, DIL).
+    STEP_D: tl.constexpr, STEP_H: tl.constexpr, STEP_W: tl.constexpr,
+    STRIDE_WK: tl.constexpr, STRIDE_WT: tl.constexpr, STRIDE_WC: tl.constexpr,  # of one group's weights
+    G_VEC: tl.constexpr, X_VEC: tl.constexpr, X_UNIT_C: tl.constexpr,
+    ACTIVATION: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
-    """A strided window touches an input pixel only with taps of its parity, so each of the STRIDE_H * STRIDE_W
-    classes of pixels is a product of its own with just those taps: no zeros are inserted and none multiplied."""
+    """A strided window touches an input pixel only with taps of its parity, so each of the STRIDE_D * STRIDE_H *
+    STRIDE_W classes of pixels is a product of its own with just those taps: no zeros are inserted and none multiplied.
+    """
     TILES_N: tl.constexpr = (C + BLOCK_N - 1) // BLOCK_N
     CHUNKS: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
+    PARITIES: tl.constexpr = STRIDE_D * STRIDE_H * STRIDE_W
 
     pid = tl.program_id(0)
-    tiles_m = tl.cdiv(N * tl.cdiv(H, STRIDE_H) * tl.cdiv(W, STRIDE_W), BLOCK_M)
+    tiles_m = tl.cdiv(N * tl.cdiv(D, STRIDE_D) * tl.cdiv(H, STRIDE_H) * tl.cdiv(W, STRIDE_W), BLOCK_M)
     tiles = tiles_m * TILES_N
     group = pid // tiles % GROUPS
-    parity = pid // tiles // GROUPS
+    parity = pid // tiles // GROUPS % PARITIES
+    split = pid // tiles // GROUPS // PARITIES
     pid_m, pid_n = grouped_tile(pid % tiles, tiles_m, TILES_N, GROUP_M)
-    parity_h = parity // STRIDE_W
+    parity_d = parity // (STRIDE_H * STRIDE_W)
+    parity_h = parity // STRIDE_W % STRIDE_H
     parity_w = parity % STRIDE_W
+    planes = (D - parity_d + STRIDE_D - 1) // STRIDE_D
     rows = (H - parity_h + STRIDE_H - 1) // STRIDE_H
     cols = (W - parity_w + STRIDE_W - 1) // STRIDE_W
 
     offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_k = tl.arange(0, BLOCK_K)
-    mask_m = offs_m < N * rows * cols
+    mask_m = offs_m < N * planes * rows * cols
     mask_n = offs_n < C
-    n, i, j = pixel(offs_m, tl.maximum(rows, 1), tl.maximum(cols, 1))
+    n, l, i, j = position(offs_m, tl.maximum(planes, 1), tl.maximum(rows, 1), tl.maximum(cols, 1), RANK)
+    d = l * STRIDE_D + parity_d
     h = i * STRIDE_H + parity_h
     w_col = j * STRIDE_W + parity_w
 
+    t0 = _first_tap(parity_d + PAD_D, STRIDE_D, DIL_D, STEP_D, T)
     r0 = _first_tap(parity_h + PAD_H, STRIDE_H, DIL_H, STEP_H, R)
     s0 = _first_tap(parity_w + PAD_W, STRIDE_W, DIL_W, STEP_W, S)
+    taps_d = (T - t0 + STEP_D - 1) // STEP_D
     taps_h = (R - r0 + STEP_H - 1) // STEP_H
     taps_w = (S - s0 + STEP_W - 1) // STEP_W
-    # The output row that tap r0 reads; the next tap of the class reads DIL * STEP / STRIDE rows above it.
+    # The output that the first tap reads; the next tap of the class reads DIL * STEP / STRIDE before it.
+    z0 = (d + PAD_D - t0 * DIL_D) // STRIDE_D
     p0 = (h + PAD_H - r0 * DIL_H) // STRIDE_H
     q0 = (w_col + PAD_W - s0 * DIL_W) // STRIDE_W
+    BACK_Z: tl.constexpr = DIL_D * STEP_D // STRIDE_D
     BACK_P: tl.constexpr = DIL_H * STEP_H // STRIDE_H
     BACK_Q: tl.constexpr = DIL_W * STEP_W // STRIDE_W
-    row = n.to(tl.int64) * stride_gn + p0.to(tl.int64) * stride_gp + q0.to(tl.int64) * stride_gq
+    row = n.to(tl.int64) * stride_gn + z0.to(tl.int64) * stride_gz
+    row += p0.to(tl.int64) * stride_gp + q0.to(tl.int64) * stride_gq
     row = (row + group * (K // G_VEC)) * G_VEC
 
+    steps = taps_d * taps_h * taps_w * CHUNKS
+    per_split = tl.cdiv(steps, splits)
+    first = split * per_split
+    last = tl.minimum(first + per_split, steps)
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    for step in range(0, taps_h * taps_w * CHUNKS):
+    for step in range(first, last):
         tap_h = step // CHUNKS // taps_w
+        tap_d = tap_h * 0
+        if RANK == 3:
+            tap_d = tap_h // taps_h
+            tap_h = tap_h % taps_h
         tap_w = step // CHUNKS % taps_w
         k = step % CHUNKS * BLOCK_K + offs_k
         mask_k = k < K
         p = p0 - tap_h * BACK_P
         q = q0 - tap_w * BACK_Q
         mask_g = mask_m & (p >= 0) & (p < P) & (q >= 0) & (q < Q)
-        g_off = row - (tap_h * BACK_P * stride_gp + tap_w * BACK_Q * stride_gq) * G_VEC
-        tap = (r0 + tap_h * STEP_H) * S + s0 + tap_w * STEP_W
-        w_off = ((group * K + k) * STRIDE_WK)[:, None] + (tap * STRIDE_WT + offs_n * STRIDE_WC)[None, :]
+        if RANK == 3:
+            z = z0 - tap_d * BACK_Z
+            mask_g &= (z >= 0) & (z < Z)
+        back = tap_d * BACK_Z * stride_gz + tap_h * BACK_P * stride_gp + tap_w * BACK_Q * stride_gq
+        g_off = row - back * G_VEC
+        tap = ((t0 + tap_d * STEP_D) * R + r0 + tap_h * STEP_H) * S + s0 + tap_w * STEP_W
+        w_off = (group * K * T * R * S * C + k * STRIDE_WK)[:, None] + (tap * STRIDE_WT + offs_n * STRIDE_WC)[None, :]
         if K % BLOCK_K == 0:
             g = tl.load(g_ptr + g_off[:, None] + k[None, :], mask=mask_g[:, None], other=0.0)  # [BLOCK_M, BLOCK_K]
             w = tl.load(w_ptr + w_off, mask=mask_n[None, :], other=0.0)  # [BLOCK_K, BLOCK_N]
@@ -257,28 +321,45 @@ def _conv2d_input_grad_kernel(
             w = tl.load(w_ptr + w_off, mask=mask_n[None, :] & mask_k[:, None], other=0.0)
         acc = dot(g, w, acc, PRECISION)
 
-    x_off = tile_offsets(n, h, w_col, group * C + offs_n, stride_xn, stride_xc, stride_xh, stride_xw, X_VEC, X_UNIT_C)
-    tl.store(dx_ptr + x_off, narrow(acc, dx_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_n[None, :])
+    channel = group * C + offs_n
+    mask = mask_m[:, None] & mask_n[None, :]
+    if partial_ptr is not None:
+        pixel = ((n.to(tl.int64) * D + d) * H + h) * W + w_col
+        row_off = (split.to(tl.int64) * N * D * H * W + pixel) * (C * GROUPS)
+        tl.store(partial_ptr + row_off[:, None] + channel[None, :], acc, mask=mask)
+    else:
+        x_off = tile_offsets(
+            n, d, h, w_col, channel, stride_xn, stride_xc, stride_xd, stride_xh, stride_xw, X_VEC, X_UNIT_C
+        )  # fmt: skip
+        epilogue(acc, channel, x_off, mask, scale_ptr, bias_ptr, residual_ptr, x_ptr, z_ptr, mask_n, ACTIVATION)
 
 
-@triton.jit(do_not_specialize=[*SIZES, "stride_xn", "stride_xh", "stride_xw", "stride_gn", "stride_gp", "stride_gq"])
-def _conv2d_weight_grad_kernel(
+# --- weight gradient -------------------------------------------------------------------------------------------------
+
+
+@triton.jit(do_not_specialize=[*SIZES, *X_STRIDES, *G_STRIDES])
+def _conv_weight_grad_kernel(
     x_ptr, g_ptr, dw_ptr,
-    M, H, W, P, Q, splits,
-    stride_xn: tl.int64, stride_xh: tl.int64, stride_xw: tl.int64,
-    stride_gn: tl.int64, stride_gp: tl.int64, stride_gq: tl.int64,
-    C: tl.constexpr, K: tl.constexpr, R: tl.constexpr, S: tl.constexpr, GROUPS: tl.constexpr,
-    STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr, PAD_H: tl.constexpr, PAD_W: tl.constexpr,
-    DIL_H: tl.constexpr, DIL_W: tl.constexpr,
-    STRIDE_WT: tl.constexpr, STRIDE_WC: tl.constexpr,  # of dw: tap, channel; a row has R * S * C elements
+    M, D, H, W, Z, P, Q, splits,
+    stride_xn: tl.int64, stride_xd: tl.int64, stride_xh: tl.int64, stride_xw: tl.int64,
+    stride_gn: tl.int64, stride_gz: tl.int64, stride_gp: tl.int64, stride_gq: tl.int64,
+    C: tl.constexpr, K: tl.constexpr, R: tl.constexpr, S: tl.constexpr, TAPS: tl.constexpr, GROUPS: tl.constexpr,
+    MERGED: tl.constexpr,
+    STRIDE_D: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
+    PAD_D: tl.constexpr, PAD_H: tl.constexpr, PAD_W: tl.constexpr,
+    DIL_D: tl.constexpr, DIL_H: tl.constexpr, DIL_W: tl.constexpr, RANK: tl.constexpr,
+    STRIDE_WT: tl.constexpr, STRIDE_WC: tl.constexpr,  # of dw: tap, channel; a row has TAPS * C / MERGED elements
     X_VEC: tl.constexpr, G_VEC: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """dw [K * GROUPS, R*S*C], or with splits > 1 the fp32 partial sums [splits, K * GROUPS, R*S*C]."""
+    """dw [K * GROUPS, TAPS*C], or with splits > 1 the fp32 partial sums [splits, K * GROUPS, TAPS*C].
+
+    MERGED narrow groups make one product, so C, K and GROUPS count merged ones. Each element of the product is a sum of
+    its own, so those between different groups are just not stored.
+    """
     ONE_TAP: tl.constexpr = C % BLOCK_N == 0
     TILES_M: tl.constexpr = (K + BLOCK_M - 1) // BLOCK_M
-    TILES_N: tl.constexpr = (R * S * C + BLOCK_N - 1) // BLOCK_N
-    PADDED: tl.constexpr = PAD_H > 0 or PAD_W > 0
+    TILES_N: tl.constexpr = (TAPS * C + BLOCK_N - 1) // BLOCK_N
 
     # Programs that read the same pixels run side by side: tiles of one split are neighbours.
     pid = tl.program_id(0)
@@ -290,18 +371,15 @@ def _conv2d_weight_grad_kernel(
     offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_m = offs_m < K
-    mask_n = offs_n < R * S * C
+    mask_n = offs_n < TAPS * C
     if ONE_TAP:
         tap = pid_n // (C // BLOCK_N)
-        r = tap // S * DIL_H
-        s = tap % S * DIL_W
-        c0 = pid_n % (C // BLOCK_N) * BLOCK_N
-        c_off = (group * (C // X_VEC)) * X_VEC + c0 + tl.arange(0, BLOCK_N)
+        c = pid_n % (C // BLOCK_N) * BLOCK_N + tl.arange(0, BLOCK_N)
     else:
         tap = offs_n // C
-        r = tap // S * DIL_H
-        s = tap % S * DIL_W
-        c_off = offs_n % C + (group * (C // X_VEC)) * X_VEC
+        c = offs_n % C
+    t, r, s = tap_shift(tap, R, S, DIL_D, DIL_H, DIL_W, RANK)
+    c_off = group * (C // X_VEC) * X_VEC + c
 
     steps = tl.cdiv(M, BLOCK_K)
     per_split = tl.cdiv(steps, splits)
@@ -311,37 +389,35 @@ def _conv2d_weight_grad_kernel(
     for step in range(first, last):
         offs_p = step * BLOCK_K + tl.arange(0, BLOCK_K)
         mask_p = offs_p < M
-        n, p, q = pixel(offs_p, P, Q)
-        g_row = n.to(tl.int64) * stride_gn + p.to(tl.int64) * stride_gp + q.to(tl.int64) * stride_gq
+        n, z, p, q = position(offs_p, Z, P, Q, RANK)
+        g_row = n.to(tl.int64) * stride_gn + z.to(tl.int64) * stride_gz
+        g_row += p.to(tl.int64) * stride_gp + q.to(tl.int64) * stride_gq
         g_off = ((g_row + group * (K // G_VEC)) * G_VEC)[:, None] + offs_m[None, :]
         g = tl.load(g_ptr + g_off, mask=mask_p[:, None] & mask_m[None, :], other=0.0)  # [BLOCK_K, BLOCK_M]
+        d0 = z * STRIDE_D - PAD_D
         h0 = p * STRIDE_H - PAD_H
         w0 = q * STRIDE_W - PAD_W
         if ONE_TAP:
-            mask_x = mask_p
-            if PADDED:
-                mask_x &= (h0 + r >= 0) & (h0 + r < H) & (w0 + s >= 0) & (w0 + s < W)
-            x_row = n.to(tl.int64) * stride_xn + (h0 + r).to(tl.int64) * stride_xh + (w0 + s).to(tl.int64) * stride_xw
+            mask_x = inside(mask_p, d0 + t, h0 + r, w0 + s, D, H, W, PAD_D, PAD_H, PAD_W)
+            x_row = n.to(tl.int64) * stride_xn + (d0 + t).to(tl.int64) * stride_xd
+            x_row += (h0 + r).to(tl.int64) * stride_xh + (w0 + s).to(tl.int64) * stride_xw
             x_off = (x_row * X_VEC)[:, None] + c_off[None, :]
             x = tl.load(x_ptr + x_off, mask=mask_x[:, None], other=0.0)  # [BLOCK_K, BLOCK_N]
         else:
-            mask_x = mask_p[:, None] & mask_n[None, :]
-            if PADDED:
-                h = h0[:, None] + r[None, :]
-                mask_x &= (h >= 0) & (h < H)
-                col = w0[:, None] + s[None, :]
-                mask_x &= (col >= 0) & (col < W)
-            x_row = n.to(tl.int64) * stride_xn + h0.to(tl.int64) * stride_xh + w0.to(tl.int64) * stride_xw
-            x_off = (x_row * X_VEC)[:, None] + ((r * stride_xh + s * stride_xw) * X_VEC + c_off)[None, :]
-            x = tl.load(x_ptr + x_off, mask=mask_x, other=0.0)
+            d, h, col = d0[:, None] + t[None, :], h0[:, None] + r[None, :], w0[:, None] + s[None, :]
+            mask_x = inside(mask_p[:, None] & mask_n[None, :], d, h, col, D, H, W, PAD_D, PAD_H, PAD_W)
+            x_row = n.to(tl.int64) * stride_xn + d0.to(tl.int64) * stride_xd
+            x_row += h0.to(tl.int64) * stride_xh + w0.to(tl.int64) * stride_xw
+            tap_off = (t * stride_xd + r * stride_xh + s * stride_xw) * X_VEC + c_off
+            x = tl.load(x_ptr + (x_row * X_VEC)[:, None] + tap_off[None, :], mask=mask_x, other=0.0)
         acc = dot(tl.trans(g), x, acc, PRECISION)
 
-    if ONE_TAP:
-        column = tap * STRIDE_WT + (c0 + tl.arange(0, BLOCK_N)) * STRIDE_WC
-    else:
-        column = tap * STRIDE_WT + offs_n % C * STRIDE_WC
-    out_row = (split * GROUPS * K + group * K + offs_m).to(tl.int64) * (R * S * C)
+    PER_GROUP: tl.constexpr = C // MERGED
+    column = tap * STRIDE_WT + c % PER_GROUP * STRIDE_WC
+    out_row = (split * GROUPS * K + group * K + offs_m).to(tl.int64) * (TAPS * PER_GROUP)
     mask = mask_m[:, None] & mask_n[None, :]
+    if MERGED > 1:
+        mask &= (offs_m // (K // MERGED))[:, None] == (c // PER_GROUP)[None, :]
     tl.store(dw_ptr + out_row[:, None] + column[None, :], narrow(acc, dw_ptr.dtype.element_ty), mask=mask)
 
 
@@ -356,15 +432,17 @@ def _sum_splits_kernel(partial_ptr, out_ptr, L: tl.int64, splits, BLOCK: tl.cons
     tl.store(out_ptr + offs, narrow(acc, out_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=[*SIZES, "stride_yn", "stride_yk", "stride_yp", "stride_yq",
-                               "stride_zn", "stride_zk", "stride_zp", "stride_zq"])  # fmt: skip
-def _conv2d_epilogue_grad_kernel(
+# --- gradient of the epilogue ----------------------------------------------------------------------------------------
+
+
+@triton.jit(do_not_specialize=[*SIZES, *Y_STRIDES, *S_STRIDES])
+def _epilogue_grad_kernel(
     dy_ptr, saved_ptr, g_ptr, partial_ptr,
-    M, P, Q, splits,
-    stride_yn: tl.int64, stride_yk: tl.int64, stride_yp: tl.int64, stride_yq: tl.int64,
-    stride_zn: tl.int64, stride_zk: tl.int64, stride_zp: tl.int64, stride_zq: tl.int64,
-    K: tl.constexpr, Y_UNIT_C: tl.constexpr, Z_UNIT_C: tl.constexpr, G_CHANNELS_LAST: tl.constexpr,
-    Y_VEC: tl.constexpr, Z_VEC: tl.constexpr,
+    M, Z, P, Q, splits,
+    stride_yn: tl.int64, stride_yk: tl.int64, stride_yz: tl.int64, stride_yp: tl.int64, stride_yq: tl.int64,
+    stride_sn: tl.int64, stride_sk: tl.int64, stride_sz: tl.int64, stride_sp: tl.int64, stride_sq: tl.int64,
+    K: tl.constexpr, RANK: tl.constexpr, Y_UNIT_C: tl.constexpr, S_UNIT_C: tl.constexpr, G_CHANNELS_LAST: tl.constexpr,
+    Y_VEC: tl.constexpr, S_VEC: tl.constexpr,
     ACTIVATION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """g = dy * act'(saved), dense in either layout, and the bias gradient: column sums of g.
@@ -384,19 +462,21 @@ def _conv2d_epilogue_grad_kernel(
     for step in range(first, last):
         offs_m = step * BLOCK_M + tl.arange(0, BLOCK_M)
         mask = (offs_m < M)[:, None] & mask_n[None, :]
-        n, p, q = pixel(offs_m, P, Q)
-        y_off = tile_offsets(n, p, q, offs_n, stride_yn, stride_yk, stride_yp, stride_yq, Y_VEC, Y_UNIT_C)
+        n, z, p, q = position(offs_m, Z, P, Q, RANK)
+        y_off = tile_offsets(n, z, p, q, offs_n, stride_yn, stride_yk, stride_yz, stride_yp, stride_yq, Y_VEC, Y_UNIT_C)
         g = tl.load(dy_ptr + y_off, mask=mask, other=0.0).to(tl.float32)
         if saved_ptr is not None:
-            z_off = tile_offsets(n, p, q, offs_n, stride_zn, stride_zk, stride_zp, stride_zq, Z_VEC, Z_UNIT_C)
-            saved = tl.load(saved_ptr + z_off, mask=mask, other=0.0).to(tl.float32)
+            s_off = tile_offsets(
+                n, z, p, q, offs_n, stride_sn, stride_sk, stride_sz, stride_sp, stride_sq, S_VEC, S_UNIT_C
+            )  # fmt: skip
+            saved = tl.load(saved_ptr + s_off, mask=mask, other=0.0).to(tl.float32)
             g = tl.where(mask, g * activation_grad(saved, ACTIVATION), 0.0)
         if g_ptr is not None:
             if G_CHANNELS_LAST:
                 g_off = (offs_m.to(tl.int64) * K)[:, None] + offs_n[None, :]
             else:
-                image = n.to(tl.int64) * K * P * Q + p * Q + q
-                g_off = image[:, None] + (offs_n.to(tl.int64) * P * Q)[None, :]
+                image = n.to(tl.int64) * K * Z * P * Q + (z * P + p) * Q + q
+                g_off = image[:, None] + (offs_n.to(tl.int64) * Z * P * Q)[None, :]
             tl.store(g_ptr + g_off, narrow(g, g_ptr.dtype.element_ty), mask=mask)
         acc += g
     if partial_ptr is not None:
@@ -405,49 +485,74 @@ def _conv2d_epilogue_grad_kernel(
 
 # --- launchers -------------------------------------------------------------------------------------------------------
 
+Triple = tuple[int, int, int]
+
+
+def triple(values: Sequence[int], missing: int = 1) -> Triple:
+    """Depth, height and width, from one to three of them."""
+    return (*(missing for _ in range(3 - len(values))), *values)  # type: ignore[return-value]
+
 
 class Geometry(NamedTuple):
-    """The window: what the kernels take as constants."""
+    """The window, in depth, height and width: what the kernels take as constants."""
 
-    stride_h: int
-    stride_w: int
-    pad_h: int
-    pad_w: int
-    dil_h: int
-    dil_w: int
+    stride: Triple
+    padding: Triple
+    dilation: Triple
     groups: int
+
+    @classmethod
+    def of(cls, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], groups: int) -> Geometry:
+        return cls(triple(stride), triple(padding, 0), triple(dilation), groups)
+
+    @property
+    def parities(self) -> int:
+        """Classes of input pixels that a window's taps tell apart."""
+        return math.prod(self.stride)
 
     def constants(self) -> dict[str, int]:
         return {
-            "STRIDE_H": self.stride_h,
-            "STRIDE_W": self.stride_w,
-            "PAD_H": self.pad_h,
-            "PAD_W": self.pad_w,
-            "DIL_H": self.dil_h,
-            "DIL_W": self.dil_w,
+            f"{name}_{axis}": value
+            for name, values in (("STRIDE", self.stride), ("PAD", self.padding), ("DIL", self.dilation))
+            for axis, value in zip("DHW", values, strict=True)
         }
 
 
-class Conv2dProblem(NamedTuple):
-    """One convolution; C and K count one group's channels. ``precision`` is "16", "ieee", "tf32" or "tf32x3"."""
+class ConvProblem(NamedTuple):
+    """One convolution, or its transpose; C and K count one group's channels.
 
+    Attributes:
+        rank: 3, or 2 for two dimensions and one.
+        image, window, output: depth, height and width; the transpose goes from ``output`` to ``image``.
+        precision: "16", "ieee", "tf32" or "tf32x3".
+        channels_last: is what the kernel writes laid out so?
+        tail: how many of the C channels, the last, belong to no tap; see :func:`pad_problem`.
+    """
+
+    rank: int
     N: int
     C: int
-    H: int
-    W: int
     K: int
-    R: int
-    S: int
-    P: int
-    Q: int
+    image: Triple
+    window: Triple
+    output: Triple
     geometry: Geometry
     dtype: torch.dtype
     precision: str
     channels_last: bool = True
+    tail: int = 0
+
+    @property
+    def taps(self) -> int:
+        return math.prod(self.window)
 
     @property
     def pixels(self) -> int:
-        return self.N * self.P * self.Q
+        return self.N * math.prod(self.output)
+
+    @property
+    def image_pixels(self) -> int:
+        return self.N * math.prod(self.image)
 
     @property
     def itemsize(self) -> int:
@@ -455,169 +560,271 @@ class Conv2dProblem(NamedTuple):
 
     @property
     def flops(self) -> float:
-        return 2.0 * self.pixels * self.K * self.R * self.S * self.C * self.geometry.groups
+        return 2.0 * self.pixels * self.K * self.taps * self.C * self.geometry.groups
 
     def minimal_bytes(self) -> float:
         """|x| + |w| + |y|: what must cross the memory bus at least once."""
-        g = self.geometry
-        x = self.N * self.H * self.W * self.C * g.groups
-        w = self.K * self.R * self.S * self.C * g.groups
-        return float((x + w + self.pixels * self.K * g.groups) * self.itemsize)
+        elements = self.image_pixels * self.C + self.K * self.taps * self.C + self.pixels * self.K
+        return float(elements * self.geometry.groups * self.itemsize)
+
+    def sizes(self) -> dict[str, int]:
+        return dict(zip("DHWZPQ", (*self.image, *self.output), strict=True))
 
 
 def problem_of(
-    x_shape: tuple[int, ...], w_shape: tuple[int, ...], pq: tuple[int, int], geometry: Geometry,
+    x_shape: Sequence[int], w_shape: Sequence[int], output: Sequence[int], geometry: Geometry,
     dtype: torch.dtype, precision: str, channels_last: bool,
-) -> Conv2dProblem:  # fmt: skip
-    n, _, h, w = x_shape
-    k, c, r, s = w_shape
+) -> ConvProblem:  # fmt: skip
+    n, _, *image = x_shape
+    k, c, *window = w_shape
     precision = precision if dtype == torch.float32 else "16"
-    return Conv2dProblem(n, c, h, w, k // geometry.groups, r, s, *pq, geometry, dtype, precision, channels_last)
+    return ConvProblem(
+        3 if len(image) == 3 else 2, n, c, k // geometry.groups, triple(image), triple(window), triple(output),
+        geometry, dtype, precision, channels_last,
+    )  # fmt: skip
 
 
 def channels_last(t: torch.Tensor) -> torch.Tensor:
     """The tensor itself if neighbouring channels are neighbours in memory, else a channels-last copy."""
-    return t if t.shape[1] == 1 or t.stride(1) == 1 else t.contiguous(memory_format=torch.channels_last)
+    return t if t.shape[1] == 1 or t.stride(1) == 1 else t.movedim(1, -1).contiguous().movedim(-1, 1)
 
 
 def pack_weight(weight: torch.Tensor) -> torch.Tensor:
-    """Weights [K, C, R, S] as dense [K, R, S, C]; a view where they are channels last already."""
-    return weight.permute(0, 2, 3, 1).contiguous()
+    """Weights [K, C, *window] as dense [K, *window, C]; a view where they are channels last already."""
+    return weight.movedim(1, -1).contiguous()
 
 
-def padded_channels(c: int) -> int:
-    """Up to four channels become four, up to eight eight, so that a pixel is one aligned load."""
-    return 4 if c <= 4 else max(c, 8)
+def _reduction_first(p: ConvProblem) -> bool:
+    """Tensor cores take tf32 operands only with the reduction along memory, which for the transpose is K."""
+    return p.precision in ("tf32", "tf32x3")
 
 
-def pad_problem(p: Conv2dProblem) -> Conv2dProblem:
-    """What the kernels that read x solve, forward and weight gradient: without groups a narrow image is padded."""
-    return p._replace(C=padded_channels(p.C)) if p.geometry.groups == 1 else p
+def pack_transposed_weight(p: ConvProblem, weight: torch.Tensor) -> torch.Tensor:
+    """What the transpose reads: [K, *window, C], or for tf32 [C, *window, K] of each group."""
+    if not _reduction_first(p):
+        return pack_weight(weight)
+    return weight.unflatten(0, (p.geometry.groups, p.K)).movedim(1, -1).contiguous()
 
 
-def pad_channels(t: torch.Tensor) -> torch.Tensor:
-    """The channels of :func:`padded_channels`, zeros behind."""
-    c = t.shape[1]
-    padded = padded_channels(c)
-    if c == padded:
-        return t
-    out = t.new_empty(t.shape[0], t.shape[2], t.shape[3], padded).permute(0, 3, 1, 2)
-    out[:, :c].copy_(t)
-    out[:, c:].zero_()
+def _transposed_weight_strides(p: ConvProblem) -> Triple:
+    """Strides (K, tap, C) of :func:`pack_transposed_weight` within a group."""
+    return (1, p.K, p.taps * p.K) if _reduction_first(p) else (p.taps * p.C, p.C, 1)
+
+
+def _unfolds(p: ConvProblem) -> bool:
+    """Is this the convolution of a narrow image, whose window rows are read as channels?"""
+    return p.geometry.groups == 1 and p.C <= 4 and p.window[2] > 1 and p.geometry.dilation[2] == 1
+
+
+def pad_problem(p: ConvProblem) -> ConvProblem:
+    """What the kernels that read x solve, forward and weight gradient: without groups a narrow image is re-laid.
+
+    Up to four channels become four, up to eight eight, so that a pixel is one aligned load. The pixels of a window's
+    row, of four channels each, lie side by side in memory, so they count as the channels of one wide tap, 16 or a
+    multiple of 32; its tail reaches into the pixels behind.
+    """
+    if p.geometry.groups > 1 or p.C >= 8:
+        return p
+    if not _unfolds(p):
+        return p._replace(C=4 if p.C <= 4 else 8)
+    used = 4 * p.window[2]
+    channels = 16 if used <= 16 else -(-used // 32) * 32
+    geometry = p.geometry._replace(
+        stride=(*p.geometry.stride[:2], 1), padding=(*p.geometry.padding[:2], 0)
+    )  # fmt: skip
+    image, window = (*p.image[:2], p.output[2]), (*p.window[:2], 1)
+    return p._replace(C=channels, tail=channels - used, image=image, window=window, geometry=geometry)
+
+
+def pad_image(x: torch.Tensor, p: ConvProblem, padded: ConvProblem) -> torch.Tensor:
+    """x as ``padded`` reads it, from that of ``p``; the tensor itself where nothing is to be done."""
+    n, c, *space = x.shape
+    if p == padded:
+        return channels_last(x)
+    if not _unfolds(p):
+        out = x.new_zeros(n, *space, padded.C)
+        out[..., :c].copy_(x.movedim(1, -1))
+        return out.movedim(-1, 1)
+    step, left, columns = p.geometry.stride[2], p.geometry.padding[2], p.output[2]
+    width = (columns - 1) * step + padded.C // 4
+    kept = max(0, min(space[-1], width - left))
+    out = x.new_zeros(n, *space[:-1], width, 4)
+    out[..., left : left + kept, :c].copy_(x.movedim(1, -1)[..., :kept, :])
+    windows = out.as_strided((n, *space[:-1], columns, padded.C), (*out.stride()[:-2], 4 * step, 1))
+    return windows.movedim(-1, 1)
+
+
+def pad_weight(weight: torch.Tensor, p: ConvProblem, padded: ConvProblem) -> torch.Tensor:
+    """The packed weights [K, *window, C] of ``padded``, zeros where ``p`` has none."""
+    if p == padded:
+        return pack_weight(weight)
+    k, c, *window = weight.shape
+    out = weight.new_zeros(
+        k, *window[:-1], padded.C // 4 if _unfolds(p) else window[-1], 4 if _unfolds(p) else padded.C
+    )
+    out[..., : window[-1], :c].copy_(weight.movedim(1, -1))
     return out
 
 
-def empty_output(like: torch.Tensor, shape: tuple[int, ...], is_channels_last: bool) -> torch.Tensor:
-    memory_format = torch.channels_last if is_channels_last else torch.contiguous_format
-    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=memory_format)
+def unpad_weight_grad(dw: torch.Tensor, p: ConvProblem, shape: Sequence[int]) -> torch.Tensor:
+    """The part of a weight gradient of :func:`pad_problem`'s that is the convolution's own, a view of ``shape``."""
+    dw = dw.movedim(1, -1)
+    if _unfolds(p):
+        dw = dw.squeeze(-2).unflatten(-1, (-1, 4))[..., : shape[-1], :]
+    return dw[..., : shape[1]].movedim(-1, 1)
+
+
+def merged_groups(p: ConvProblem) -> int:
+    """How many groups share a product of the weight gradient: as many as fill 64 rows of the tensor cores."""
+    merged = 1
+    while 2 * merged * max(p.C, p.K) <= 64 and p.geometry.groups % (2 * merged) == 0:
+        merged *= 2
+    return merged
+
+
+def empty_output(like: torch.Tensor, shape: Sequence[int], is_channels_last: bool) -> torch.Tensor:
+    if not is_channels_last:
+        return like.new_empty(shape)
+    n, c, *space = shape
+    return like.new_empty((n, *space, c)).movedim(-1, 1)
+
+
+class Epilogue(NamedTuple):
+    """What is done to the sums before they are stored; ``residual`` and ``z``, the activation's input that is kept,
+    have the result's strides."""
+
+    scale: torch.Tensor | None = None
+    bias: torch.Tensor | None = None
+    residual: torch.Tensor | None = None
+    z: torch.Tensor | None = None
+    activation: str = "none"
+
+    def arguments(self, name: str, out: torch.Tensor) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Run-time arguments and constants of a kernel that stores the result as ``name``."""
+        vec, unit_c, out_strides = layout_strides(out)
+        names = Y_STRIDES if name == "y" else X_STRIDES
+        arguments = {
+            "scale_ptr": self.scale, "bias_ptr": self.bias, "residual_ptr": self.residual, f"{name}_ptr": out,
+            "z_ptr": self.z, **dict(zip(names, out_strides, strict=True)),
+        }  # fmt: skip
+        prefix = name.upper()
+        return arguments, {f"{prefix}_VEC": vec, f"{prefix}_UNIT_C": unit_c, "ACTIVATION": self.activation}
 
 
 def plan_forward(
-    p: Conv2dProblem, config: Config, x: torch.Tensor, w: torch.Tensor, y: torch.Tensor, *,
-    z: torch.Tensor | None = None, bias: torch.Tensor | None = None, scale: torch.Tensor | None = None,
-    residual: torch.Tensor | None = None, activation: str = "none",
-) -> list[Launch]:  # fmt: skip
-    """x channels last, w packed [K, R, S, C]; z and residual have y's strides."""
-    groups = p.geometry.groups
-    x_vec, _, (xn, _, xh, xw) = layout_strides(x, p.C)
-    y_vec, y_unit, (yn, yk, yp, yq) = layout_strides(y)
+    p: ConvProblem, config: Config, x: torch.Tensor, w: torch.Tensor, y: torch.Tensor, epilogue: Epilogue
+) -> list[Launch]:
+    """x channels last, w packed [K, T, R, S, C]."""
+    groups, split = p.geometry.groups, config.SPLIT_K
+    x_vec, _, (xn, _, xd, xh, xw) = layout_strides(x, p.C)
     tiles = cost.cdiv(p.pixels, config.BLOCK_M) * cost.cdiv(p.K, config.BLOCK_N)
-    split = config.SPLIT_K
     partial = None
     if split > 1:
         partial = torch.empty((split, p.pixels, p.K * groups), dtype=torch.float32, device=x.device)
-    y_constants = {"Y_VEC": y_vec, "Y_UNIT_C": y_unit, "ACTIVATION": activation}
-    y_strides = {"stride_yn": yn, "stride_yk": yk, "stride_yp": yp, "stride_yq": yq}
-    operands = {"scale_ptr": scale, "bias_ptr": bias, "residual_ptr": residual, "y_ptr": y, "z_ptr": z}
+    operands, constants = epilogue.arguments("y", y)
     main = Launch(
-        _conv2d_kernel,
+        _conv_kernel,
         tiles * groups * split,
         {
-            "x_ptr": x, "w_ptr": w, **operands, "partial_ptr": partial,
-            "M": p.pixels, "H": p.H, "W": p.W, "P": p.P, "Q": p.Q, "splits": split,
-            "stride_xn": xn, "stride_xh": xh, "stride_xw": xw, **y_strides,
+            "x_ptr": x, "w_ptr": w, **operands, "partial_ptr": partial, "M": p.pixels, **p.sizes(), "splits": split,
+            "stride_xn": xn, "stride_xd": xd, "stride_xh": xh, "stride_xw": xw,
         },
         {
-            "C": p.C, "K": p.K, "R": p.R, "S": p.S, "GROUPS": groups, **p.geometry.constants(),
-            "X_VEC": x_vec, **y_constants, "PRECISION": dot_precision(p),
+            "C": p.C, "TAIL": p.tail, "K": p.K, "R": p.window[1], "S": p.window[2], "TAPS": p.taps, "GROUPS": groups,
+            **p.geometry.constants(), "RANK": p.rank, "X_VEC": x_vec, **constants, "PRECISION": dot_precision(p),
             **_blocks(config),
         },
         config.num_warps,
         config.num_stages,
     )  # fmt: skip
-    if partial is None:
-        return [main]
+    return [main] if partial is None else [main, _reduce(partial, operands, constants, "y", p, p.output)]
+
+
+def _reduce(
+    partial: torch.Tensor, operands: dict[str, Any], constants: dict[str, Any], name: str, p: ConvProblem, grid: Triple
+) -> Launch:
+    """The launch that adds partial [splits, pixels, channels] in order and stores the result, with its epilogue."""
+    splits, pixels, channels = partial.shape
     block_m, block_n = 16, 64
-    reduce = Launch(
-        _conv2d_reduce_kernel,
-        cost.cdiv(p.pixels, block_m) * cost.cdiv(p.K * groups, block_n),
-        {"partial_ptr": partial, **operands, "M": p.pixels, "P": p.P, "Q": p.Q, "splits": split, **y_strides},
-        {"K": p.K * groups, **y_constants, "BLOCK_M": block_m, "BLOCK_N": block_n},
+    prefix = name.upper()
+    renamed = dict(zip(X_STRIDES, Y_STRIDES, strict=True)) | {"x_ptr": "y_ptr"}
+    return Launch(
+        _reduce_kernel,
+        cost.cdiv(pixels, block_m) * cost.cdiv(channels, block_n),
+        {
+            "partial_ptr": partial, **{renamed.get(key, key): value for key, value in operands.items()},
+            "M": pixels, **dict(zip("ZPQ", grid, strict=True)), "splits": splits,
+        },
+        {
+            "K": channels, "RANK": p.rank, "Y_VEC": constants[f"{prefix}_VEC"],
+            "Y_UNIT_C": constants[f"{prefix}_UNIT_C"], "ACTIVATION": constants["ACTIVATION"],
+            "BLOCK_M": block_m, "BLOCK_N": block_n,
+        },
         num_warps=4,
         num_stages=1,
-    )
-    return [main, reduce]
+    )  # fmt: skip
 
 
-def plan_input_grad(
-    p: Conv2dProblem, config: Config, g: torch.Tensor, w: torch.Tensor, dx: torch.Tensor,
-    w_strides: tuple[int, int, int],
-) -> list[Launch]:  # fmt: skip
-    """g channels last; w_strides are those of (output channel, tap, input channel) in w's storage."""
-    geometry = p.geometry
-    g_vec, _, (gn, _, gp, gq) = layout_strides(g, p.K)
-    x_vec, x_unit, (xn, xc, xh, xw) = layout_strides(dx)
-    rows, cols = cost.cdiv(p.H, geometry.stride_h), cost.cdiv(p.W, geometry.stride_w)
-    tiles = cost.cdiv(p.N * rows * cols, config.BLOCK_M) * cost.cdiv(p.C, config.BLOCK_N)
-    return [
-        Launch(
-            _conv2d_input_grad_kernel,
-            tiles * geometry.groups * geometry.stride_h * geometry.stride_w,
-            {
-                "g_ptr": g, "w_ptr": w, "dx_ptr": dx,
-                "N": p.N, "H": p.H, "W": p.W, "P": p.P, "Q": p.Q,
-                "stride_gn": gn, "stride_gp": gp, "stride_gq": gq,
-                "stride_xn": xn, "stride_xc": xc, "stride_xh": xh, "stride_xw": xw,
-            },
-            {
-                "C": p.C, "K": p.K, "R": p.R, "S": p.S, "GROUPS": geometry.groups, **geometry.constants(),
-                "STEP_H": geometry.stride_h // math.gcd(geometry.stride_h, geometry.dil_h),
-                "STEP_W": geometry.stride_w // math.gcd(geometry.stride_w, geometry.dil_w),
-                "STRIDE_WK": w_strides[0], "STRIDE_WT": w_strides[1], "STRIDE_WC": w_strides[2],
-                "G_VEC": g_vec, "X_VEC": x_vec, "X_UNIT_C": x_unit, "PRECISION": dot_precision(p), **_blocks(config),
-            },
-            config.num_warps,
-            config.num_stages,
-        )
-    ]  # fmt: skip
+def plan_transpose(
+    p: ConvProblem, config: Config, g: torch.Tensor, w: torch.Tensor, x: torch.Tensor, epilogue: Epilogue
+) -> list[Launch]:
+    """g channels last, w from :func:`pack_transposed_weight`; x is the result."""
+    geometry, split = p.geometry, config.SPLIT_K
+    g_vec, _, (gn, _, gz, gp, gq) = layout_strides(g, p.K)
+    classes = (cost.cdiv(size, step) for size, step in zip(p.image, geometry.stride, strict=True))
+    tiles = cost.cdiv(p.N * math.prod(classes), config.BLOCK_M) * cost.cdiv(p.C, config.BLOCK_N)
+    partial = None
+    if split > 1:
+        shape = (split, p.image_pixels, p.C * geometry.groups)
+        partial = torch.empty(shape, dtype=torch.float32, device=g.device)
+    operands, constants = epilogue.arguments("x", x)
+    steps = (step // math.gcd(step, dil) for step, dil in zip(geometry.stride, geometry.dilation, strict=True))
+    main = Launch(
+        _conv_transpose_kernel,
+        tiles * geometry.groups * geometry.parities * split,
+        {
+            "g_ptr": g, "w_ptr": w, **operands, "partial_ptr": partial, "N": p.N, **p.sizes(), "splits": split,
+            "stride_gn": gn, "stride_gz": gz, "stride_gp": gp, "stride_gq": gq,
+        },
+        {
+            "C": p.C, "K": p.K, **dict(zip("TRS", p.window, strict=True)), "GROUPS": geometry.groups,
+            **geometry.constants(), "RANK": p.rank,
+            **dict(zip(("STEP_D", "STEP_H", "STEP_W"), steps, strict=True)),
+            **dict(zip(("STRIDE_WK", "STRIDE_WT", "STRIDE_WC"), _transposed_weight_strides(p), strict=True)),
+            "G_VEC": g_vec, **constants, "PRECISION": dot_precision(p), **_blocks(config),
+        },
+        config.num_warps,
+        config.num_stages,
+    )  # fmt: skip
+    return [main] if partial is None else [main, _reduce(partial, operands, constants, "x", p, p.image)]
 
 
 def plan_weight_grad(
-    p: Conv2dProblem, config: Config, x: torch.Tensor, g: torch.Tensor, dw: torch.Tensor
+    p: ConvProblem, config: Config, x: torch.Tensor, g: torch.Tensor, dw: torch.Tensor
 ) -> list[Launch]:
-    """x and g channels last; dw [K, C, R, S] contiguous or channels last (``p.channels_last``)."""
-    groups = p.geometry.groups
-    x_vec, _, (xn, _, xh, xw) = layout_strides(x, p.C)
-    g_vec, _, (gn, _, gp, gq) = layout_strides(g, p.K)
-    taps, split = p.R * p.S, config.SPLIT_K
-    tiles = cost.cdiv(p.K, config.BLOCK_M) * cost.cdiv(taps * p.C, config.BLOCK_N)
+    """x and g channels last; dw [K, C, *window] contiguous or channels last (``p.channels_last``)."""
+    merged = merged_groups(p)
+    groups, c, k = p.geometry.groups // merged, p.C * merged, p.K * merged
+    x_vec, _, (xn, _, xd, xh, xw) = layout_strides(x, c)
+    g_vec, _, (gn, _, gz, gp, gq) = layout_strides(g, k)
+    split = config.SPLIT_K
+    tiles = cost.cdiv(k, config.BLOCK_M) * cost.cdiv(p.taps * c, config.BLOCK_N)
     out = dw
     if split > 1:
         out = torch.empty((split, dw.numel()), dtype=torch.float32, device=x.device)
     main = Launch(
-        _conv2d_weight_grad_kernel,
+        _conv_weight_grad_kernel,
         tiles * groups * split,
         {
-            "x_ptr": x, "g_ptr": g, "dw_ptr": out,
-            "M": p.pixels, "H": p.H, "W": p.W, "P": p.P, "Q": p.Q, "splits": split,
-            "stride_xn": xn, "stride_xh": xh, "stride_xw": xw,
-            "stride_gn": gn, "stride_gp": gp, "stride_gq": gq,
+            "x_ptr": x, "g_ptr": g, "dw_ptr": out, "M": p.pixels, **p.sizes(), "splits": split,
+            "stride_xn": xn, "stride_xd": xd, "stride_xh": xh, "stride_xw": xw,
+            "stride_gn": gn, "stride_gz": gz, "stride_gp": gp, "stride_gq": gq,
         },
         {
-            "C": p.C, "K": p.K, "R": p.R, "S": p.S, "GROUPS": groups, **p.geometry.constants(),
-            "STRIDE_WT": p.C if p.channels_last else 1, "STRIDE_WC": 1 if p.channels_last else taps,
-            "X_VEC": x_vec, "G_VEC": g_vec,
-            "PRECISION": dot_precision(p), **_blocks(config),
+            "C": c, "K": k, "R": p.window[1], "S": p.window[2], "TAPS": p.taps, "GROUPS": groups, "MERGED": merged,
+            **p.geometry.constants(), "RANK": p.rank,
+            "STRIDE_WT": p.C if p.channels_last else 1, "STRIDE_WC": 1 if p.channels_last else p.taps,
+            "X_VEC": x_vec, "G_VEC": g_vec, "PRECISION": dot_precision(p), **_blocks(config),
         },
         config.num_warps,
         config.num_stages,
@@ -656,25 +863,24 @@ def plan_epilogue_grad(
     p: EpilogueProblem, config: Config, dy: torch.Tensor, saved: torch.Tensor | None, g: torch.Tensor | None,
     bias_grad: torch.Tensor | None, activation: str,
 ) -> list[Launch]:  # fmt: skip
-    y_vec, y_unit, (yn, yk, yp, yq) = layout_strides(dy)
-    z_vec, z_unit, (zn, zk, zp, zq) = layout_strides(dy if saved is None else saved)
+    y_vec, y_unit, y_strides = layout_strides(dy)
+    s_vec, s_unit, s_strides = layout_strides(dy if saved is None else saved)
     split = max(1, min(config.SPLIT_M, cost.cdiv(p.M, config.BLOCK_M)))
     partial = None
     if bias_grad is not None:
         partial = torch.empty((split, p.K), dtype=torch.float32, device=dy.device)
     main = Launch(
-        _conv2d_epilogue_grad_kernel,
+        _epilogue_grad_kernel,
         split * cost.cdiv(p.K, config.BLOCK_N),
         {
             "dy_ptr": dy, "saved_ptr": saved, "g_ptr": g, "partial_ptr": partial,
-            "M": p.M, "P": dy.shape[2], "Q": dy.shape[3], "splits": split,
-            "stride_yn": yn, "stride_yk": yk, "stride_yp": yp, "stride_yq": yq,
-            "stride_zn": zn, "stride_zk": zk, "stride_zp": zp, "stride_zq": zq,
+            "M": p.M, **dict(zip("ZPQ", triple(dy.shape[2:]), strict=True)), "splits": split,
+            **dict(zip(Y_STRIDES, y_strides, strict=True)), **dict(zip(S_STRIDES, s_strides, strict=True)),
         },
         {
-            "K": p.K, "Y_UNIT_C": y_unit, "Z_UNIT_C": z_unit,
+            "K": p.K, "RANK": 3 if dy.dim() == 5 else 2, "Y_UNIT_C": y_unit, "S_UNIT_C": s_unit,
             "G_CHANNELS_LAST": g is None or layout_strides(g)[1],
-            "Y_VEC": y_vec, "Z_VEC": z_vec,
+            "Y_VEC": y_vec, "S_VEC": s_vec,
             "ACTIVATION": activation,
             "BLOCK_M": config.BLOCK_M, "BLOCK_N": config.BLOCK_N,
         },
@@ -684,7 +890,7 @@ def plan_epilogue_grad(
     return [main] if bias_grad is None or partial is None else [main, sum_splits(partial, bias_grad)]
 
 
-def dot_precision(p: Conv2dProblem) -> str:
+def dot_precision(p: ConvProblem) -> str:
     return "ieee" if p.precision == "16" else p.precision
 
 
@@ -722,13 +928,16 @@ _TILES = (
     (128, 16, 16, 4, 3),
     (32, 16, 16, 4, 2),  # serves every shape
 )
-FORWARD_CONFIGS = tuple(
-    _gemm_config(*tile, GROUP_M=8, SPLIT_K=split)
-    for split in (1, 2, 4, 8)
-    for tile in _TILES
+_SPLIT_TILES = tuple(
+    (tile, split) for split in (1, 2, 4, 8) for tile in _TILES
     if split == 1 or tile[:2] in ((128, 128), (64, 64), (64, 32))
+)  # fmt: skip
+_SWAPPED_TILES = ((256, 64, 64, 8, 3), (128, 64, 64, 4, 3), (128, 64, 32, 4, 4))
+FORWARD_CONFIGS = (
+    *(_gemm_config(*tile, GROUP_M=8, SPLIT_K=split, SWAP=0) for tile, split in _SPLIT_TILES),
+    *(_gemm_config(*tile, GROUP_M=8, SPLIT_K=1, SWAP=1) for tile in _SWAPPED_TILES),
 )
-INPUT_GRAD_CONFIGS = tuple(_gemm_config(*tile, GROUP_M=8) for tile in _TILES)
+TRANSPOSE_CONFIGS = tuple(_gemm_config(*tile, GROUP_M=8, SPLIT_K=split) for tile, split in _SPLIT_TILES)
 WEIGHT_GRAD_CONFIGS = tuple(
     _gemm_config(*tile, SPLIT_K=split) for tile in _TILES if tile[0] <= 128 for split in (1, 4, 16, 64)
 )
@@ -743,7 +952,7 @@ def _next_power_of_2(n: int) -> int:
     return 1 << max(0, n - 1).bit_length()
 
 
-def _fits(p: Conv2dProblem, config: Config, device: DeviceSpec, rows: int, columns: int, reduction: int) -> bool:
+def _fits(p: ConvProblem, config: Config, device: DeviceSpec, rows: int, columns: int, reduction: int) -> bool:
     """Is the tile no larger than the problem and than the machine?"""
     stages = config.num_stages - 1 if device.is_amd else config.num_stages
     smem = cost.gemm_smem_bytes(config.BLOCK_M, config.BLOCK_N, config.BLOCK_K, p.itemsize, max(1, stages))
@@ -758,72 +967,97 @@ def _fits(p: Conv2dProblem, config: Config, device: DeviceSpec, rows: int, colum
     )
 
 
-def _stores(p: Conv2dProblem, config: Config, device: DeviceSpec) -> bool:
+def _stores(p: ConvProblem, config: Config, device: DeviceSpec) -> bool:
     """Into NCHW every element has an address of its own, two registers each: larger tiles spill."""
     return p.channels_last or config.BLOCK_M * config.BLOCK_N <= 32 * device.warp_size * config.num_warps
 
 
-def _forward_accepts(p: Conv2dProblem, config: Config, device: DeviceSpec) -> bool:
-    reduction = p.R * p.S * p.C
-    enough = config.SPLIT_K == 1 or cost.cdiv(reduction, config.BLOCK_K) >= 4 * config.SPLIT_K
+def _splits(p: ConvProblem, config: Config, steps: int, least: int, outputs: int) -> bool:
+    """May the reduction be split so? Each part gets ``least`` steps, and the partial sums are no larger than the input
+    and the weights together, which is what a call may take beside its result."""
+    if config.SPLIT_K == 1:
+        return True
+    room = (p.image_pixels + p.K * p.taps) * p.C * p.geometry.groups * p.itemsize
+    return steps >= least * config.SPLIT_K and 4 * config.SPLIT_K * outputs <= max(room, 2**20)
+
+
+def _forward_accepts(p: ConvProblem, config: Config, device: DeviceSpec) -> bool:
+    reduction = p.taps * p.C
+    outputs = p.pixels * p.K * p.geometry.groups
+    enough = _splits(p, config, cost.cdiv(reduction, config.BLOCK_K), 4, outputs)
+    if config.SWAP and (p.K > config.BLOCK_N or p.K <= config.BLOCK_N // 2 or p.precision == "ieee"):
+        return False
     return enough and _stores(p, config, device) and _fits(p, config, device, p.pixels, p.K, reduction)
 
 
-def _forward_estimate(p: Conv2dProblem, config: Config, device: DeviceSpec) -> Estimate:
+def _forward_estimate(p: ConvProblem, config: Config, device: DeviceSpec) -> Estimate:
     groups, split = p.geometry.groups, config.SPLIT_K
     return cost.gemm(
         device,
         p.precision,
         p.itemsize,
         tiles=cost.cdiv(p.pixels, config.BLOCK_M) * cost.cdiv(p.K, config.BLOCK_N) * groups,
-        steps=cost.cdiv(p.R * p.S * p.C, config.BLOCK_K),
+        steps=cost.cdiv(p.taps * p.C, config.BLOCK_K),
         dram_bytes=p.minimal_bytes(),
         config=config,
         blocks=(config.BLOCK_M, config.BLOCK_N, config.BLOCK_K),
         split=split,
         partial_bytes=8.0 * split * p.pixels * p.K * groups if split > 1 else 0.0,
+        columns=min(256, config.BLOCK_M if config.SWAP else config.BLOCK_N),
     )
 
 
-def _input_grad_accepts(p: Conv2dProblem, config: Config, device: DeviceSpec) -> bool:
-    parities = p.geometry.stride_h * p.geometry.stride_w
-    rows = cost.cdiv(p.N * p.H * p.W, parities)
-    return _stores(p, config, device) and _fits(p, config, device, rows, p.C, p.K)
+def _transpose_steps(p: ConvProblem, config: Config) -> int:
+    return cost.cdiv(p.taps, p.geometry.parities) * cost.cdiv(p.K, config.BLOCK_K)
 
 
-def _input_grad_estimate(p: Conv2dProblem, config: Config, device: DeviceSpec) -> Estimate:
-    parities = p.geometry.stride_h * p.geometry.stride_w
-    rows = p.N * cost.cdiv(p.H, p.geometry.stride_h) * cost.cdiv(p.W, p.geometry.stride_w)
+def _transpose_accepts(p: ConvProblem, config: Config, device: DeviceSpec) -> bool:
+    rows = cost.cdiv(p.image_pixels, p.geometry.parities)
+    enough = _splits(p, config, _transpose_steps(p, config), 4, p.image_pixels * p.C * p.geometry.groups)
+    return enough and _stores(p, config, device) and _fits(p, config, device, rows, p.C, p.K)
+
+
+def _transpose_estimate(p: ConvProblem, config: Config, device: DeviceSpec) -> Estimate:
+    groups, split = p.geometry.groups, config.SPLIT_K
+    rows = cost.cdiv(p.image_pixels, p.geometry.parities)
     return cost.gemm(
         device,
         p.precision,
         p.itemsize,
-        tiles=cost.cdiv(rows, config.BLOCK_M) * cost.cdiv(p.C, config.BLOCK_N) * p.geometry.groups * parities,
-        steps=cost.cdiv(p.R * p.S, parities) * cost.cdiv(p.K, config.BLOCK_K),
+        tiles=cost.cdiv(rows, config.BLOCK_M) * cost.cdiv(p.C, config.BLOCK_N) * groups * p.geometry.parities,
+        steps=_transpose_steps(p, config),
         dram_bytes=p.minimal_bytes(),
         config=config,
         blocks=(config.BLOCK_M, config.BLOCK_N, config.BLOCK_K),
+        split=split,
+        partial_bytes=8.0 * split * p.image_pixels * p.C * groups if split > 1 else 0.0,
+        columns=config.BLOCK_N,
     )
 
 
-def _weight_grad_accepts(p: Conv2dProblem, config: Config, device: DeviceSpec) -> bool:
-    enough = config.SPLIT_K == 1 or cost.cdiv(p.pixels, config.BLOCK_K) >= 2 * config.SPLIT_K
-    return enough and _fits(p, config, device, p.K, p.R * p.S * p.C, p.pixels)
+def _weight_grad_accepts(p: ConvProblem, config: Config, device: DeviceSpec) -> bool:
+    merged = merged_groups(p)
+    enough = _splits(p, config, cost.cdiv(p.pixels, config.BLOCK_K), 2, p.K * p.taps * p.C * p.geometry.groups)
+    return enough and _fits(p, config, device, p.K * merged, p.taps * p.C * merged, p.pixels)
 
 
-def _weight_grad_estimate(p: Conv2dProblem, config: Config, device: DeviceSpec) -> Estimate:
-    groups, split, columns = p.geometry.groups, config.SPLIT_K, p.R * p.S * p.C
+def _weight_grad_estimate(p: ConvProblem, config: Config, device: DeviceSpec) -> Estimate:
+    merged, split = merged_groups(p), config.SPLIT_K
+    columns = p.taps * p.C * merged
     return cost.gemm(
         device,
         p.precision,
         p.itemsize,
-        tiles=cost.cdiv(p.K, config.BLOCK_M) * cost.cdiv(columns, config.BLOCK_N) * groups,
+        tiles=cost.cdiv(p.K * merged, config.BLOCK_M)
+        * cost.cdiv(columns, config.BLOCK_N)
+        * (p.geometry.groups // merged),
         steps=cost.cdiv(p.pixels, config.BLOCK_K),
         dram_bytes=p.minimal_bytes(),
         config=config,
         blocks=(config.BLOCK_M, config.BLOCK_N, config.BLOCK_K),
         split=split,
-        partial_bytes=8.0 * split * p.K * columns * groups if split > 1 else 0.0,
+        partial_bytes=8.0 * split * p.K * p.taps * p.C * p.geometry.groups if split > 1 else 0.0,
+        columns=config.BLOCK_N,
     )
 
 
@@ -849,12 +1083,11 @@ def dtype_name(dtype: torch.dtype) -> str:
     return {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}.get(dtype, str(dtype))
 
 
-def _features(p: Conv2dProblem) -> dict[str, int | str]:
+def features(p: ConvProblem) -> dict[str, int | str]:
     """Sizes by which stored measurements are compared, and what must match exactly."""
-    g = p.geometry
     return {
-        "pixels": p.pixels, "C": p.C, "K": p.K, "taps": p.R * p.S, "groups": g.groups,
-        "stride": f"{g.stride_h}x{g.stride_w}", "dtype": dtype_name(p.dtype), "precision": p.precision,
+        "pixels": p.pixels, "C": p.C, "K": p.K, "taps": p.taps, "groups": p.geometry.groups,
+        "stride": "x".join(map(str, p.geometry.stride)), "dtype": dtype_name(p.dtype), "precision": p.precision,
         "layout": "nhwc" if p.channels_last else "nchw",
     }  # fmt: skip
 
@@ -866,30 +1099,29 @@ def _epilogue_features(p: EpilogueProblem) -> dict[str, int | str]:
     }  # fmt: skip
 
 
-def _meta(p: Conv2dProblem) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """x, packed w and y of a problem on the meta device."""
-    groups = p.geometry.groups
+def meta_tensors(p: ConvProblem) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """x, weights and y of a problem on the meta device, laid out as the problem says."""
+    groups, skip = p.geometry.groups, 3 - p.rank
     like = torch.empty(0, dtype=p.dtype, device="meta")
-    x = empty_output(like, (p.N, p.C * groups, p.H, p.W), True)
-    w = like.new_empty(p.K * groups, p.R, p.S, p.C)
-    return x, w, empty_output(like, (p.N, p.K * groups, p.P, p.Q), p.channels_last)
+    x = empty_output(like, (p.N, p.C * groups, *p.image[skip:]), p.channels_last)
+    w = like.new_empty(p.K * groups, *p.window[skip:], p.C)
+    return x, w, empty_output(like, (p.N, p.K * groups, *p.output[skip:]), p.channels_last)
 
 
-def _forward_launches(p: Conv2dProblem, config: Config) -> list[Launch]:
-    x, w, y = _meta(p)
-    return plan_forward(p, config, x, w, y, bias=w.new_empty(p.K * p.geometry.groups), activation="relu")
+def _forward_launches(p: ConvProblem, config: Config) -> list[Launch]:
+    x, w, y = meta_tensors(p)
+    epilogue = Epilogue(bias=w.new_empty(y.shape[1]), activation="relu")
+    return plan_forward(p, config, empty_output(x, x.shape, True), w, y, epilogue)
 
 
-def _input_grad_launches(p: Conv2dProblem, config: Config) -> list[Launch]:
-    x, w, y = _meta(p)
-    g = empty_output(y, tuple(y.shape), True)
-    dx = empty_output(x, tuple(x.shape), p.channels_last)
-    return plan_input_grad(p, config, g, w, dx, _weight_strides(p))
+def _transpose_launches(p: ConvProblem, config: Config) -> list[Launch]:
+    x, w, y = meta_tensors(p)
+    return plan_transpose(p, config, empty_output(y, y.shape, True), w, x, Epilogue(bias=w.new_empty(x.shape[1])))
 
 
-def _weight_grad_launches(p: Conv2dProblem, config: Config) -> list[Launch]:
-    x, w, y = _meta(p)
-    return plan_weight_grad(p, config, x, empty_output(y, tuple(y.shape), True), w)
+def _weight_grad_launches(p: ConvProblem, config: Config) -> list[Launch]:
+    x, w, y = meta_tensors(p)
+    return plan_weight_grad(p, config, empty_output(x, x.shape, True), empty_output(y, y.shape, True), w)
 
 
 def _epilogue_launches(p: EpilogueProblem, config: Config) -> list[Launch]:
@@ -900,24 +1132,19 @@ def _epilogue_launches(p: EpilogueProblem, config: Config) -> list[Launch]:
     return plan_epilogue_grad(p, config, y, saved, g, bias_grad, "relu" if p.has_saved else "none")
 
 
-FORWARD = register(
-    Tunable("conv2d", FORWARD_CONFIGS, _features, _forward_accepts, _forward_estimate, _forward_launches)
+FORWARD = register(Tunable("conv", FORWARD_CONFIGS, features, _forward_accepts, _forward_estimate, _forward_launches))
+TRANSPOSE = register(
+    Tunable("conv_transpose", TRANSPOSE_CONFIGS, features, _transpose_accepts, _transpose_estimate, _transpose_launches)
 )
-INPUT_GRAD = register(
-    Tunable(
-        "conv2d_input_grad", INPUT_GRAD_CONFIGS, _features, _input_grad_accepts, _input_grad_estimate,
-        _input_grad_launches,
-    )
-)  # fmt: skip
 WEIGHT_GRAD = register(
     Tunable(
-        "conv2d_weight_grad", WEIGHT_GRAD_CONFIGS, _features, _weight_grad_accepts, _weight_grad_estimate,
+        "conv_weight_grad", WEIGHT_GRAD_CONFIGS, features, _weight_grad_accepts, _weight_grad_estimate,
         _weight_grad_launches,
     )
 )  # fmt: skip
 EPILOGUE_GRAD = register(
     Tunable(
-        "conv2d_epilogue_grad", EPILOGUE_CONFIGS, _epilogue_features, _epilogue_accepts, _epilogue_estimate,
+        "conv_epilogue_grad", EPILOGUE_CONFIGS, _epilogue_features, _epilogue_accepts, _epilogue_estimate,
         _epilogue_launches,
     )
 )  # fmt: skip
@@ -926,80 +1153,87 @@ EPILOGUE_GRAD = register(
 # --- calls: allocate, look up the config, launch ---------------------------------------------------------------------
 
 
-def _weight_strides(p: Conv2dProblem) -> tuple[int, int, int]:
-    """Strides (output channel, tap, input channel) of packed weights [K * GROUPS, R, S, C]."""
-    return p.R * p.S * p.C, p.C, 1
+def prepare(
+    like: torch.Tensor, shape: Sequence[int], is_channels_last: bool, *, bias: torch.Tensor | None,
+    scale: torch.Tensor | None, residual: torch.Tensor | None, activation: str, save_input: bool,
+) -> tuple[torch.Tensor, Epilogue]:  # fmt: skip
+    """The result, not yet computed, and its epilogue."""
+    y = empty_output(like, shape, is_channels_last)
+    if residual is not None and strides(residual) != strides(y):
+        residual = torch.empty_like(y).copy_(residual)
+    z = torch.empty_like(y) if save_input else None
+    return y, Epilogue(_contiguous(scale), _contiguous(bias), residual, z, activation)
 
 
 def run_forward(
-    x: torch.Tensor, weight: torch.Tensor, pq: tuple[int, int], geometry: Geometry, *,
-    bias: torch.Tensor | None = None, scale: torch.Tensor | None = None, residual: torch.Tensor | None = None,
-    activation: str = "none", precision: str = "ieee", save_input: bool = False, is_channels_last: bool = False,
+    x: torch.Tensor, weight: torch.Tensor, output: Sequence[int], geometry: Geometry, *, precision: str = "ieee",
+    is_channels_last: bool = False, bias: torch.Tensor | None = None, scale: torch.Tensor | None = None,
+    residual: torch.Tensor | None = None, activation: str = "none", save_input: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:  # fmt: skip
     """y, and with ``save_input`` also what the activation was applied to."""
-    y = empty_output(x, (x.shape[0], weight.shape[0], *pq), is_channels_last)
-    z = torch.empty_like(y) if save_input else None
-    if residual is not None and strides(residual) != strides(y):
-        residual = torch.empty_like(y).copy_(residual)
-    if geometry.groups == 1:
-        x, weight = pad_channels(x), pad_channels(weight)
-    x = channels_last(x)
-    problem = problem_of(tuple(x.shape), tuple(weight.shape), pq, geometry, x.dtype, precision, is_channels_last)
-    launch(
-        FORWARD, plan_forward, problem, x, pack_weight(weight), y, z=z, bias=contiguous(bias), scale=contiguous(scale),
-        residual=residual, activation=activation,
+    y, epilogue = prepare(
+        x, (x.shape[0], weight.shape[0], *output), is_channels_last, bias=bias, scale=scale, residual=residual,
+        activation=activation, save_input=save_input,
     )  # fmt: skip
-    return y, z
+    problem = problem_of(x.shape, weight.shape, output, geometry, x.dtype, precision, is_channels_last)
+    padded = pad_problem(problem)
+    x, weight = pad_image(x, problem, padded), pad_weight(weight, problem, padded)
+    launch(FORWARD, plan_forward, padded, x, weight, y, epilogue)
+    return y, epilogue.z
 
 
-def run_input_grad(
-    g: torch.Tensor, weight: torch.Tensor, hw: tuple[int, int], geometry: Geometry, *,
-    precision: str = "ieee", is_channels_last: bool = False,
-) -> torch.Tensor:  # fmt: skip
-    dx = empty_output(g, (g.shape[0], weight.shape[1] * geometry.groups, *hw), is_channels_last)
-    pq = (g.shape[2], g.shape[3])
-    problem = problem_of(tuple(dx.shape), tuple(weight.shape), pq, geometry, g.dtype, precision, is_channels_last)
-    launch(
-        INPUT_GRAD, plan_input_grad, problem, channels_last(g), pack_weight(weight), dx, _weight_strides(problem)
+def run_transpose(
+    g: torch.Tensor, weight: torch.Tensor, image: Sequence[int], geometry: Geometry, *, precision: str = "ieee",
+    is_channels_last: bool = False, bias: torch.Tensor | None = None, scale: torch.Tensor | None = None,
+    residual: torch.Tensor | None = None, activation: str = "none", save_input: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor | None]:  # fmt: skip
+    """x [N, C, *image] from g [N, K, *output], and with ``save_input`` also what the activation was applied to."""
+    x, epilogue = prepare(
+        g, (g.shape[0], weight.shape[1] * geometry.groups, *image), is_channels_last, bias=bias, scale=scale,
+        residual=residual, activation=activation, save_input=save_input,
     )  # fmt: skip
-    return dx
+    problem = problem_of(x.shape, weight.shape, g.shape[2:], geometry, g.dtype, precision, is_channels_last)
+    launch(TRANSPOSE, plan_transpose, problem, channels_last(g), pack_transposed_weight(problem, weight), x, epilogue)
+    return x, epilogue.z
 
 
 def run_weight_grad(
-    x: torch.Tensor, g: torch.Tensor, weight_shape: tuple[int, int, int, int], geometry: Geometry, *,
+    x: torch.Tensor, g: torch.Tensor, weight_shape: Sequence[int], geometry: Geometry, *,
     precision: str = "ieee", is_channels_last: bool = False,
 ) -> torch.Tensor:  # fmt: skip
-    k, c, r, s = weight_shape
-    if geometry.groups == 1:
-        x = pad_channels(x)
-    x = channels_last(x)
-    shape = (k, x.shape[1] // geometry.groups, r, s)
-    dw = empty_output(x, shape, is_channels_last)
-    pq = (g.shape[2], g.shape[3])
-    problem = problem_of(tuple(x.shape), shape, pq, geometry, x.dtype, precision, is_channels_last)
-    launch(WEIGHT_GRAD, plan_weight_grad, problem, x, channels_last(g), dw)
-    return dw if shape[1] == c else empty_output(x, weight_shape, is_channels_last).copy_(dw[:, :c])
+    problem = problem_of(x.shape, weight_shape, g.shape[2:], geometry, x.dtype, precision, is_channels_last)
+    padded = pad_problem(problem)
+    window = padded.window[3 - len(weight_shape[2:]) :]
+    dw = empty_output(x, (weight_shape[0], padded.C, *window), is_channels_last)
+    launch(WEIGHT_GRAD, plan_weight_grad, padded, pad_image(x, problem, padded), channels_last(g), dw)
+    if padded == problem:
+        return dw
+    return empty_output(x, weight_shape, is_channels_last).copy_(unpad_weight_grad(dw, problem, weight_shape))
 
 
 def run_epilogue_grad(
     dy: torch.Tensor, saved: torch.Tensor | None, activation: str, *, need_bias: bool, is_channels_last: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The gradient at the activation's input, laid out as asked, and the bias gradient if needed."""
-    n, k, height, width = dy.shape
-    g = empty_output(dy, tuple(dy.shape), is_channels_last)
-    bias_grad = dy.new_empty(k) if need_bias else None
-    problem = EpilogueProblem(n * height * width, k, dy.dtype, saved is not None, True, need_bias)
+    channels = dy.shape[1]
+    g = empty_output(dy, dy.shape, is_channels_last)
+    bias_grad = dy.new_empty(channels) if need_bias else None
+    problem = EpilogueProblem(_pixels(dy), channels, dy.dtype, saved is not None, True, need_bias)
     launch(EPILOGUE_GRAD, plan_epilogue_grad, problem, dy, saved, g, bias_grad, activation)
     return g, bias_grad
 
 
 def run_bias_grad(g: torch.Tensor) -> torch.Tensor:
-    n, k, height, width = g.shape
-    bias_grad = g.new_empty(k)
-    problem = EpilogueProblem(n * height * width, k, g.dtype, has_saved=False, writes_g=False, has_bias=True)
+    channels = g.shape[1]
+    bias_grad = g.new_empty(channels)
+    problem = EpilogueProblem(_pixels(g), channels, g.dtype, has_saved=False, writes_g=False, has_bias=True)
     launch(EPILOGUE_GRAD, plan_epilogue_grad, problem, g, None, None, bias_grad, "none")
     return bias_grad
 
 
-def contiguous(vector: torch.Tensor | None) -> torch.Tensor | None:
+def _pixels(t: torch.Tensor) -> int:
+    return t.shape[0] * math.prod(t.shape[2:])
+
+
+def _contiguous(vector: torch.Tensor | None) -> torch.Tensor | None:
     return None if vector is None else vector.contiguous()

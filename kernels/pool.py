@@ -33,7 +33,7 @@ from ..autotune import cost
 from ..autotune.config import Config, Estimate, Tunable, register
 from ..autotune.device import DeviceSpec
 from ._launch import Launch, launch, layout_strides, unit_divisor
-from ._math import narrow, pixel, tile_offsets
+from ._math import narrow, position, tile_offsets
 
 SIZES = ["M", "H", "W", "P", "Q"]
 X_STRIDES = ["stride_xn", "stride_xc", "stride_xh", "stride_xw"]
@@ -60,7 +60,7 @@ def _max_pool2d_kernel(
     c = pid % TILES_C * BLOCK_C + tl.arange(0, BLOCK_C)
     mask_m = offs_m < M
     mask_c = c < C
-    n, p, q = pixel(offs_m, P, Q)
+    n, z, p, q = position(offs_m, 1, P, Q, 2)
     h0 = p * STRIDE_H - PAD_H
     w0 = q * STRIDE_W - PAD_W
     best = tl.full((BLOCK_M, BLOCK_C), float("-inf"), dtype=tl.float32)
@@ -70,7 +70,7 @@ def _max_pool2d_kernel(
             h = h0 + r * DIL_H
             col = w0 + s * DIL_W
             inside = (mask_m & (h >= 0) & (h < H) & (col >= 0) & (col < W))[:, None]
-            x_off = tile_offsets(n, h, col, c, stride_xn, stride_xc, stride_xh, stride_xw, X_VEC, X_UNIT_C)
+            x_off = tile_offsets(n, z, h, col, c, stride_xn, stride_xc, 0, stride_xh, stride_xw, X_VEC, X_UNIT_C)
             x = tl.load(x_ptr + x_off, mask=inside & mask_c[None, :], other=float("-inf")).to(tl.float32)
             take = (x > best) | (x != x)
             if index_ptr is not None:
@@ -78,7 +78,7 @@ def _max_pool2d_kernel(
                 winner = tl.where(take, r * S + s, winner)
             best = tl.where(take, x, best)
     mask = mask_m[:, None] & mask_c[None, :]
-    y_off = tile_offsets(n, p, q, c, stride_yn, stride_yc, stride_yp, stride_yq, Y_VEC, Y_UNIT_C)
+    y_off = tile_offsets(n, z, p, q, c, stride_yn, stride_yc, 0, stride_yp, stride_yq, Y_VEC, Y_UNIT_C)
     tl.store(y_ptr + y_off, narrow(best, y_ptr.dtype.element_ty), mask=mask)
     if index_ptr is not None:
         if index_ptr.dtype.element_ty == tl.int64:
@@ -113,7 +113,7 @@ def _max_pool2d_backward_kernel(
     c = pid % TILES_C * BLOCK_C + tl.arange(0, BLOCK_C)
     mask_m = offs_m < M
     mask_c = c < C
-    n, h, col = pixel(offs_m, H, W)
+    n, z, h, col = position(offs_m, 1, H, W, 2)
     last_p = (h + PAD_H) // STRIDE_H
     last_q = (col + PAD_W) // STRIDE_W
     acc = tl.zeros((BLOCK_M, BLOCK_C), dtype=tl.float32)
@@ -127,16 +127,16 @@ def _max_pool2d_backward_kernel(
             covers = mask_m & (p >= 0) & (p < P) & (q >= 0) & (q < Q)
             covers &= (down % DIL_H == 0) & (down // DIL_H < R) & (right % DIL_W == 0) & (right // DIL_W < S)
             mask = covers[:, None] & mask_c[None, :]
-            i_off = tile_offsets(n, p, q, c, stride_in, stride_ic, stride_ip, stride_iq, I_VEC, I_UNIT_C)
+            i_off = tile_offsets(n, z, p, q, c, stride_in, stride_ic, 0, stride_ip, stride_iq, I_VEC, I_UNIT_C)
             index = tl.load(index_ptr + i_off, mask=mask, other=0)
-            y_off = tile_offsets(n, p, q, c, stride_yn, stride_yc, stride_yp, stride_yq, Y_VEC, Y_UNIT_C)
+            y_off = tile_offsets(n, z, p, q, c, stride_yn, stride_yc, 0, stride_yp, stride_yq, Y_VEC, Y_UNIT_C)
             dy = tl.load(dy_ptr + y_off, mask=mask, other=0.0).to(tl.float32)
             if FLAT:
                 here = h.to(tl.int64) * W + col
             else:
                 here = down // DIL_H * S + right // DIL_W
             acc += tl.where(mask & (index.to(here.dtype) == here[:, None]), dy, 0.0)
-    x_off = tile_offsets(n, h, col, c, stride_xn, stride_xc, stride_xh, stride_xw, X_VEC, X_UNIT_C)
+    x_off = tile_offsets(n, z, h, col, c, stride_xn, stride_xc, 0, stride_xh, stride_xw, X_VEC, X_UNIT_C)
     tl.store(dx_ptr + x_off, narrow(acc, dx_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_c[None, :])
 
 
@@ -205,6 +205,11 @@ def problem_of(
     return Pool2dProblem(n, c, h, w, *pq, window, dtype, index_bytes, is_channels_last)
 
 
+def _named(names: list[str], strides: list[int]) -> dict[str, int]:
+    n, c, _, h, w = strides
+    return dict(zip(names, (n, c, h, w), strict=True))
+
+
 def plan_forward(
     p: Pool2dProblem, config: Config, x: torch.Tensor, y: torch.Tensor, index: torch.Tensor | None
 ) -> list[Launch]:
@@ -218,7 +223,7 @@ def plan_forward(
             cost.cdiv(pixels, config.BLOCK_M) * cost.cdiv(p.C, config.BLOCK_C),
             {
                 "x_ptr": x, "y_ptr": y, "index_ptr": index, "M": pixels, "H": p.H, "W": p.W, "P": p.P, "Q": p.Q,
-                **dict(zip(X_STRIDES, x_strides, strict=True)), **dict(zip(Y_STRIDES, y_strides, strict=True)),
+                **_named(X_STRIDES, x_strides), **_named(Y_STRIDES, y_strides),
             },
             {
                 "C": p.C, **p.window.constants(), "NONE": p.window.none, "X_VEC": x_vec, "X_UNIT_C": x_unit,
@@ -243,8 +248,8 @@ def plan_backward(
             cost.cdiv(pixels, config.BLOCK_M) * cost.cdiv(p.C, config.BLOCK_C),
             {
                 "dy_ptr": dy, "index_ptr": index, "dx_ptr": dx, "M": pixels, "H": p.H, "W": p.W, "P": p.P, "Q": p.Q,
-                **dict(zip(Y_STRIDES, y_strides, strict=True)), **dict(zip(I_STRIDES, i_strides, strict=True)),
-                **dict(zip(X_STRIDES, x_strides, strict=True)),
+                **_named(Y_STRIDES, y_strides), **_named(I_STRIDES, i_strides),
+                **_named(X_STRIDES, x_strides),
             },
             {
                 "C": p.C, **p.window.constants(), "Y_VEC": y_vec, "Y_UNIT_C": y_unit, "I_VEC": i_vec,

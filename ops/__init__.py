@@ -2,7 +2,7 @@
 
 from ._dispatch import Decision, UnsupportedError, explain, record, use_backend
 from .attention import attention, attention_pool, scaled_dot_product_attention
-from .conv import conv2d
+from .conv import conv1d, conv2d, conv3d, conv_transpose1d, conv_transpose2d, conv_transpose3d
 from .pool import max_pool2d
 from .rnn import elman_step, gru, lstm, rnn
 
@@ -11,7 +11,12 @@ __all__ = [
     "UnsupportedError",
     "attention",
     "attention_pool",
+    "conv1d",
     "conv2d",
+    "conv3d",
+    "conv_transpose1d",
+    "conv_transpose2d",
+    "conv_transpose3d",
     "elman_step",
     "explain",
     "gru",

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 
 def is_channels_last(t: torch.Tensor) -> bool:
-    """Does torch take this [N, C, H, W] tensor for channels last? Its rule reads the strides alone, so a tensor with
-    one channel can be both; see ``is_strides_like_channels_last`` in ATen."""
-    sizes, strides = t.shape, t.stride()
+    """Does torch take this [N, C, *space] tensor for channels last? Its rule reads the strides alone, so a tensor with
+    one channel can be both; see ``is_strides_like_channels_last`` in ATen. One dimension counts as two, the first of
+    size 1, as in torch's conv1d."""
+    sizes, strides = list(t.shape), list(t.stride())
+    if len(sizes) == 3:
+        sizes.insert(2, 1)
+        strides.insert(2, sizes[3] * strides[2])
     if strides[1] == 0:
         return False
     lowest = 0
-    for dim in (1, 3, 2, 0):
+    for dim in (1, *range(len(sizes) - 1, 1, -1), 0):
         if sizes[dim] == 0 or strides[dim] < lowest:
             return False
         # Strides (1, 1, 1, 1) of a contiguous [N, 1, 1, 1] tensor do not count.
@@ -29,6 +34,19 @@ def is_channels_last(t: torch.Tensor) -> bool:
 def has_unit_channels(t: torch.Tensor) -> bool:
     """Are neighbouring channels neighbours in memory?"""
     return t.shape[1] == 1 or t.stride(1) == 1
+
+
+def laid_out(t: torch.Tensor, channels_last: bool) -> torch.Tensor:
+    """The tensor dense in that layout: itself, or a copy."""
+    return t.movedim(1, -1).contiguous().movedim(-1, 1) if channels_last else t.contiguous()
+
+
+def empty(like: torch.Tensor, shape: Sequence[int], channels_last: bool) -> torch.Tensor:
+    """An uninitialised tensor of that shape and layout; dtype and device are those of ``like``."""
+    if not channels_last:
+        return like.new_empty(shape)
+    n, c, *space = shape
+    return like.new_empty((n, *space, c)).movedim(-1, 1)
 
 
 def memory_format(channels_last: bool) -> torch.memory_format:

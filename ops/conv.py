@@ -1,7 +1,13 @@
-"""2-d convolution with a fused epilogue: public function, operators, autograd, torch implementation."""
+"""Convolution and transposed convolution with a fused epilogue: functions, operators, autograd, torch implementation.
+
+Three operators close under differentiation, in any number of dimensions, so every derivative of any order is made of
+them: the convolution ``y = conv(x, w)``, its transpose ``x = conv_transpose(y, w)`` and the weight gradient
+``w = conv_weight_grad(x, y)``. Each is linear in both arguments, and its gradients are the other two.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,30 +17,45 @@ from torch import Tensor
 
 from ..autotune.device import DeviceSpec
 from ..autotune.resolve import Choice, resolve
-from . import _checks
 from ._dispatch import choose, resolved_precision, runs_kernels
-from ._layout import autocast, has_unit_channels, is_channels_last, memory_format
+from ._layout import autocast, empty, has_unit_channels, is_channels_last, laid_out
 from ._register import below_autograd, register
+from .conv_checks import ConvArgs, check_conv, check_conv_transpose
 
 # Activations whose derivative needs their input; for the others the output is enough, and nothing more is saved.
 SAVES_INPUT = ("silu", "gelu", "gelu_tanh", "hardsigmoid", "hardswish")
-Pair = tuple[int, int]
+# What the direct kernels take: channels of a group, filters of a group, and steps between windows, rows times columns.
+DIRECT_CHANNELS = (1, 2, 4, 8)
+DIRECT_BLOCK, DIRECT_PRODUCTS = 16, 256
+Size = int | Sequence[int]
+
+
+def conv1d(
+    input: Tensor, weight: Tensor, bias: Tensor | None = None, stride: Size = 1, padding: Size | str = 0,
+    dilation: Size = 1, groups: int = 1, *, activation: str | None = None, residual: Tensor | None = None,
+    scale: Tensor | None = None, precision: str | None = None,
+) -> Tensor:  # fmt: skip
+    """1-d convolution: :func:`conv2d` with one dimension of space.
+
+    A drop-in for :func:`torch.nn.functional.conv1d`. ``input`` is ``[N, C, L]`` or ``[C, L]``, ``weight``
+    ``[K, C / groups, S]``; the result is ``[N, K, Q]`` or ``[K, Q]``, and as in torch its channels are neighbours in
+    memory where those of ``weight`` are. An ``input`` of either layout is read in place.
+
+    Example::
+
+        >>> x, w = torch.randn(2, 64, 100), torch.randn(64, 1, 4)
+        >>> tritune.conv1d(x, w, padding=3, groups=64, activation="silu")[..., :100].shape  # causal
+        torch.Size([2, 64, 100])
+    """
+    call = autocast(input, weight, bias, residual, scale)
+    return _convolve(1, False, call, stride, padding, dilation, groups, activation, precision)
 
 
 def conv2d(
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    stride: int | Sequence[int] = 1,
-    padding: int | Sequence[int] | str = 0,
-    dilation: int | Sequence[int] = 1,
-    groups: int = 1,
-    *,
-    activation: str | None = None,
-    residual: Tensor | None = None,
-    scale: Tensor | None = None,
-    precision: str | None = None,
-) -> Tensor:
+    input: Tensor, weight: Tensor, bias: Tensor | None = None, stride: Size = 1, padding: Size | str = 0,
+    dilation: Size = 1, groups: int = 1, *, activation: str | None = None, residual: Tensor | None = None,
+    scale: Tensor | None = None, precision: str | None = None,
+) -> Tensor:  # fmt: skip
     r"""2-d convolution with scale, bias, residual and activation applied before the result is stored.
 
     .. math:: y_{nkpq} = \mathrm{act}\Bigl(\mathrm{scale}_k \sum_{c,r,s} x_{n,c,p\,stride + r\,dilation - padding,
@@ -51,7 +72,7 @@ def conv2d(
         activation: ``"relu"``, ``"relu6"``, ``"leaky_relu"`` (slope 0.01), ``"silu"``, ``"gelu"``, ``"gelu_tanh"``,
             ``"hardswish"``, ``"hardsigmoid"``, ``"sigmoid"`` or ``"tanh"``.
         residual: shape and dtype of the output; added before the activation.
-        scale: ``[K]``; with ``bias`` it carries a folded batch normalisation.
+        scale: ``[K]``; with ``bias`` it carries a folded batch normalisation, see :func:`fold_bn`.
         precision: how fp32 operands are multiplied: ``"ieee"``, ``"tf32"`` or ``"tf32x3"`` (three tf32 products).
             Default: torch's setting for cuDNN convolutions. No effect on other dtypes.
 
@@ -62,101 +83,217 @@ def conv2d(
         RuntimeError, TypeError, ValueError: what torch raises, with torch's text, from one check for all backends.
         UnsupportedError: under ``use_backend("triton")``, for what no kernel covers.
 
+    Memory: beside the result and the gradients the kernels need the weights once more, re-laid, and where the channels
+    of ``input`` or of the output's gradient are not neighbours in memory a copy of that tensor that has them so. A call
+    that splits its sums over programs keeps fp32 partial sums, for results too small to fill the GPU only.
+
     Example::
 
         >>> x, w = torch.randn(8, 16, 32, 32), torch.randn(64, 16, 3, 3)
         >>> tritune.conv2d(x, w, padding=1, activation="relu").shape
         torch.Size([8, 64, 32, 32])
     """
-    input, weight, bias, residual, scale = autocast(input, weight, bias, residual, scale)
-    args = _checks.check_conv2d(
-        input, weight, bias, stride, padding, dilation, groups,
-        activation=activation, residual=residual, scale=scale, precision=precision,
-    )  # fmt: skip
-    batched = input if input.dim() == 4 else input.unsqueeze(0)
-    call_tensors = (batched, weight, bias, scale, residual)
-    tensors = [t for t in call_tensors if t is not None]
+    call = autocast(input, weight, bias, residual, scale)
+    return _convolve(2, False, call, stride, padding, dilation, groups, activation, precision)
+
+
+def conv3d(
+    input: Tensor, weight: Tensor, bias: Tensor | None = None, stride: Size = 1, padding: Size | str = 0,
+    dilation: Size = 1, groups: int = 1, *, activation: str | None = None, residual: Tensor | None = None,
+    scale: Tensor | None = None, precision: str | None = None,
+) -> Tensor:  # fmt: skip
+    """3-d convolution: :func:`conv2d` with three dimensions of space.
+
+    A drop-in for :func:`torch.nn.functional.conv3d`. ``input`` is ``[N, C, D, H, W]`` or ``[C, D, H, W]``, ``weight``
+    ``[K, C / groups, T, R, S]``; the result ``[N, K, Z, P, Q]`` is ``channels_last_3d`` if ``input`` or ``weight`` is.
+
+    Example::
+
+        >>> x, w = torch.randn(1, 8, 5, 16, 16), torch.randn(16, 8, 3, 3, 3)
+        >>> tritune.conv3d(x, w, padding="same").shape
+        torch.Size([1, 16, 5, 16, 16])
+    """
+    call = autocast(input, weight, bias, residual, scale)
+    return _convolve(3, False, call, stride, padding, dilation, groups, activation, precision)
+
+
+def conv_transpose1d(
+    input: Tensor, weight: Tensor, bias: Tensor | None = None, stride: Size = 1, padding: Size = 0,
+    output_padding: Size = 0, groups: int = 1, dilation: Size = 1, *, activation: str | None = None,
+    residual: Tensor | None = None, scale: Tensor | None = None, precision: str | None = None,
+) -> Tensor:  # fmt: skip
+    """1-d transposed convolution: :func:`conv_transpose2d` with one dimension of space.
+
+    A drop-in for :func:`torch.nn.functional.conv_transpose1d`. ``input`` is ``[N, C, L]`` or ``[C, L]``, ``weight``
+    ``[C, K / groups, S]``.
+
+    Example::
+
+        >>> tritune.conv_transpose1d(torch.randn(2, 8, 10), torch.randn(8, 4, 4), stride=2, padding=1).shape
+        torch.Size([2, 4, 20])
+    """
+    call = autocast(input, weight, bias, residual, scale)
+    return _convolve(1, True, call, stride, padding, dilation, groups, activation, precision, output_padding)
+
+
+def conv_transpose2d(
+    input: Tensor, weight: Tensor, bias: Tensor | None = None, stride: Size = 1, padding: Size = 0,
+    output_padding: Size = 0, groups: int = 1, dilation: Size = 1, *, activation: str | None = None,
+    residual: Tensor | None = None, scale: Tensor | None = None, precision: str | None = None,
+) -> Tensor:  # fmt: skip
+    r"""2-d transposed convolution, the gradient of :func:`conv2d` with respect to its input, with the same epilogue.
+
+    .. math:: y_{nkhw} = \mathrm{act}\Bigl(\mathrm{scale}_k \sum_{c,p,q,r,s} x_{ncpq}\, w_{ckrs}\,
+              [h = p\,stride + r\,dilation - padding]\,[w = q\,stride + s\,dilation - padding]
+              + \mathrm{bias}_k + \mathrm{residual}_{nkhw}\Bigr)
+
+    A drop-in for :func:`torch.nn.functional.conv_transpose2d`. No zeros are inserted: each class of output pixels that
+    a stride tells apart is a product with just the taps that reach it.
+
+    Args:
+        input: ``[N, C, P, Q]`` or ``[C, P, Q]``.
+        weight: ``[C, K / groups, R, S]``.
+        bias, scale: ``[K]``.
+        stride, padding, output_padding, groups, dilation: as in torch.
+        activation, residual, precision: as in :func:`conv2d`.
+
+    Returns:
+        ``[N, K, H, W]`` with ``H = (P - 1) stride - 2 padding + dilation (R - 1) + output_padding + 1``, in the dtype
+        of ``input``; channels last if ``input`` or ``weight`` is.
+
+    Raises, memory: as :func:`conv2d`.
+
+    Example::
+
+        >>> x, w = torch.randn(2, 16, 8, 8), torch.randn(16, 4, 2, 2)
+        >>> tritune.conv_transpose2d(x, w, stride=2, activation="relu").shape
+        torch.Size([2, 4, 16, 16])
+    """
+    call = autocast(input, weight, bias, residual, scale)
+    return _convolve(2, True, call, stride, padding, dilation, groups, activation, precision, output_padding)
+
+
+def conv_transpose3d(
+    input: Tensor, weight: Tensor, bias: Tensor | None = None, stride: Size = 1, padding: Size = 0,
+    output_padding: Size = 0, groups: int = 1, dilation: Size = 1, *, activation: str | None = None,
+    residual: Tensor | None = None, scale: Tensor | None = None, precision: str | None = None,
+) -> Tensor:  # fmt: skip
+    """3-d transposed convolution: :func:`conv_transpose2d` with three dimensions of space.
+
+    A drop-in for :func:`torch.nn.functional.conv_transpose3d`. ``input`` is ``[N, C, Z, P, Q]`` or ``[C, Z, P, Q]``,
+    ``weight`` ``[C, K / groups, T, R, S]``.
+
+    Example::
+
+        >>> tritune.conv_transpose3d(torch.randn(1, 8, 2, 4, 4), torch.randn(8, 4, 2, 2, 2), stride=2).shape
+        torch.Size([1, 4, 4, 8, 8])
+    """
+    call = autocast(input, weight, bias, residual, scale)
+    return _convolve(3, True, call, stride, padding, dilation, groups, activation, precision, output_padding)
+
+
+def _convolve(
+    rank: int, transposed: bool, tensors: tuple[Any, ...], stride: Any, padding: Any, dilation: Any, groups: Any,
+    activation: str | None, precision: str | None, output_padding: Any = 0,
+) -> Tensor:  # fmt: skip
+    """Any of the six."""
+    input, weight, bias, residual, scale = tensors
+    extras = {"activation": activation, "residual": residual, "scale": scale, "precision": precision}
+    if transposed:
+        args = check_conv_transpose(
+            rank, input, weight, bias, stride, padding, output_padding, groups, dilation, **extras
+        )  # fmt: skip
+    else:
+        args = check_conv(rank, input, weight, bias, stride, padding, dilation, groups, **extras)
+    batched = input if input.dim() == rank + 2 else input.unsqueeze(0)
+    operands = (batched, weight, bias, scale, residual)
+    present = [t for t in operands if t is not None]
     backend = choose(
-        "conv2d",
-        tensors,
-        lambda device: _auto_rule(_problem(batched, weight, args, precision), device, activation, scale, residual),
-        lambda device: _kernel_choices(_problem(batched, weight, args, precision), device, call_tensors, activation),
-        lambda: _limits(batched, weight),
+        f"conv_transpose{rank}d" if transposed else f"conv{rank}d",
+        present,
+        lambda device: _auto_rule(_problem(batched, weight, args, transposed, precision), device, transposed, extras),
+        lambda device: _kernel_choices(
+            _problem(batched, weight, args, transposed, precision), device, operands, activation, transposed
+        ),
+        lambda: _limits(batched, weight, args),
     )
+    activation = activation or "none"
     if backend == "torch":
-        return _composite(input, weight, bias, scale, residual, args, activation or "none")
+        return _composite(input, weight, bias, scale, residual, args, transposed, activation)
 
     if args.pad_extra is not None:
         batched = F.pad(batched, args.pad_extra)
-    if residual is not None and input.dim() == 3:
+    if residual is not None and residual.dim() == rank + 1:
         residual = residual.unsqueeze(0)
     resolved = resolved_precision(input, precision, torch.backends.cudnn, "conv")
     call = (
-        batched, weight, bias, scale, residual, args.stride, args.padding, args.dilation, args.groups,
-        activation or "none", resolved, "triton",
+        batched, weight, bias, scale, residual, args.output_size, None, args.stride, args.padding, args.dilation,
+        args.groups, activation, resolved, "triton",
     )  # fmt: skip
     if torch.compiler.is_compiling():
-        y = OP(*call)
-    elif torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
-        y = _Conv2d.apply(*call)[0]
+        y = OPS[transposed](*call)
+    elif torch.is_grad_enabled() and any(t.requires_grad for t in present):
+        y = _Convolution.apply(transposed, *call)[0]
     else:
         with below_autograd():
-            y = OP(*call)
-    return y if input.dim() == 4 else y.squeeze(0)
+            y = OPS[transposed](*call)
+    return y if input.dim() == rank + 2 else y.squeeze(0)
 
 
 # --- the choice of backend -------------------------------------------------------------------------------------------
 
 
-def _limits(input: Tensor, weight: Tensor) -> str | None:
+def _limits(input: Tensor, weight: Tensor, args: ConvArgs) -> str | None:
     """What the kernels leave to torch beyond dtypes and devices."""
     if torch.compiler.is_compiling():
         return None
     if weight.numel() == 0:
         return "weight is empty"
-    if input.numel() >= 2**31 * input.shape[1] or weight.numel() >= 2**31:
-        return "input has 2**31 pixels, or weight 2**31 elements, or more"
+    pixels = max(input.shape[0] * math.prod(space) for space in (input.shape[2:], args.output_size))
+    if pixels >= 2**31 or weight.numel() >= 2**31:
+        return "input or output has 2**31 pixels, or weight 2**31 elements, or more"
     return None
 
 
-def _output_size(hw: Any, window: Any, stride: Any, padding: Any, dilation: Any) -> Pair:
-    return tuple(
-        (size + 2 * pad - dil * (tap - 1) - 1) // step + 1
-        for size, tap, step, pad, dil in zip(hw, window, stride, padding, dilation, strict=True)
-    )
-
-
-def _problem(input: Tensor, weight: Tensor, args: _checks.Conv2dArgs, precision: str | None) -> Any:
+def _problem(input: Tensor, weight: Tensor, args: ConvArgs, transposed: bool, precision: str | None) -> Any:
     from ..kernels import conv
 
-    geometry = _geometry(args.stride, args.padding, args.dilation, args.groups)
-    extra = args.pad_extra or (0, 0, 0, 0)
-    n, c, h, w = input.shape
-    shape = (n, c, h + extra[2] + extra[3], w + extra[0] + extra[1])
-    pq = _output_size(shape[2:], weight.shape[2:], args.stride, args.padding, args.dilation)
-    channels_last = is_channels_last(input) or is_channels_last(weight)
+    geometry = conv.Geometry.of(args.stride, args.padding, args.dilation, args.groups)
+    extra = args.pad_extra or (0,) * (2 * len(args.stride))
+    n, c, *space = input.shape
+    padded = [size + sum(extra[2 * i : 2 * i + 2]) for i, size in enumerate(reversed(space))][::-1]
+    x_shape, output = (n, c, *padded), args.output_size
+    if transposed:
+        x_shape, output = (n, weight.shape[1] * args.groups, *args.output_size), tuple(space)
     resolved = resolved_precision(input, precision, torch.backends.cudnn, "conv")
-    return conv.problem_of(shape, tuple(weight.shape), pq, geometry, input.dtype, resolved, channels_last)
+    channels_last = _result_is_channels_last(input, weight)
+    return conv.problem_of(x_shape, weight.shape, output, geometry, input.dtype, resolved, channels_last)
 
 
-def _is_depthwise(per_group: int, groups: int) -> bool:
-    return per_group == 1 and groups > 1
+def _result_is_channels_last(input: Tensor, weight: Tensor) -> bool:
+    """torch's rule. In one dimension it looks at the weights alone."""
+    return is_channels_last(weight) or (input.dim() > 3 and is_channels_last(input))
 
 
-def _forward_choice(problem: Any, device: DeviceSpec) -> tuple[str, Choice]:
+def _weight_shape(problem: Any) -> tuple[int, ...]:
+    return problem.K * problem.geometry.groups, problem.C, *problem.window
+
+
+def _forward_choice(problem: Any, device: DeviceSpec, transposed: bool) -> tuple[str, Choice]:
     from ..kernels import conv
 
-    tunable = _module(problem.C, problem.geometry.groups).FORWARD
-    return tunable.name, resolve(tunable, conv.pad_problem(problem), device)
+    module = module_of(_weight_shape(problem), problem.geometry.stride, problem.geometry.groups)
+    tunable = module.TRANSPOSE if transposed else module.FORWARD
+    return tunable.name, resolve(tunable, problem if transposed else conv.pad_problem(problem), device)
 
 
 def _kernel_choices(
-    problem: Any, device: DeviceSpec, tensors: tuple[Tensor | None, ...], activation: str | None
+    problem: Any, device: DeviceSpec, tensors: tuple[Tensor | None, ...], activation: str | None, transposed: bool
 ) -> tuple[tuple[str, Choice], ...]:
     """The kernels of a call and of its backward, for an output gradient that is laid out as the output."""
     from ..kernels import conv
 
-    forward = _forward_choice(problem, device)
+    forward = _forward_choice(problem, device, transposed)
     input, weight = tensors[:2]
     assert input is not None
     assert weight is not None
@@ -165,41 +302,45 @@ def _kernel_choices(
         return (forward,)
     need_input, need_weight, need_bias = needs[:3]
     groups = problem.geometry.groups
-    module = _module(problem.C, groups)
-    filters = problem.K * groups
+    kind = (_weight_shape(problem), problem.geometry.stride, groups)
+    module = module_of(*kind)
+    channels, pixels = problem.K * groups, problem.pixels
+    if transposed:
+        channels, pixels = problem.C * groups, problem.image_pixels
     has_saved = activation not in (None, "none")
-    unit_channels = problem.channels_last or filters == 1 or problem.P * problem.Q == 1
-    relays = module is conv and not unit_channels and (need_input or need_weight)
+    unit_channels = problem.channels_last or channels == 1 or pixels == problem.N
+    relays = not _is_direct(*kind) and not unit_channels and (need_input or need_weight)
     backward: list[tuple[Any, Any]] = []
     if has_saved or relays or need_bias:
         writes_g = has_saved or relays
-        epilogue = conv.EpilogueProblem(problem.pixels, filters, input.dtype, has_saved, writes_g, need_bias)
+        epilogue = conv.EpilogueProblem(pixels, channels, input.dtype, has_saved, writes_g, need_bias)
         backward.append((conv.EPILOGUE_GRAD, epilogue))
     if need_input:
-        backward.append((module.INPUT_GRAD, problem._replace(channels_last=is_channels_last(input))))
+        one = problem._replace(channels_last=is_channels_last(input))
+        backward.append((module.FORWARD, conv.pad_problem(one)) if transposed else (module.TRANSPOSE, one))
     if need_weight:
-        # The depthwise kernel reads x as it lies, and its weights have one layout; the other kernel writes both.
-        decides = has_unit_channels(input) if module is not conv else is_channels_last(weight)
-        backward.append((module.WEIGHT_GRAD, conv.pad_problem(problem)._replace(channels_last=decides)))
+        weight_grad = weight_grad_module_of(*kind)
+        # The direct kernel reads x as it lies, and its weights have one layout; the other kernel writes both.
+        decides = is_channels_last(weight) if weight_grad is conv else has_unit_channels(input)
+        backward.append((weight_grad.WEIGHT_GRAD, conv.pad_problem(problem)._replace(channels_last=decides)))
     return forward, *((tunable.name, resolve(tunable, one, device)) for tunable, one in backward)
 
 
-def _auto_rule(
-    problem: Any, device: DeviceSpec, activation: str | None, scale: Tensor | None, residual: Tensor | None
-) -> tuple[bool, str]:
+def _auto_rule(problem: Any, device: DeviceSpec, transposed: bool, extras: dict[str, Any]) -> tuple[bool, str]:
     """Do the kernels win? By measurement if there is one; else only where fusion saves passes over memory.
 
     torch runs every unfused step as a pass that reads and writes the output. Ours is taken when memory bounds the call
     even at 60 % of the tensor-core rate, and torch would move at least a quarter more bytes.
     """
-    _, choice = _forward_choice(problem, device)
+    _, choice = _forward_choice(problem, device, transposed)
     if choice.us is not None and choice.torch_us is not None:
         wins = choice.us < choice.torch_us
         return wins, f"measured: {choice.us:.1f} us against {choice.torch_us:.1f} us of torch"
-    passes = sum(step is not None for step in (activation, scale, residual))
+    passes = sum(extras[step] is not None for step in ("activation", "scale", "residual"))
     ours = problem.minimal_bytes()
-    output = problem.pixels * problem.K * problem.geometry.groups * problem.itemsize
-    theirs = ours + output * (2 * passes + (residual is not None))
+    pixels, channels = (problem.image_pixels, problem.C) if transposed else (problem.pixels, problem.K)
+    output = pixels * channels * problem.geometry.groups * problem.itemsize
+    theirs = ours + output * (2 * passes + (extras["residual"] is not None))
     memory_us = ours / (device.dram_gbs * 1e3)
     compute_us = problem.flops / (0.6 * device.tflops(problem.precision) * 1e6)
     if problem.channels_last and memory_us >= compute_us and theirs >= 1.25 * ours:
@@ -208,6 +349,11 @@ def _auto_rule(
 
 
 # --- torch's implementation: fallback and yardstick ------------------------------------------------------------------
+
+_TORCH: dict[bool, tuple[Any, ...]] = {
+    False: (F.conv1d, F.conv2d, F.conv3d),
+    True: (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d),
+}
 
 
 def activate(z: Tensor, activation: str) -> Tensor:
@@ -222,24 +368,36 @@ def activate(z: Tensor, activation: str) -> Tensor:
     }[activation](z)  # fmt: skip
 
 
-def _epilogue(z: Tensor, scale: Tensor | None, bias: Tensor | None, residual: Tensor | None) -> Tensor:
+def _per_channel(t: Tensor, rank: int) -> Tensor:
+    """[K] as [K, 1, ...], to meet [N, K, *space]."""
+    return t.view(-1, *(1 for _ in range(rank)))
+
+
+def _epilogue(z: Tensor, scale: Tensor | None, bias: Tensor | None, residual: Tensor | None, rank: int) -> Tensor:
     if scale is not None:
-        z = z * scale.view(-1, 1, 1)
+        z = z * _per_channel(scale, rank)
     if bias is not None:
-        z = z + bias.view(-1, 1, 1)
+        z = z + _per_channel(bias, rank)
     return z if residual is None else z + residual
 
 
 def _composite(
     input: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None, residual: Tensor | None,
-    args: _checks.Conv2dArgs, activation: str,
+    args: ConvArgs, transposed: bool, activation: str,
 ) -> Tensor:  # fmt: skip
     if args.pad_extra is not None:
         input = F.pad(input, args.pad_extra)
-    fused_bias = bias if scale is None else None
-    z = F.conv2d(input, weight, fused_bias, args.stride, args.padding, args.dilation, args.groups)
-    z = _epilogue(z, scale, None if scale is None else bias, residual)
-    return activate(z, activation)
+    rank = len(args.stride)
+    function, fused_bias = _TORCH[transposed][rank - 1], bias if scale is None else None
+    if transposed:
+        z = function(
+            input, weight, fused_bias, args.stride, args.padding, args.output_padding, args.groups, args.dilation
+        )  # fmt: skip
+    else:
+        z = function(input, weight, fused_bias, args.stride, args.padding, args.dilation, args.groups)
+    if (scale is not None or residual is not None) and weight.shape[1]:  # no input channels, no output channels
+        z = _epilogue(z, scale, None if scale is None else bias, residual, rank)
+    return z if activation == "none" else activate(z, activation)
 
 
 def _derivative(saved: Tensor, activation: str) -> Tensor:
@@ -272,88 +430,128 @@ def _derivative(saved: Tensor, activation: str) -> Tensor:
 # --- operators -------------------------------------------------------------------------------------------------------
 
 
-def _module(per_group: int, groups: int) -> Any:
-    from ..kernels import conv, conv_depthwise
+def _is_direct(weight_shape: Sequence[int], stride: Sequence[int], groups: int) -> bool:
+    """Do few channels meet in a group, so that they are multiplied one by one and not as matrices?"""
+    filters, channels = weight_shape[0] // groups, weight_shape[1]
+    few = channels in DIRECT_CHANNELS and filters in DIRECT_CHANNELS
+    block, products = math.prod(stride[-2:]), math.prod(weight_shape[2:][-2:]) * filters
+    fits = math.prod(stride) == 1 or (block <= DIRECT_BLOCK and products <= DIRECT_PRODUCTS)
+    return groups > 1 and few and fits
 
-    return conv_depthwise if _is_depthwise(per_group, groups) else conv
+
+def module_of(weight_shape: Sequence[int], stride: Sequence[int], groups: int) -> Any:
+    """The kernels of the convolution and of its transpose."""
+    from ..kernels import conv, conv_direct
+
+    return conv_direct if _is_direct(weight_shape, stride, groups) else conv
 
 
-def _geometry(stride: Any, padding: Any, dilation: Any, groups: int) -> Any:
-    from ..kernels.conv import Geometry
+def weight_grad_module_of(weight_shape: Sequence[int], stride: Sequence[int], groups: int) -> Any:
+    """Those of the weight gradient, where groups of several channels are merged into matrices."""
+    from ..kernels import conv
 
-    window: list[int] = [*stride, *padding, *dilation]
-    return Geometry(*window, groups)  # type: ignore[call-arg]
+    return module_of(weight_shape, stride, groups) if weight_shape[1] == 1 else conv
 
 
 def _forward(
-    input: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None, residual: Tensor | None,
-    stride: list[int], padding: list[int], dilation: list[int], groups: int, activation: str, precision: str,
-    backend: str, *, save_input: bool,
+    transposed: bool, input: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None,
+    residual: Tensor | None, size: list[int], channels_last: bool | None, stride: list[int], padding: list[int],
+    dilation: list[int], groups: int, activation: str, precision: str, backend: str, *, save_input: bool,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    channels_last = is_channels_last(input) or is_channels_last(weight)
+    if channels_last is None:
+        channels_last = _result_is_channels_last(input, weight)
     if runs_kernels(backend, input):
-        pq = _output_size(input.shape[2:], weight.shape[2:], stride, padding, dilation)
-        return _module(weight.shape[1], groups).run_forward(
-            input, weight, pq, _geometry(stride, padding, dilation, groups), bias=bias, scale=scale,
-            residual=residual, activation=activation, precision=precision, save_input=save_input,
-            is_channels_last=channels_last,
+        from ..kernels import conv
+
+        geometry = conv.Geometry.of(stride, padding, dilation, groups)
+        module = module_of(weight.shape, stride, groups)
+        run = module.run_transpose if transposed else module.run_forward
+        return run(
+            input, weight, size, geometry, precision=precision, is_channels_last=channels_last, bias=bias, scale=scale,
+            residual=residual, activation=activation, save_input=save_input,
         )  # fmt: skip
-    args = _checks.Conv2dArgs(tuple(stride), tuple(padding), tuple(dilation), groups, None)  # type: ignore[arg-type]
-    z = _composite(input, weight, bias, scale, residual, args, "none")
-    z = z.contiguous(memory_format=memory_format(channels_last))
+    z = _torch_convolution(transposed, input, weight, size, stride, padding, dilation, groups)
+    z = laid_out(_epilogue(z, scale, bias, residual, len(size)), channels_last)
     return activate(z, activation), z if save_input else None
 
 
-def _fake_forward(
-    input: Tensor, weight: Tensor, bias: Any, scale: Any, residual: Any,
-    stride: list[int], padding: list[int], dilation: list[int], *rest: Any,
+def _torch_convolution(
+    transposed: bool, input: Tensor, weight: Tensor, size: list[int], stride: list[int], padding: list[int],
+    dilation: list[int], groups: int,
 ) -> Tensor:  # fmt: skip
-    shape = (
-        input.shape[0], weight.shape[0], *_output_size(input.shape[2:], weight.shape[2:], stride, padding, dilation)
+    """The convolution, or its transpose, with a result of just that size."""
+    extra = [0] * len(size)
+    if transposed:
+        inverse = _image_size(input.shape[2:], weight.shape[2:], stride, padding, dilation)
+        extra = [wanted - least for wanted, least in zip(size, inverse, strict=True)]
+    z = torch.ops.aten.convolution(
+        input, weight, None, stride, padding, dilation, transposed, extra, groups
     )  # fmt: skip
-    channels_last = is_channels_last(input) or is_channels_last(weight)
-    return torch.empty(shape, dtype=input.dtype, device=input.device, memory_format=memory_format(channels_last))
+    # Where a transposed convolution padded its output, its gradient looks past the last window.
+    for dim, wanted in enumerate(size, 2):
+        z = z.narrow(dim, 0, wanted)
+    return z
 
 
-class _Conv2d(torch.autograd.Function):
+def _image_size(
+    output: Sequence[int], window: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
+) -> list[int]:
+    """The smallest image of which a convolution has that output."""
+    return [
+        (size - 1) * step - 2 * pad + dil * (taps - 1) + 1
+        for size, taps, step, pad, dil in zip(output, window, stride, padding, dilation, strict=True)
+    ]
+
+
+def _fake_forward(
+    transposed: bool, input: Tensor, weight: Tensor, bias: Any, scale: Any, residual: Any, size: Sequence[int],
+    channels_last: bool | None, stride: Any, padding: Any, dilation: Any, groups: int, *rest: Any,
+) -> Tensor:  # fmt: skip
+    if channels_last is None:
+        channels_last = _result_is_channels_last(input, weight)
+    channels = weight.shape[1] * groups if transposed else weight.shape[0]
+    return empty(input, (input.shape[0], channels, *size), channels_last)
+
+
+class _Convolution(torch.autograd.Function):
     """Returns the output and, for SAVES_INPUT, the activation's input: saved for backward, and an output so that a
     second derivative reaches it."""
 
     @staticmethod
     def forward(
-        ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None, residual: Tensor | None,
-        *options: Any,
+        ctx: Any, transposed: bool, input: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None,
+        residual: Tensor | None, *options: Any,
     ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-        activation = options[4]
+        activation = options[6]
         call = (input, weight, bias, scale, residual, *options)
         z = None
         with below_autograd():
             if activation in SAVES_INPUT:
-                y, z = OP_SAVING_INPUT(*call)
+                y, z = OPS_SAVING_INPUT[transposed](*call)
             else:
-                y = OP(*call)
+                y = OPS[transposed](*call)
         saved = None if activation == "none" else y if z is None else z
         ctx.save_for_backward(input, weight, scale, saved)
-        ctx.options = options
+        ctx.transposed, ctx.options = transposed, options
         ctx.set_materialize_grads(False)
         return y, z
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, dz: Tensor | None = None) -> tuple[Tensor | None, ...]:
-        input, weight, scale, saved = ctx.saved_tensors
-        stride, padding, dilation, groups, activation, precision, backend = ctx.options
-        need_input, need_weight, need_bias, need_scale, need_residual = ctx.needs_input_grad[:5]
-        geometry = (stride, padding, dilation, groups, precision, backend)
         if dy is None and dz is None:
-            return (None,) * 12
+            return (None,) * 15
+        input, weight, scale, saved = ctx.saved_tensors
+        transposed, (size, _, *geometry, activation, precision, backend) = ctx.transposed, ctx.options
+        groups = geometry[-1]
+        need_input, need_weight, need_bias, need_scale, need_residual = ctx.needs_input_grad[1:6]
 
         # dz comes only from a second derivative, which reaches the activation's input through it.
-        # The dense kernels want g channels last, and what reads it may as well write it so; depthwise reads both.
+        # The dense kernels want g channels last, and what reads it may as well write it so; the direct ones read both.
         g, bias_grad = dy, None
-        depthwise = _is_depthwise(weight.shape[1], groups)
-        relays = not depthwise and (need_input or need_weight) and dy is not None and not has_unit_channels(dy)
+        dense = not _is_direct(weight.shape, geometry[0], groups)
+        relays = dense and (need_input or need_weight) and dy is not None and not has_unit_channels(dy)
         if dy is not None and (activation != "none" or (relays and runs_kernels(backend, dy))):
-            channels_last = not depthwise or is_channels_last(saved)
+            channels_last = dense or is_channels_last(saved)
             g, bias_grad = OP_EPILOGUE_GRAD(
                 dy, saved, activation, need_bias and dz is None, channels_last, backend
             )  # fmt: skip
@@ -362,52 +560,81 @@ class _Conv2d(torch.autograd.Function):
         if need_bias and bias_grad is None:
             bias_grad = OP_BIAS_GRAD(g, backend)
 
+        plain = (None, None, None)  # no bias, scale or residual
+        options = (*geometry, "none", precision, backend)
         input_grad = weight_grad = scale_grad = None
         if need_input:
-            scaled = weight if scale is None else weight * scale.view(-1, 1, 1, 1)
-            input_grad = OP_INPUT_GRAD(g, scaled, input.shape[2], input.shape[3], is_channels_last(input), *geometry)
+            scaled = weight if scale is None else weight * _scale_of_weight(scale, weight, groups, transposed)
+            space, channels_last = input.shape[2:], is_channels_last(input)
+            input_grad = OPS[not transposed](g, scaled, *plain, space, channels_last, *options)
         if need_weight:
-            r, s = weight.shape[2:]
-            weight_grad = OP_WEIGHT_GRAD(input, g, r, s, is_channels_last(weight), *geometry)
-            weight_grad = weight_grad if scale is None else weight_grad * scale.view(-1, 1, 1, 1)
+            image, output = (g, input) if transposed else (input, g)
+            weight_grad = OP_WEIGHT_GRAD(
+                image, output, weight.shape[2:], is_channels_last(weight), *geometry, precision, backend
+            )  # fmt: skip
+            if scale is not None:
+                weight_grad = weight_grad * _scale_of_weight(scale, weight, groups, transposed)
         if need_scale:
             assert g is not None
             assert scale is not None
             # The convolution again: sum(w * dw) would be the same number, but cancels where the activation saturates.
-            plain = OP(input, weight, None, None, None, *geometry[:4], "none", precision, backend)
+            bare = OPS[transposed](input, weight, *plain, size, None, *options)
             wide = torch.promote_types(g.dtype, torch.float32)
-            scale_grad = (g.to(wide) * plain).sum((0, 2, 3), dtype=torch.float64).to(scale.dtype)
+            scale_grad = (g.to(wide) * bare).sum(_all_but_channels(g), dtype=torch.float64).to(scale.dtype)
         return (
-            input_grad, weight_grad, bias_grad if need_bias else None, scale_grad, g if need_residual else None,
-            *(None,) * 7,
+            None, input_grad, weight_grad, bias_grad if need_bias else None, scale_grad, g if need_residual else None,
+            *(None,) * 9,
         )  # fmt: skip
 
 
-def _saving_input_autograd(
-    input: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None, residual: Tensor | None,
-    stride: Any, padding: Any, dilation: Any, groups: int, activation: str, precision: str, backend: str,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    z = OP(input, weight, bias, scale, residual, stride, padding, dilation, groups, "none", precision, backend)
+def _scale_of_weight(scale: Tensor, weight: Tensor, groups: int, transposed: bool) -> Tensor:
+    """The scale of each result channel, shaped to multiply ``weight``."""
+    rank = weight.dim() - 2
+    if not transposed:
+        return _per_channel(scale, rank + 1)
+    of_inputs = scale.view(groups, -1).repeat_interleave(weight.shape[0] // groups, 0)
+    return of_inputs.view(*weight.shape[:2], *(1 for _ in range(rank)))
+
+
+def _all_but_channels(t: Tensor) -> list[int]:
+    return [0, *range(2, t.dim())]
+
+
+def _saving_input_autograd(transposed: bool, *call: Any) -> tuple[Tensor, Tensor]:
+    *head, activation, precision, backend = call
+    z = OPS[transposed](*head, "none", precision, backend)
     return activate(z, activation), z
 
 
-_GEOMETRY = "SymInt[2] stride, SymInt[2] padding, SymInt[2] dilation, SymInt groups"
-_CALL = (
-    "Tensor input, Tensor weight, Tensor? bias, Tensor? scale, Tensor? residual, "
-    f"{_GEOMETRY}, str activation, str precision, str backend"
-)
-OP: Any = register(
-    f"conv2d({_CALL}) -> Tensor",
-    implementation=lambda *call: _forward(*call, save_input=False)[0],
-    fake=_fake_forward,
-    autograd=lambda *call: _Conv2d.apply(*call)[0],
-)
-OP_SAVING_INPUT: Any = register(
-    f"conv2d_saving_input({_CALL}) -> (Tensor, Tensor)",
-    implementation=lambda *call: _forward(*call, save_input=True),
-    fake=lambda *call: (_fake_forward(*call), _fake_forward(*call)),
-    autograd=_saving_input_autograd,
-)
+_GEOMETRY = "SymInt[] stride, SymInt[] padding, SymInt[] dilation, SymInt groups"
+
+
+def _register_convolution(name: str, transposed: bool) -> tuple[Any, Any]:
+    """The operator and the one that also returns the activation's input. ``size`` is the result's in space; its layout
+    is torch's where ``channels_last`` is not given."""
+    call = (
+        "Tensor input, Tensor weight, Tensor? bias, Tensor? scale, Tensor? residual, SymInt[] size, "
+        f"bool? channels_last, {_GEOMETRY}, str activation, str precision, str backend"
+    )
+    op = register(
+        f"{name}({call}) -> Tensor",
+        implementation=lambda *call: _forward(transposed, *call, save_input=False)[0],
+        fake=lambda *call: _fake_forward(transposed, *call),
+        autograd=lambda *call: _Convolution.apply(transposed, *call)[0],
+    )
+    saving_input = register(
+        f"{name}_saving_input({call}) -> (Tensor, Tensor)",
+        implementation=lambda *call: _forward(transposed, *call, save_input=True),
+        fake=lambda *call: (_fake_forward(transposed, *call), _fake_forward(transposed, *call)),
+        autograd=lambda *call: _saving_input_autograd(transposed, *call),
+    )
+    return op, saving_input
+
+
+OP, OP_SAVING_INPUT = _register_convolution("conv", False)
+OP_TRANSPOSE, OP_TRANSPOSE_SAVING_INPUT = _register_convolution("conv_transpose", True)
+OPS: dict[bool, Any] = {False: OP, True: OP_TRANSPOSE}
+OPS_SAVING_INPUT: dict[bool, Any] = {False: OP_SAVING_INPUT, True: OP_TRANSPOSE_SAVING_INPUT}
 
 
 # Gradient at the activation's input, and of the bias.
@@ -423,7 +650,7 @@ def _epilogue_grad(
         return g, dy.new_empty(0) if bias_grad is None else bias_grad
     g, bias_grad = _differentiable_epilogue_grad(dy, saved, activation, need_bias)
     # A new tensor also where nothing changes: an operator's outputs must not alias its inputs.
-    return torch.empty_like(g, memory_format=memory_format(channels_last)).copy_(g), bias_grad
+    return empty(g, g.shape, channels_last).copy_(g), bias_grad
 
 
 def _differentiable_epilogue_grad(
@@ -433,7 +660,7 @@ def _differentiable_epilogue_grad(
     g = dy.to(wide)
     if saved is not None:
         g = g * _derivative(saved.to(wide), activation)
-    bias_grad = g.sum((0, 2, 3)).to(dy.dtype) if need_bias else dy.new_empty(0)
+    bias_grad = g.sum(_all_but_channels(g)).to(dy.dtype) if need_bias else dy.new_empty(0)
     return g.to(dy.dtype), bias_grad
 
 
@@ -448,8 +675,7 @@ def _epilogue_grad_autograd(*call: Any) -> tuple[Tensor, Tensor]:
 def _fake_epilogue_grad(
     dy: Tensor, saved: Tensor | None, activation: str, need_bias: bool, channels_last: bool, backend: str
 ) -> Any:  # fmt: skip
-    g = torch.empty_like(dy, memory_format=memory_format(channels_last))
-    return g, dy.new_empty(dy.shape[1] if need_bias else 0)
+    return empty(dy, dy.shape, channels_last), dy.new_empty(dy.shape[1] if need_bias else 0)
 
 
 def _bias_grad(g: Tensor, backend: str) -> Tensor:
@@ -457,114 +683,65 @@ def _bias_grad(g: Tensor, backend: str) -> Tensor:
         from ..kernels.conv import run_bias_grad
 
         return run_bias_grad(g)
-    return g.sum((0, 2, 3))
+    return g.sum(_all_but_channels(g))
 
 
 def _bias_grad_autograd(g: Tensor, backend: str) -> Tensor:
     if torch.is_grad_enabled() and g.requires_grad:
-        return g.sum((0, 2, 3))
+        return g.sum(_all_but_channels(g))
     with below_autograd():
         return OP_BIAS_GRAD(g, backend)
 
 
 OP_EPILOGUE_GRAD: Any = register(
-    "conv2d_epilogue_grad(Tensor dy, Tensor? saved, str activation, bool need_bias, bool channels_last, str backend)"
+    "conv_epilogue_grad(Tensor dy, Tensor? saved, str activation, bool need_bias, bool channels_last, str backend)"
     " -> (Tensor, Tensor)",
     implementation=_epilogue_grad,
     fake=_fake_epilogue_grad,
     autograd=_epilogue_grad_autograd,
 )
 OP_BIAS_GRAD: Any = register(
-    "conv2d_bias_grad(Tensor g, str backend) -> Tensor",
+    "conv_bias_grad(Tensor g, str backend) -> Tensor",
     implementation=_bias_grad,
     fake=lambda g, backend: g.new_empty(g.shape[1]),
     autograd=_bias_grad_autograd,
 )
 
 
-# Input gradient: linear in g and in the weight, so its own gradients are a convolution and a weight gradient.
-
-
-def _input_grad(
-    g: Tensor, weight: Tensor, h: int, w: int, channels_last: bool,
-    stride: list[int], padding: list[int], dilation: list[int], groups: int, precision: str, backend: str,
-) -> Tensor:  # fmt: skip
-    if runs_kernels(backend, g):
-        return _module(weight.shape[1], groups).run_input_grad(
-            g, weight, (h, w), _geometry(stride, padding, dilation, groups), precision=precision,
-            is_channels_last=channels_last,
-        )  # fmt: skip
-    like = g.new_empty(1).expand(g.shape[0], weight.shape[1] * groups, h, w)
-    grad = torch.ops.aten.convolution_backward(
-        g, like, weight, None, stride, padding, dilation, False, [0, 0], groups, [True, False, False]
-    )[0]
-    return grad.contiguous(memory_format=memory_format(channels_last))
-
-
-def _fake_input_grad(
-    g: Tensor, weight: Tensor, h: int, w: int, channels_last: bool,
-    stride: Any, padding: Any, dilation: Any, groups: int, precision: str, backend: str,
-) -> Tensor:  # fmt: skip
-    shape = (g.shape[0], weight.shape[1] * groups, h, w)
-    return torch.empty(shape, dtype=g.dtype, device=g.device, memory_format=memory_format(channels_last))
-
-
-class _InputGrad(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, g: Tensor, weight: Tensor, *options: Any) -> Tensor:
-        ctx.save_for_backward(g, weight)
-        ctx.options = options
-        with below_autograd():
-            return OP_INPUT_GRAD(g, weight, *options)
-
-    @staticmethod
-    def backward(ctx: Any, ddx: Tensor) -> tuple[Tensor | None, ...]:
-        g, weight = ctx.saved_tensors
-        _, _, _, *geometry, precision, backend = ctx.options
-        g_grad = weight_grad = None
-        if ctx.needs_input_grad[0]:
-            g_grad = OP(ddx, weight, None, None, None, *geometry, "none", precision, backend)
-        if ctx.needs_input_grad[1]:
-            r, s = weight.shape[2:]
-            weight_grad = OP_WEIGHT_GRAD(ddx, g, r, s, is_channels_last(weight), *geometry, precision, backend)
-        return g_grad, weight_grad, *(None,) * 9
-
-
-OP_INPUT_GRAD: Any = register(
-    f"conv2d_input_grad(Tensor g, Tensor weight, SymInt h, SymInt w, bool channels_last, {_GEOMETRY}, "
-    "str precision, str backend) -> Tensor",
-    implementation=_input_grad,
-    fake=_fake_input_grad,
-    autograd=_InputGrad.apply,
-)
-
-
-# Weight gradient: linear in the input and in g.
+# Weight gradient: linear in the input and in g, and so are its own gradients, a transpose and a convolution.
 
 
 def _weight_grad(
-    input: Tensor, g: Tensor, r: int, s: int, channels_last: bool,
+    input: Tensor, g: Tensor, window: list[int], channels_last: bool,
     stride: list[int], padding: list[int], dilation: list[int], groups: int, precision: str, backend: str,
 ) -> Tensor:  # fmt: skip
-    shape = (g.shape[1], input.shape[1] // groups, r, s)
+    shape = (g.shape[1], input.shape[1] // groups, *window)
     if runs_kernels(backend, input):
-        return _module(shape[1], groups).run_weight_grad(
-            input, g, shape, _geometry(stride, padding, dilation, groups), precision=precision,
-            is_channels_last=channels_last,
-        )  # fmt: skip
+        from ..kernels import conv
+
+        geometry = conv.Geometry.of(stride, padding, dilation, groups)
+        return weight_grad_module_of(shape, stride, groups).run_weight_grad(
+            input, g, shape, geometry, precision=precision, is_channels_last=channels_last
+        )
+    # The same sums are the weight gradient of a transposed convolution from g to input. torch takes that view only
+    # where the image goes on after the last window by a stride or more, as after a padded output.
+    least = _image_size(g.shape[2:], window, stride, padding, dilation)
+    extra = [size - smallest for size, smallest in zip(input.shape[2:], least, strict=True)]
+    transposed = any(more >= step for more, step in zip(extra, stride, strict=True))
+    image, output = (g, input) if transposed else (input, g)
     like = g.new_empty(1).expand(shape)
     grad = torch.ops.aten.convolution_backward(
-        g, input, like, None, stride, padding, dilation, False, [0, 0], groups, [False, True, False]
-    )[1]
-    return grad.contiguous(memory_format=memory_format(channels_last))
+        output, image, like, None, stride, padding, dilation, transposed,
+        extra if transposed else [0] * len(extra), groups, [False, True, False],
+    )[1]  # fmt: skip
+    return laid_out(grad, channels_last)
 
 
 def _fake_weight_grad(
-    input: Tensor, g: Tensor, r: int, s: int, channels_last: bool,
+    input: Tensor, g: Tensor, window: Sequence[int], channels_last: bool,
     stride: Any, padding: Any, dilation: Any, groups: int, precision: str, backend: str,
 ) -> Tensor:  # fmt: skip
-    shape = (g.shape[1], input.shape[1] // groups, r, s)
-    return torch.empty(shape, dtype=input.dtype, device=input.device, memory_format=memory_format(channels_last))
+    return empty(input, (g.shape[1], input.shape[1] // groups, *window), channels_last)
 
 
 class _WeightGrad(torch.autograd.Function):
@@ -578,18 +755,18 @@ class _WeightGrad(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, ddw: Tensor) -> tuple[Tensor | None, ...]:
         input, g = ctx.saved_tensors
-        _, _, _, *geometry, precision, backend = ctx.options
+        _, _, *geometry, precision, backend = ctx.options
+        plain, options = (None, None, None), (*geometry, "none", precision, backend)
         input_grad = g_grad = None
         if ctx.needs_input_grad[0]:
-            h, w = input.shape[2:]
-            input_grad = OP_INPUT_GRAD(g, ddw, h, w, is_channels_last(input), *geometry, precision, backend)
+            input_grad = OP_TRANSPOSE(g, ddw, *plain, input.shape[2:], is_channels_last(input), *options)
         if ctx.needs_input_grad[1]:
-            g_grad = OP(input, ddw, None, None, None, *geometry, "none", precision, backend)
-        return input_grad, g_grad, *(None,) * 9
+            g_grad = OP(input, ddw, *plain, g.shape[2:], is_channels_last(g), *options)
+        return input_grad, g_grad, *(None,) * 8
 
 
 OP_WEIGHT_GRAD: Any = register(
-    f"conv2d_weight_grad(Tensor input, Tensor g, SymInt r, SymInt s, bool channels_last, {_GEOMETRY}, "
+    f"conv_weight_grad(Tensor input, Tensor g, SymInt[] window, bool channels_last, {_GEOMETRY}, "
     "str precision, str backend) -> Tensor",
     implementation=_weight_grad,
     fake=_fake_weight_grad,

@@ -31,6 +31,7 @@ PROVIDERS = {
     "torch": "torch as called: images in NCHW, every step an operator, cuDNN's own choice of algorithm",
     "torch_channels_last": "the same in channels last with torch.backends.cudnn.benchmark",
     "torch_bare": "torch_channels_last without bias, activation and residual",
+    "torch_compile": "torch_channels_last compiled by torch.compile",
 }
 IMAGES = ("tritune", "torch", "torch_channels_last")
 Shape = tuple[int, ...]
@@ -126,9 +127,12 @@ class Operator:
         return "torch_channels_last" if "torch_channels_last" in self.providers else "torch"
 
     def providers_of(self, case: Case) -> list[str]:
-        """Without pointwise steps around the operator nothing is left to leave out."""
-        has_bare = self.bare is not None and case.epilogue and case.direction == "fwd"
-        return [*self.providers, *(["torch_bare"] if has_bare else [])]
+        """Without pointwise steps around the operator nothing is left to leave out, nor for a compiler to fuse.
+        Compiling takes seconds, so only the most telling cases pay for it, and only where kernels are timed."""
+        if self.bare is None or not case.epilogue or case.direction != "fwd":
+            return list(self.providers)
+        compiled = ["torch_compile"] if case.rank == 0 and torch.cuda.is_available() else []
+        return [*self.providers, "torch_bare", *compiled]
 
 
 @dataclass(frozen=True)
@@ -163,9 +167,9 @@ def random_tensors(operator: Operator, case: Case, device: str, seed: int) -> di
 
 
 def lay_out(t: Tensor, layout: str) -> Tensor:
-    if not layout or t.dim() != 4:
+    if not layout or t.dim() < 3:
         return t
-    return t.contiguous(memory_format=torch.channels_last if layout == "nhwc" else torch.contiguous_format)
+    return t.movedim(1, -1).contiguous().movedim(-1, 1) if layout == "nhwc" else t.contiguous()
 
 
 def prepare(
@@ -178,6 +182,9 @@ def prepare(
     """
     function = {"tritune": operator.ours, "torch_bare": operator.bare}.get(provider, operator.torch)
     assert function is not None
+    if provider == "torch_compile":
+        torch._dynamo.reset()  # it gives up after eight shapes of one function
+        function = torch.compile(function, dynamic=False)
     layout = {"tritune": case.layout, "torch": "nchw"}.get(provider, "nhwc") if case.layout else ""
     arguments = {name: lay_out(t, layout).detach() for name, t in tensors.items()}
     dy = arguments.pop("dy", None)

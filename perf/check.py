@@ -101,7 +101,7 @@ def set_cudnn(provider: str) -> Callable[[], None]:
     """What runs before a sample of a provider: cuDNN's search belongs to the channels-last peers."""
 
     def before() -> None:
-        torch.backends.cudnn.benchmark = provider in ("torch_channels_last", "torch_bare")
+        torch.backends.cudnn.benchmark = provider in ("torch_channels_last", "torch_bare", "torch_compile")
 
     return before
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
+from itertools import product
 from math import prod
 from typing import Any, NamedTuple
 
@@ -14,8 +15,8 @@ from torch import Tensor
 from ..autotune.config import Config
 from ..autotune.cost import cdiv
 from ..autotune.device import DeviceSpec
-from ..ops import conv2d
-from ..ops.conv import activate
+from ..ops import conv1d, conv2d, conv3d, conv_transpose1d, conv_transpose2d, conv_transpose3d
+from ..ops.conv import activate, module_of, weight_grad_module_of
 from .case import (
     ALL_LAYERS,
     DTYPES,
@@ -33,30 +34,54 @@ from .case import (
 
 
 class Layer(NamedTuple):
-    """One convolution of a model: images and input channels, filters, window."""
+    """One convolution of a model, of as many dimensions as the input has: images and input channels, filters, window.
+
+    The other sizes hold in every dimension.
+    """
 
     input: Shape
     k: int
-    window: int
+    window: int | Shape
     stride: int = 1
     padding: int | None = None  # None keeps the size
     dilation: int = 1
     groups: int = 1
+    transposed: bool = False
+
+    @property
+    def rank(self) -> int:
+        return len(self.input) - 2
+
+    @property
+    def op(self) -> str:
+        return f"conv_transpose{self.rank}d" if self.transposed else f"conv{self.rank}d"
+
+    @property
+    def taps(self) -> Shape:
+        return (self.window,) * self.rank if isinstance(self.window, int) else self.window
 
     @property
     def pad(self) -> int:
-        return self.dilation * (self.window // 2) if self.padding is None else self.padding
+        return self.dilation * (self.taps[-1] // 2) if self.padding is None else self.padding
 
     @property
     def weight(self) -> Shape:
-        return (self.k, self.input[1] // self.groups, self.window, self.window)
+        channels = (self.input[1], self.k // self.groups) if self.transposed else (self.k, self.input[1] // self.groups)
+        return (*channels, *self.taps)
 
     @property
-    def output(self) -> tuple[int, int, int, int]:
+    def output(self) -> Shape:
         n, _, *sizes = self.input
-        reach = self.dilation * (self.window - 1) + 1
-        p, q = ((size + 2 * self.pad - reach) // self.stride + 1 for size in sizes)
-        return n, self.k, p, q
+        reach = [self.dilation * (taps - 1) + 1 for taps in self.taps]
+        if self.transposed:
+            space = [(size - 1) * self.stride - 2 * self.pad + r for size, r in zip(sizes, reach, strict=True)]
+        else:
+            space = [(size + 2 * self.pad - r) // self.stride + 1 for size, r in zip(sizes, reach, strict=True)]
+        return (n, self.k, *space)
+
+    def geometry(self) -> dict[str, int]:
+        """The arguments of the call."""
+        return {"stride": self.stride, "padding": self.pad, "dilation": self.dilation, "groups": self.groups}
 
 
 LAYERS = {
@@ -77,81 +102,95 @@ LAYERS = {
     "resnext50-g32": Layer((32, 128, 56, 56), 128, 3, groups=32),
     "unet-320": Layer((2, 320, 64, 64), 320, 3),
     "unet-1280": Layer((2, 1280, 16, 16), 1280, 3),
+    "unet-up": Layer((8, 1024, 32, 32), 512, 2, stride=2, padding=0, transposed=True),
     "vae-128": Layer((1, 128, 512, 512), 128, 3),
+    "video-vae": Layer((1, 128, 9, 128, 128), 128, 3),
     "deeplab-aspp": Layer((8, 2048, 33, 33), 256, 3, dilation=12),
     "convnext-dw-s1": Layer((64, 96, 56, 56), 96, 7, groups=96),
     "convnext-dw-s3": Layer((64, 384, 14, 14), 384, 7, groups=384),
     "mobilenetv3-dw": Layer((64, 72, 56, 56), 72, 5, stride=2, groups=72),
     "efficientnet-dw": Layer((64, 96, 112, 112), 96, 3, stride=2, groups=96),
-    "batch1-dw": Layer((1, 16, 14, 14), 16, 3, groups=16),
+    "batch1-dw": Layer((1, 384, 14, 14), 384, 3, groups=384),
+    "short-conv": Layer((1, 12288, 16384), 12288, 4, padding=3, groups=12288),
 }
 # Compiled in every precision and layout, and for every target.
 HEADLINE = ("resnet50-s1-3x3", "resnet50-s1-1x1", "convnext-dw-s1")
+# Compiled in both layouts.
+BOTH_LAYOUTS = (*HEADLINE, "short-conv")
 
 
 def _is_depthwise(layer: Layer) -> bool:
-    return layer.groups > 1 and layer.weight[1] == 1
+    return layer.groups == layer.input[1] > 1
 
 
-def _geometry(stride: int, padding: int, dilation: int, groups: int) -> Any:
-    from ..kernels.conv import Geometry
+def _problem(layer: Layer, dtype: torch.dtype, precision: str, channels_last: bool) -> Any:
+    from ..kernels import conv
 
-    return Geometry(stride, stride, padding, padding, dilation, dilation, groups)
+    stride, padding, dilation = ((size,) * layer.rank for size in (layer.stride, layer.pad, layer.dilation))
+    geometry = conv.Geometry.of(stride, padding, dilation, layer.groups)
+    x, y = (layer.output, layer.input) if layer.transposed else (layer.input, layer.output)
+    return conv.problem_of(x, layer.weight, y[2:], geometry, dtype, precision, channels_last)
 
 
 def problem_of(layer: Layer, label: str, channels_last: bool = True) -> Any:
     """The layer as the kernels know it; an image's three channels are padded, as the launcher does."""
     from ..kernels import conv
 
-    dtype, precision = PRECISIONS[label]
-    geometry = _geometry(layer.stride, layer.pad, layer.dilation, layer.groups)
-    pq = (layer.output[2], layer.output[3])
-    problem = conv.problem_of(layer.input, layer.weight, pq, geometry, dtype, precision, channels_last)
-    return conv.pad_problem(problem)
+    return conv.pad_problem(_problem(layer, *PRECISIONS[label], channels_last))
 
 
 def layers(target: str) -> Iterator[Layers]:
-    from ..kernels import conv, conv_depthwise
+    from ..kernels import conv
 
     for name, layer in LAYERS.items():
         if target not in ALL_LAYERS and name not in HEADLINE:
             continue
-        depthwise = _is_depthwise(layer)
-        module = conv_depthwise if depthwise else conv
-        for label in precisions_for(target) if name in HEADLINE else ["bf16"]:
-            if depthwise and label in ("tf32", "tf32x3"):
-                continue  # no products of tiles, so no precision to choose
-            for layout in ("nhwc", "nchw") if name in HEADLINE and label == "bf16" else ("nhwc",):
-                problem = problem_of(layer, label, layout == "nhwc")
-                for tunable in (module.FORWARD, module.INPUT_GRAD, module.WEIGHT_GRAD):
-                    yield f"{name}-{label}-{layout}", tunable, problem
-        if not depthwise:
-            n, k, p, q = layer.output
-            epilogue = conv.EpilogueProblem(n * p * q, k, torch.bfloat16, has_saved=True, writes_g=True, has_bias=True)
-            yield f"{name}-bf16-nhwc", conv.EPILOGUE_GRAD, epilogue
+        module = module_of(layer.weight, (layer.stride,) * layer.rank, layer.groups)
+        weight_grad = weight_grad_module_of(layer.weight, (layer.stride,) * layer.rank, layer.groups).WEIGHT_GRAD
+        for label, layout in product(PRECISIONS, ("nhwc", "nchw")):
+            if label not in (precisions_for(target) if name in HEADLINE else ["bf16"]):
+                continue
+            if layout == "nchw" and (name not in BOTH_LAYOUTS or label != "bf16"):
+                continue
+            problem = problem_of(layer, label, layout == "nhwc")
+            for tunable in (module.FORWARD, module.TRANSPOSE, weight_grad):
+                if tunable.name.startswith("conv_direct") and label in ("tf32", "tf32x3"):
+                    continue  # no products of tiles, so no precision to choose
+                yield f"{name}-{label}-{layout}", tunable, problem
+        n, k, *space = layer.output
+        epilogue = conv.EpilogueProblem(
+            n * prod(space), k, torch.bfloat16, has_saved=True, writes_g=True, has_bias=True
+        )
+        yield f"{name}-bf16-nhwc", conv.EPILOGUE_GRAD, epilogue
 
 
 # --- what the compiler must make of them -----------------------------------------------------------------------------
 
-PRODUCTS = ("conv2d", "conv2d_input_grad", "conv2d_weight_grad")
+PRODUCTS = ("conv", "conv_transpose", "conv_weight_grad")
 
 
 def wgmma_rows(kernel: str, problem: Any) -> int:
     """Rows of the tiles that the tensor cores multiply; 0 for kernels without products. WGMMA takes 64."""
+    from ..kernels.conv import merged_groups
+
     if kernel not in PRODUCTS:
         return 0
-    return int(problem.K if kernel == "conv2d_weight_grad" else problem.pixels)
+    if kernel == "conv_weight_grad":
+        return int(problem.K * merged_groups(problem))
+    return int(problem.pixels if kernel == "conv" else problem.image_pixels // problem.geometry.parities)
 
 
 def due_load_bytes(kernel: str, problem: Any) -> int:
     """How wide every load has to be: 16 bytes for 16-bit channels last with channels in eights, else 0 for any."""
+    from ..kernels.conv import merged_groups
+
     if problem.dtype.itemsize != 2 or not getattr(problem, "channels_last", True):
         return 0
-    if kernel.startswith("conv2d_depthwise"):
-        return 16 if problem.geometry.groups % 8 == 0 and problem.K == 1 else 0
-    if kernel in PRODUCTS and problem.C % 8:
-        return 0
-    return 0 if problem.K % 8 else 16
+    if kernel == "conv_epilogue_grad":
+        return 0 if problem.K % 8 else 16
+    groups = problem.geometry.groups
+    merged = merged_groups(problem) if kernel == "conv_weight_grad" else groups if kernel not in PRODUCTS else 1
+    return 0 if problem.C * merged % 8 or problem.K * merged % 8 else 16
 
 
 # --- bytes that load and store instructions move: the formulas at the kernels' heads ----------------------------------
@@ -159,33 +198,40 @@ def due_load_bytes(kernel: str, problem: Any) -> int:
 
 def _forward_bytes(p: Any, config: Config) -> float:
     tiles_m, tiles_n = cdiv(p.pixels, config.BLOCK_M), cdiv(p.K, config.BLOCK_N)
-    taps = p.R * p.S * p.C
     output = p.pixels * p.K
     partial = 8 * config.SPLIT_K * output if config.SPLIT_K > 1 else 0
-    bytes_a_group = (tiles_n * p.pixels * taps + tiles_m * p.K * taps + output) * p.itemsize + partial
+    reduction = p.taps * p.C
+    bytes_a_group = (tiles_n * p.pixels * reduction + tiles_m * p.K * reduction + output) * p.itemsize + partial
     return float(p.geometry.groups * bytes_a_group)
 
 
-def _input_grad_bytes(p: Any, config: Config) -> float:
+def _transpose_bytes(p: Any, config: Config) -> float:
     g = p.geometry
     tiles_n = cdiv(p.C, config.BLOCK_N)
     weights = 0
-    for row in range(g.stride_h):
-        for column in range(g.stride_w):
-            taps = sum((r * g.dil_h) % g.stride_h == row for r in range(p.R))
-            taps *= sum((s * g.dil_w) % g.stride_w == column for s in range(p.S))
-            pixels = p.N * cdiv(p.H, g.stride_h) * cdiv(p.W, g.stride_w)
-            weights += cdiv(pixels, config.BLOCK_M) * taps * p.K * p.C
-    gathered = tiles_n * p.pixels * p.R * p.S * p.K
-    return float(g.groups * (gathered + weights + p.N * p.H * p.W * p.C) * p.itemsize)
+    rows = p.N * prod(cdiv(size, step) for size, step in zip(p.image, g.stride, strict=True))
+    for parity in product(*(range(step) for step in g.stride)):
+        taps = prod(
+            sum((tap * dil) % step == place for tap in range(window))
+            for place, window, step, dil in zip(parity, p.window, g.stride, g.dilation, strict=True)
+        )
+        weights += cdiv(rows, config.BLOCK_M) * taps * p.K * p.C
+    output = p.image_pixels * p.C
+    partial = 8 * config.SPLIT_K * output if config.SPLIT_K > 1 else 0
+    gathered = tiles_n * p.pixels * p.taps * p.K
+    return float(g.groups * ((gathered + weights + output) * p.itemsize + partial))
 
 
 def _weight_grad_bytes(p: Any, config: Config) -> float:
-    columns = p.R * p.S * p.C
-    tiles_m, tiles_n = cdiv(p.K, config.BLOCK_M), cdiv(columns, config.BLOCK_N)
-    partial = 8 * config.SPLIT_K * columns * p.K if config.SPLIT_K > 1 else 0
-    operands = tiles_m * p.pixels * columns + tiles_n * p.pixels * p.K + columns * p.K
-    return float(p.geometry.groups * (operands * p.itemsize + partial))
+    from ..kernels.conv import merged_groups
+
+    merged = merged_groups(p)
+    columns, rows = p.taps * p.C * merged, p.K * merged
+    tiles_m, tiles_n = cdiv(rows, config.BLOCK_M), cdiv(columns, config.BLOCK_N)
+    stored = p.taps * p.C * p.K * p.geometry.groups
+    partial = 8 * config.SPLIT_K * stored if config.SPLIT_K > 1 else 0
+    operands = (tiles_m * p.pixels * columns + tiles_n * p.pixels * rows) * (p.geometry.groups // merged)
+    return float((operands + stored) * p.itemsize + partial)
 
 
 def _epilogue_grad_bytes(p: Any, config: Config) -> float:
@@ -193,51 +239,56 @@ def _epilogue_grad_bytes(p: Any, config: Config) -> float:
     return p.minimal_bytes() + p.has_bias * p.K * (8 * splits + p.dtype.itemsize)
 
 
-def _depthwise_bytes(p: Any, config: Config) -> float:
-    filters, taps = p.K * p.geometry.groups, p.R * p.S
-    weights = cdiv(p.pixels, config.BLOCK_M) * taps * filters
-    return float((taps * p.pixels * filters + weights + p.pixels * filters) * p.itemsize)
+def _direct(name: str) -> Callable[[Any, Config], float]:
+    """The direct kernels' cost model needs their formulas, too, so they stand in their file."""
 
+    def formula(p: Any, config: Config) -> float:
+        from ..kernels import conv_direct
 
-def _depthwise_input_grad_bytes(p: Any, config: Config) -> float:
-    filters, taps, pixels = p.K * p.geometry.groups, p.R * p.S, p.N * p.H * p.W
-    weights = cdiv(pixels, config.BLOCK_M) * taps * filters
-    return float((taps * p.pixels * filters + weights + pixels * p.geometry.groups) * p.itemsize)
+        return float(getattr(conv_direct, name)(p, config))
 
-
-def _depthwise_weight_grad_bytes(p: Any, config: Config) -> float:
-    filters, taps = p.K * p.geometry.groups, p.R * p.S
-    splits = max(1, min(config.SPLIT_M, cdiv(p.pixels, config.BLOCK_M)))
-    return float(taps * filters * (2 * p.pixels * p.itemsize + 8 * splits + p.itemsize))
+    return formula
 
 
 TRAFFIC: dict[str, Callable[[Any, Config], float]] = {
-    "conv2d": _forward_bytes,
-    "conv2d_input_grad": _input_grad_bytes,
-    "conv2d_weight_grad": _weight_grad_bytes,
-    "conv2d_epilogue_grad": _epilogue_grad_bytes,
-    "conv2d_depthwise": _depthwise_bytes,
-    "conv2d_depthwise_input_grad": _depthwise_input_grad_bytes,
-    "conv2d_depthwise_weight_grad": _depthwise_weight_grad_bytes,
+    "conv": _forward_bytes,
+    "conv_transpose": _transpose_bytes,
+    "conv_weight_grad": _weight_grad_bytes,
+    "conv_epilogue_grad": _epilogue_grad_bytes,
+    "conv_direct": _direct("forward_bytes"),
+    "conv_direct_transpose": _direct("transpose_bytes"),
+    "conv_direct_weight_grad": _direct("weight_grad_bytes"),
 }
 
 
 # --- calls that are compared -----------------------------------------------------------------------------------------
 
-
-def _torch_conv2d(
-    input: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tensor | None = None, *,
-    activation: str = "none", precision: str | None = None, **geometry: Any,
-) -> Tensor:  # fmt: skip
-    z = F.conv2d(input, weight, bias, **geometry)
-    if residual is not None:
-        z = z + residual
-    return activate(z, activation)
+_OURS = {f.__name__: f for f in (conv1d, conv2d, conv3d, conv_transpose1d, conv_transpose2d, conv_transpose3d)}
 
 
-def _bare_conv2d(input: Tensor, weight: Tensor, **others: Any) -> Tensor:
-    geometry = {name: others[name] for name in ("stride", "padding", "dilation", "groups")}
-    return F.conv2d(input, weight, None, **geometry)
+def _torch(op: str) -> Callable[..., Tensor]:
+    """The same by torch's operators, each step one of them."""
+    function = getattr(F, op)
+
+    def run(
+        input: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tensor | None = None, *,
+        activation: str = "none", precision: str | None = None, **geometry: Any,
+    ) -> Tensor:  # fmt: skip
+        z = function(input, weight, bias, **geometry)
+        if residual is not None:
+            z = z + residual
+        return activate(z, activation)
+
+    return run
+
+
+def _bare(op: str) -> Callable[..., Tensor]:
+    function = getattr(F, op)
+
+    def run(input: Tensor, weight: Tensor, **others: Any) -> Tensor:
+        return function(input, weight, **{name: others[name] for name in ("stride", "padding", "dilation", "groups")})
+
+    return run
 
 
 def case(
@@ -253,45 +304,38 @@ def case(
         shapes["bias"] = (layer.k,)
     if "residual" in steps:
         shapes["residual"] = layer.output
-    kwargs: dict[str, Any] = {
-        "stride": layer.stride, "padding": layer.pad, "dilation": layer.dilation, "groups": layer.groups
-    }  # fmt: skip
+    kwargs: dict[str, Any] = dict(layer.geometry())
     for step in steps:
         if step not in ("bias", "residual"):
             kwargs["activation"] = step
     if dtype == "tf32":
         dtype, kwargs["precision"] = "fp32", "tf32"
-    return Case(name, "conv2d", shapes, kwargs, dtype, layout, direction, rank)
+    return Case(name, layer.op, shapes, kwargs, dtype, layout, direction, rank)
 
 
 def layer_of(case: Case) -> Layer:
-    kw = case.kwargs
-    k, _, window, _ = case.shapes["weight"]
-    return Layer(case.shapes["input"], k, window, kw["stride"], kw["padding"], kw["dilation"], kw["groups"])
+    kw, transposed = case.kwargs, case.op.startswith("conv_transpose")
+    first, second, *window = case.shapes["weight"]
+    k = second * kw["groups"] if transposed else first
+    stride, padding, dilation, groups = (kw[name] for name in ("stride", "padding", "dilation", "groups"))
+    return Layer(case.shapes["input"], k, tuple(window), stride, padding, dilation, groups, transposed)
 
 
 def _describe(case: Case) -> str:
-    n, c, h, w = case.shapes["input"]
-    k, _, r, s = case.shapes["weight"]
+    layer = layer_of(case)
     options = "".join(
         f" {letter}{case.kwargs[name]}"
         for letter, name, default in (("s", "stride", 1), ("d", "dilation", 1), ("g", "groups", 1))
         if case.kwargs[name] != default
     )
     epilogue = f" +{case.epilogue}" if case.epilogue else ""
-    return f"{n}x{c}x{h}x{w} -> {k} {r}x{s}{options}{epilogue}"
+    return f"{'x'.join(map(str, layer.input))} -> {layer.k} {'x'.join(map(str, layer.taps))}{options}{epilogue}"
 
 
 def _floor_us(case: Case, device: DeviceSpec) -> float:
     """Every tensor once over the memory bus, or every product at the rate of the unit that must do it."""
-    from ..kernels import conv
-
     layer, shapes = layer_of(case), case.shapes
-    geometry = _geometry(layer.stride, layer.pad, layer.dilation, layer.groups)
-    problem = conv.problem_of(
-        layer.input, layer.weight, (layer.output[2], layer.output[3]), geometry, DTYPES[case.dtype], case.precision,
-        case.layout == "nhwc",
-    )  # fmt: skip
+    problem = _problem(layer, DTYPES[case.dtype], case.precision, case.layout == "nhwc")
     rate = device.tflops("ieee" if _is_depthwise(layer) else problem.precision)
     elements = problem.minimal_bytes() / problem.itemsize
     extra = prod(layer.output) if "residual" in shapes else 0
@@ -307,60 +351,63 @@ def _floor_us(case: Case, device: DeviceSpec) -> float:
 
 def _tiny(one: Case) -> Case:
     layer = layer_of(one)
-    n, _, h, w = layer.input
-    per_group = layer.weight[1]
+    n, c, *space = layer.input
+    per_group, filters = c // layer.groups, layer.k // layer.groups
     groups = min(layer.groups, 8 if per_group == 1 else 2)
     dilation = min(layer.dilation, 2)
-    side = max(7, 2 * layer.stride + 1)
+    side = 5 if layer.rank == 3 else max(7, 2 * layer.stride + 1)
     small = Layer(
-        (min(n, 2), groups * min(per_group, 16), min(h, side), min(w, side)), groups * min(layer.k // layer.groups, 16),
-        layer.window, layer.stride, layer.pad // layer.dilation * dilation, dilation, groups,
+        (min(n, 2), groups * min(per_group, 16), *(min(size, side) for size in space)), groups * min(filters, 16),
+        layer.window, layer.stride, layer.pad // layer.dilation * dilation, dilation, groups, layer.transposed,
     )  # fmt: skip
     tiny = case(one.name, " ".join(one.epilogue.split("+")), layer=small, dtype=one.precision, layout=one.layout)
     return replace(tiny, op=one.op, direction=one.direction, rank=one.rank)
 
 
-OPERATORS = {"conv2d": Operator(conv2d, _torch_conv2d, _bare_conv2d, IMAGES, _describe, _floor_us, _tiny)}
+OPERATORS = {
+    op: Operator(function, _torch(op), _bare(op), IMAGES, _describe, _floor_us, _tiny) for op, function in _OURS.items()
+}
 
 
 # Convolutions of a deployed network carry a folded normalisation as bias, and the activation of their block; those of
 # a network in training are followed by the normalisation itself and stand alone, but where the model has none.
+DEPLOYED = {
+    "resnet50-s1-3x3": "bias relu", "resnet50-s3-3x3": "bias relu", "resnet50-stem": "bias relu",
+    "resnet50-s1-1x1": "bias residual relu", "convnext-dw-s1": "bias", "vgg-c3": "bias relu",
+    "short-conv": "bias silu", "resnet50-s2-3x3": "bias relu", "resnet50-s2-shortcut": "bias",
+    "resnet50-s4-3x3": "bias relu", "resnet50-s4-1x1": "bias residual relu", "convnext-stem": "bias",
+    "convnext-dw-s3": "bias", "mobilenetv3-dw": "bias relu", "efficientnet-dw": "bias silu",
+    "resnext50-g32": "bias relu", "unet-320": "bias", "unet-1280": "bias", "unet-up": "bias",
+    "deeplab-aspp": "bias relu", "vgg-c4": "bias relu", "vae-128": "bias", "video-vae": "bias", "vgg-c1": "bias relu",
+}  # fmt: skip
+WITHOUT_NORMALISATION = ("convnext-dw-s1", "convnext-dw-s3", "short-conv", "vgg-c1", "vgg-c3", "vgg-c4", "unet-320",
+                         "unet-1280", "unet-up", "vae-128", "video-vae")  # fmt: skip
+
+
 def _cases() -> Iterable[Case]:
-    train = "fwd+bwd"
-    for name, epilogue in (
-        ("resnet50-s1-3x3", "bias relu"), ("resnet50-s3-3x3", "bias relu"), ("resnet50-stem", "bias relu"),
-        ("resnet50-s1-1x1", "bias residual relu"), ("convnext-dw-s1", "bias"), ("vgg-c3", "bias relu"),
-    ):  # fmt: skip
-        yield case(name, epilogue, rank=0)
-    for name, epilogue in (
-        ("resnet50-s1-3x3", ""), ("convnext-dw-s1", "bias"), ("vgg-c3", "bias relu"), ("resnet50-s3-3x3", ""),
-        ("resnet50-s1-1x1", ""),
-    ):  # fmt: skip
-        yield case(name, epilogue, direction=train, rank=0)
+    """Every layer deployed, in training, and alone; the most telling ones first."""
+    names = list(DEPLOYED)
+    for place, name in enumerate(names):
+        yield case(name, DEPLOYED[name], layout=_layout(name), rank=0 if place < 7 else 1)
+    first = ("resnet50-s1-3x3", "convnext-dw-s1", "vgg-c3", "resnet50-s3-3x3", "resnet50-s1-1x1", "short-conv")
+    for name in sorted(names, key=lambda name: name not in first):
+        epilogue = DEPLOYED[name] if name in WITHOUT_NORMALISATION else ""
+        yield case(name, epilogue, layout=_layout(name), direction="fwd+bwd", rank=0 if name in first else 2)
+        yield case(name, layout=_layout(name), rank=3)
 
-    for name, epilogue in (
-        ("resnet50-s2-3x3", "bias relu"), ("resnet50-s2-shortcut", "bias"), ("resnet50-s4-3x3", "bias relu"),
-        ("resnet50-s4-1x1", "bias residual relu"), ("convnext-stem", "bias"), ("convnext-dw-s3", "bias"),
-        ("mobilenetv3-dw", "bias relu"), ("efficientnet-dw", "bias silu"), ("resnext50-g32", "bias relu"),
-        ("unet-320", "bias"), ("unet-1280", "bias"), ("deeplab-aspp", "bias relu"), ("vgg-c4", "bias relu"),
-        ("vae-128", "bias"), ("vgg-c1", "bias relu"),
-    ):  # fmt: skip
-        yield case(name, epilogue, rank=1)
-    for name, epilogue in (
-        ("resnet50-stem", ""), ("resnet50-s2-3x3", ""), ("resnet50-s2-shortcut", ""), ("resnet50-s4-3x3", ""),
-        ("mobilenetv3-dw", ""), ("efficientnet-dw", ""), ("resnext50-g32", ""), ("unet-320", "bias"),
-        ("convnext-dw-s3", "bias"),
-    ):  # fmt: skip
-        yield case(name, epilogue, direction=train, rank=2)
-
-    # Other dtypes and layouts, and the convolution alone.
+    # Other dtypes and layouts.
     yield case("resnet50-s1-3x3", "bias relu", dtype="fp16", rank=3)
     yield case("resnet50-s1-3x3", "bias relu", dtype="tf32", rank=3)
-    yield case("resnet50-s3-3x3", dtype="tf32", direction=train, rank=3)
+    yield case("resnet50-s3-3x3", dtype="tf32", direction="fwd+bwd", rank=3)
     yield case("resnet50-s1-3x3", "bias relu", layout="nchw", rank=3)
     yield case("convnext-dw-s1", "bias", layout="nchw", rank=3)
-    for name in ("resnet50-s1-3x3", "resnet50-s2-1x1", "resnet50-s3-3x3"):
-        yield case(name, rank=3)
+    yield case("short-conv", "bias silu", layout="nhwc", rank=3)
+    yield case("resnet50-s2-1x1", rank=3)
+
+
+def _layout(name: str) -> str:
+    """Sequences come as [N, C, L], images channels last."""
+    return "nchw" if name == "short-conv" else "nhwc"
 
 
 CASES = tuple(_cases())
@@ -370,16 +417,18 @@ CASES = tuple(_cases())
 
 TUNED = (
     "resnet50-s1-3x3", "resnet50-s3-3x3", "resnet50-s1-1x1", "vgg-c3", "convnext-dw-s1", "resnet50-s2-3x3",
-    "resnet50-stem", "resnet50-s4-3x3", "vgg-c4", "efficientnet-dw",
+    "resnet50-stem", "resnet50-s4-3x3", "vgg-c4", "efficientnet-dw", "short-conv", "unet-up",
 )  # fmt: skip
 
 
 def explicit(
-    input: Shape, weight: Shape, *, stride: int = 1, padding: int = 0, dilation: int = 1, groups: int = 1
+    input: Shape, weight: Shape, *, stride: int = 1, padding: int = 0, dilation: int = 1, groups: int = 1,
+    transposed: int = 0,
 ) -> Case:  # fmt: skip
-    layer = Layer(input, weight[0], weight[-1], stride, padding, dilation, groups)
+    k = weight[1] * groups if transposed else weight[0]
+    layer = Layer(input, k, weight[2:], stride, padding, dilation, groups, bool(transposed))
     if layer.weight != weight or min(layer.output) < 1:
-        raise ValueError(f"weight {weight} with {groups} groups does not fit input {input}: square windows only")
+        raise ValueError(f"weight {weight} with {groups} groups does not fit input {input}")
     return case("explicit", layer=layer, direction="fwd+bwd")
 
 
@@ -389,52 +438,55 @@ def kinds(one: Case) -> tuple[str, ...]:
 
 
 def kernel_tensors(one: Case, kind: str, device: str, seed: int) -> dict[str, Tensor]:
-    return random_tensors(OPERATORS["conv2d"], one, device, seed)
+    return random_tensors(OPERATORS[one.op], one, device, seed)
 
 
 def kernel_of(one: Case, kind: str, tensors: dict[str, Tensor]) -> Kernel:
     """The kernel runs without bias and activation: the store's key says nothing of an epilogue, so what is stored must
     hold without one."""
-    from ..kernels import conv, conv_depthwise
+    from ..kernels import conv
 
     layer = layer_of(one)
-    x, weight = tensors["input"], tensors["weight"]
-    stride, padding, dilation = ([size] * 2 for size in (layer.stride, layer.pad, layer.dilation))
-    groups, geometry = layer.groups, _geometry(layer.stride, layer.pad, layer.dilation, layer.groups)
-    depthwise = _is_depthwise(layer)
-    module = conv_depthwise if depthwise else conv
-    # Three channels become four in the launcher, which then looks up the padded problem.
-    pad = conv.pad_channels if groups == 1 and kind != "input_grad" else lambda t: t
-    pq = (layer.output[2], layer.output[3])
-    problem = conv.problem_of(tuple(pad(x).shape), tuple(pad(weight).shape), pq, geometry, x.dtype, one.precision, True)
-    options = {"precision": one.precision, "is_channels_last": True}
-    shape = tuple(weight.shape)
+    weight = tensors["weight"]
+    last = one.layout == "nhwc"
+    problem = _problem(layer, weight.dtype, one.precision, last)
+    geometry, options = problem.geometry, {"precision": one.precision, "is_channels_last": last}
+    module = module_of(layer.weight, (layer.stride,) * layer.rank, layer.groups)
+    stride, padding, dilation = ([size] * layer.rank for size in (layer.stride, layer.pad, layer.dilation))
+    zeros = [0] * layer.rank
+
+    def forward(t: dict[str, Tensor]) -> Tensor:
+        return torch.ops.aten.convolution(
+            t["input"], t["weight"], None, stride, padding, dilation, layer.transposed, zeros, layer.groups
+        )
 
     def gradient(mask: tuple[bool, bool, bool], place: int) -> Callable[[dict[str, Tensor]], Tensor]:
         def run(t: dict[str, Tensor]) -> Tensor:
             return torch.ops.aten.convolution_backward(
-                t["dy"], t["input"], t["weight"], None, stride, padding, dilation, False, [0, 0], groups, mask
-            )[place]
+                t["dy"], t["input"], t["weight"], None, stride, padding, dilation, layer.transposed, zeros,
+                layer.groups, mask,
+            )[place]  # fmt: skip
 
         return run
 
-    if kind == "fwd":
+    theirs = {
+        "fwd": forward,
+        "input_grad": gradient((True, False, False), 0),
+        "weight_grad": gradient((False, True, False), 1),
+    }[kind]
+    if kind == "weight_grad":
+        x, g = ("dy", "input") if layer.transposed else ("input", "dy")
+        module = weight_grad_module_of(layer.weight, (layer.stride,) * layer.rank, layer.groups)
         return Kernel(
-            module.FORWARD,
-            problem,
-            lambda t: module.run_forward(t["input"], t["weight"], pq, geometry, **options)[0],
-            lambda t: F.conv2d(t["input"], t["weight"], None, stride, padding, dilation, groups),
+            module.WEIGHT_GRAD,
+            conv.pad_problem(problem),
+            lambda t: module.run_weight_grad(t[x], t[g], layer.weight, geometry, **options),
+            theirs,
         )
-    if kind == "input_grad":
-        return Kernel(
-            module.INPUT_GRAD,
-            problem,
-            lambda t: module.run_input_grad(t["dy"], t["weight"], (x.shape[2], x.shape[3]), geometry, **options),
-            gradient((True, False, False), 0),
-        )
-    return Kernel(
-        module.WEIGHT_GRAD,
-        problem,
-        lambda t: module.run_weight_grad(t["input"], t["dy"], shape, geometry, **options),
-        gradient((False, True, False), 1),
-    )
+    source, space = ("dy", layer.input[2:]) if kind == "input_grad" else ("input", layer.output[2:])
+    if layer.transposed == (kind == "fwd"):
+        tunable, run = module.TRANSPOSE, module.run_transpose
+    else:
+        # Three channels become four in the launcher, which then looks up the padded problem.
+        tunable, run, problem = module.FORWARD, module.run_forward, conv.pad_problem(problem)
+    return Kernel(tunable, problem, lambda t: run(t[source], t["weight"], space, geometry, **options)[0], theirs)

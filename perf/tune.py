@@ -143,7 +143,8 @@ def targets(args: argparse.Namespace) -> list[Target]:
                     case = tiny(case)
                 for index, kind in enumerate(family.kinds(case)):
                     if ("bwd" if index else "fwd") in args.direction.split(","):
-                        found.append((index > 0, place, Target(case, kind)))
+                        rank = place if args.shapes else family.TUNED.index(one.name)
+                        found.append((index > 0, rank, Target(case, kind)))
     chosen = [target for _, _, target in sorted(found, key=lambda row: row[:2])]
     return [target for target in chosen if args.pattern in f"{target.identity()[0].name}/{target.case.name}"]
 

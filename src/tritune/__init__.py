@@ -12,12 +12,18 @@ if not (_here / "ops").is_dir() and (_here.parents[1] / "ops").is_dir():
 
 from . import nn
 from ._version import __version__
+from .nn import fold_bn
 from .ops import (
     Decision,
     UnsupportedError,
     attention,
     attention_pool,
+    conv1d,
     conv2d,
+    conv3d,
+    conv_transpose1d,
+    conv_transpose2d,
+    conv_transpose3d,
     elman_step,
     explain,
     gru,
@@ -34,9 +40,15 @@ __all__ = [
     "__version__",
     "attention",
     "attention_pool",
+    "conv1d",
     "conv2d",
+    "conv3d",
+    "conv_transpose1d",
+    "conv_transpose2d",
+    "conv_transpose3d",
     "elman_step",
     "explain",
+    "fold_bn",
     "gru",
     "lstm",
     "max_pool2d",

@@ -21,7 +21,7 @@ from .autotune.config import Tunable
 from .autotune.log import warnings
 from .autotune.store import Entry
 
-Store = dict[str, tuple[Entry, ...]]  # "sm_90/conv2d.json" -> its entries
+Store = dict[str, tuple[Entry, ...]]  # "sm_90/conv.json" -> its entries
 
 
 class Unreadable(ValueError):

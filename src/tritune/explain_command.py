@@ -22,7 +22,12 @@ from .ops import (
     Decision,
     attention,
     attention_pool,
+    conv1d,
     conv2d,
+    conv3d,
+    conv_transpose1d,
+    conv_transpose2d,
+    conv_transpose3d,
     elman_step,
     gru,
     lstm,
@@ -32,6 +37,7 @@ from .ops import (
     scaled_dot_product_attention,
     use_backend,
 )
+from .ops._layout import empty
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "fp64": torch.float64}
 
@@ -60,8 +66,8 @@ class Op(NamedTuple):
 
 
 def _conv(tensors: list[Tensor], o: argparse.Namespace) -> tuple[Sequence[Any], dict[str, Any]]:
-    names = ("stride", "padding", "dilation", "groups", "activation", "precision")
-    return tensors, {name: getattr(o, name) for name in names}
+    names = ("stride", "padding", "output_padding", "dilation", "groups", "activation", "precision")
+    return tensors, {name: getattr(o, name) for name in names if name in o}
 
 
 def _pool(tensors: list[Tensor], o: argparse.Namespace) -> tuple[Sequence[Any], dict[str, Any]]:
@@ -101,6 +107,7 @@ _CONV: Options = {
     "--stride": {"type": int, "default": 1}, **_WINDOW, "--groups": {"type": int, "default": 1},
     "--activation": {"metavar": "NAME"}, **_PRECISION, **_LAYOUT,
 }  # fmt: skip
+_CONV_TRANSPOSE: Options = {**_CONV, "--output-padding": {"type": int, "default": 0}}
 _POOL: Options = {
     "--kernel": {"type": int, "default": 2, "help": "default: 2"}, "--stride": {"type": int}, **_WINDOW,
     "--ceil-mode": {"action": "store_true"}, **_LAYOUT,
@@ -126,7 +133,14 @@ _HEADS = "8x16x1024x64 8x16x1024x64 8x16x1024x64"
 OPS = {
     "attention": Op(attention, "query key value [bias]", _HEADS, _ATTENTION, _attention),
     "attention_pool": Op(attention_pool, "query key value", "16x1x64 8x16x197x64 8x16x197x64", _POOLED, _attention),
+    "conv1d": Op(conv1d, "input weight [bias]", "8x64x4096 64x64x3", _CONV, _conv),
     "conv2d": Op(conv2d, "input weight [bias]", "32x64x56x56 64x64x3x3", _CONV, _conv),
+    "conv3d": Op(conv3d, "input weight [bias]", "1x128x9x128x128 128x128x3x3x3", _CONV, _conv),
+    "conv_transpose1d": Op(conv_transpose1d, "input weight [bias]", "8x64x1024 64x32x4", _CONV_TRANSPOSE, _conv),
+    "conv_transpose2d": Op(
+        conv_transpose2d, "input weight [bias]", "8x1024x32x32 1024x512x2x2", _CONV_TRANSPOSE, _conv
+    ),
+    "conv_transpose3d": Op(conv_transpose3d, "input weight [bias]", "1x64x8x16x16 64x32x2x2x2", _CONV_TRANSPOSE, _conv),
     "max_pool2d": Op(max_pool2d, "input", "32x64x112x112", _POOL, _pool),
     "rnn": Op(rnn, "input", "512x64x128", {**_LAYER, **_NONLINEARITY}, _recurrent(1)),
     "gru": Op(gru, "input", "512x64x128", _LAYER, _recurrent(3)),
@@ -188,13 +202,8 @@ def _decide(op: Op, args: argparse.Namespace) -> Decision:
     device = "cpu" if args.device == "cpu" else "cuda"
     is_image = "--layout" in op.options and args.layout == "nhwc"
     with FakeTensorMode(), torch.no_grad(), use_backend(args.backend):
-        tensors = [
-            torch.empty(
-                shape, dtype=DTYPES[args.dtype], device=device,
-                memory_format=torch.channels_last if is_image and len(shape) == 4 else torch.contiguous_format,
-            )
-            for shape in args.shapes
-        ]  # fmt: skip
+        like = torch.empty(0, dtype=DTYPES[args.dtype], device=device)
+        tensors = [empty(like, shape, is_image and len(shape) > 2) for shape in args.shapes]
         arguments, keywords = op.arguments(tensors, args)
         with record() as decisions:
             try:
