@@ -24,9 +24,22 @@ EMPTY_WINDOW = ((2, 2), (1, 1), (1, 1), (8, 8), False)
 CELLS = {"tanh": 1, "relu": 1, "gru": 3, "lstm": 4}
 
 
-def tensors(dtype: torch.dtype, device: str = "cpu") -> list[torch.Tensor]:
-    """input, weight, bias, scale, residual for GEOMETRY."""
-    shapes = ((2, 4, 7, 6), (6, 2, 3, 3), (6,), (6,), (2, 6, 4, 6))
+# input, weight, bias, scale, residual; stride, padding, dilation, groups.
+SHAPES = ((2, 4, 7, 6), (6, 2, 3, 3), (6,), (6,), (2, 6, 4, 6))
+CONVOLUTIONS: dict[str, Any] = {
+    "conv-2d": (SHAPES, GEOMETRY),
+    "conv-1d": (((2, 3, 9), (4, 3, 3), (4,), (4,), (2, 4, 4)), ((2,), (1,), (2,), 1)),
+    "conv-3d": (((1, 2, 4, 3, 5), (4, 1, 2, 3, 2), (4,), (4,), (1, 4, 3, 2, 4)),
+                ((1, 2, 1), (0, 1, 0), (1, 1, 1), 2)),
+    "conv_transpose-2d": (((2, 4, 4, 6), (4, 3, 3, 3), (6,), (6,), (2, 6, 8, 6)), GEOMETRY),
+    # The image ends a stride and more after the last window.
+    "conv_transpose-1d": (((2, 3, 4), (3, 2, 3), (2,), (2,), (2, 2, 9)), ((1,), (0,), (2,), 1)),
+}  # fmt: skip
+
+
+def tensors(
+    dtype: torch.dtype, device: str = "cpu", shapes: tuple[tuple[int, ...], ...] = SHAPES
+) -> list[torch.Tensor]:
     return [torch.randn(shape, dtype=dtype, device=device, requires_grad=True) for shape in shapes]
 
 
@@ -61,13 +74,16 @@ class TestOperators:
     these checks see our formulas, in float64."""
 
     @pytest.mark.parametrize("activation", ACTIVATIONS)
-    def test_gradients_of_conv2d(self, activation):
-        def conv2d(*args: Any) -> Any:
-            return ops.conv2d(*args, *GEOMETRY, activation, "ieee", "auto")
+    @pytest.mark.parametrize("name", CONVOLUTIONS)
+    def test_gradients_of_conv(self, name, activation):
+        op, shapes, geometry = getattr(ops, name.split("-")[0]), *CONVOLUTIONS[name]
 
-        args = tensors(torch.float64)
-        assert gradcheck(conv2d, args, fast_mode=True)
-        assert gradgradcheck(conv2d, args, fast_mode=True)
+        def conv(*args: Any) -> Any:
+            return op(*args, shapes[4][2:], None, *geometry, activation, "ieee", "auto")
+
+        args = tensors(torch.float64, shapes=shapes)
+        assert gradcheck(conv, args, fast_mode=True)
+        assert gradgradcheck(conv, args, fast_mode=True)
 
     @pytest.mark.parametrize("window", [*WINDOWS, EMPTY_WINDOW], ids=str)
     def test_gradients_of_max_pool2d(self, window):
@@ -76,26 +92,30 @@ class TestOperators:
             assert gradcheck(lambda x, op=op: op(x, *window, "auto"), x)
             assert gradgradcheck(lambda x, op=op: op(x, *window, "auto"), x)
 
-    @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+    @pytest.mark.parametrize("last", [False, True])
     @pytest.mark.parametrize("activation", ["none", "relu", "silu"])
-    def test_opcheck_conv2d(self, activation, layout):
-        x, w, *rest = (t.detach() for t in tensors(torch.float32))
-        x = x.to(memory_format=layout).requires_grad_()
-        args = (x, w.requires_grad_(), *(t.requires_grad_() for t in rest), *GEOMETRY, activation, "ieee", "auto")
-        opcheck(ops.conv2d.default, args)
-        opcheck(ops.conv2d_saving_input.default, args)
+    @pytest.mark.parametrize("name", CONVOLUTIONS)
+    def test_opcheck_conv(self, name, activation, last):
+        op, shapes, geometry = name.split("-")[0], *CONVOLUTIONS[name]
+        x, *rest = (t.detach() for t in tensors(torch.float32, shapes=shapes))
+        x = x.movedim(1, -1).contiguous().movedim(-1, 1) if last else x
+        args = [t.requires_grad_() for t in (x, *rest)]
+        for channels_last in (None, last):
+            call = (*args, shapes[4][2:], channels_last, *geometry, activation, "ieee", "auto")
+            opcheck(getattr(ops, op).default, call)
+            opcheck(getattr(ops, f"{op}_saving_input").default, call)
 
     @pytest.mark.parametrize("channels_last", [False, True])
-    def test_opcheck_gradients_of_conv2d(self, channels_last):
-        x, w, _, _, g = tensors(torch.float32)
-        options = (*GEOMETRY, "ieee", "auto")
-        opcheck(ops.conv2d_input_grad.default, (g, w, 7, 6, channels_last, *options))
-        opcheck(ops.conv2d_weight_grad.default, (x, g, 3, 3, channels_last, *options))
-        opcheck(ops.conv2d_bias_grad.default, (g, "auto"))
+    @pytest.mark.parametrize("name", [name for name in CONVOLUTIONS if "transpose" not in name])
+    def test_opcheck_gradients_of_conv(self, name, channels_last):
+        shapes, geometry = CONVOLUTIONS[name]
+        x, w, _, _, g = tensors(torch.float32, shapes=shapes)
+        opcheck(ops.conv_weight_grad.default, (x, g, w.shape[2:], channels_last, *geometry, "ieee", "auto"))
+        opcheck(ops.conv_bias_grad.default, (g, "auto"))
         for need_bias in (False, True):
             for saved, activation in ((g.detach().clone(), "silu"), (None, "none")):
                 call = (g, saved, activation, need_bias, channels_last, "auto")
-                opcheck(ops.conv2d_epilogue_grad.default, call)
+                opcheck(ops.conv_epilogue_grad.default, call)
 
     @pytest.mark.parametrize("window", [*WINDOWS, EMPTY_WINDOW], ids=str)
     def test_opcheck_max_pool2d(self, window):
@@ -184,12 +204,12 @@ class TestOperators:
 
     def test_every_operator_is_checked(self):
         """A new operator must join the tests above."""
-        names = {name for name in dir(ops) if name.startswith(("conv2d", "max_pool2d", "rnn", "attention"))}
+        names = {name for name in dir(ops) if name.startswith(("conv", "max_pool2d", "rnn", "attention"))}
         registered = {schema.name.split("::")[1] for schema in torch._C._jit_get_all_schemas()
                       if schema.name.startswith("tritune::")}  # fmt: skip
         assert registered == {
-            "conv2d", "conv2d_saving_input", "conv2d_epilogue_grad", "conv2d_bias_grad", "conv2d_input_grad",
-            "conv2d_weight_grad", "max_pool2d", "max_pool2d_with_offsets", "max_pool2d_with_indices",
+            "conv", "conv_saving_input", "conv_transpose", "conv_transpose_saving_input", "conv_epilogue_grad",
+            "conv_bias_grad", "conv_weight_grad", "max_pool2d", "max_pool2d_with_offsets", "max_pool2d_with_indices",
             "max_pool2d_backward", "rnn", "rnn_backward", "attention", "attention_backward", "attention_normalize",
             "attention_normalize_backward",
         }  # fmt: skip
@@ -434,35 +454,99 @@ class TestModules:
     CONV = (
         {}, {"stride": 2, "padding": 1, "bias": False}, {"groups": 2}, {"padding": "same", "dilation": 2},
         *({"padding": 1, "padding_mode": mode} for mode in ("reflect", "replicate", "circular")),
+        {"padding": "same", "padding_mode": "circular"},
+    )  # fmt: skip
+    CONV_TRANSPOSE = (
+        {}, {"stride": 2, "padding": 1, "output_padding": 1, "bias": False}, {"groups": 2, "dilation": 2},
     )  # fmt: skip
     POOL = ({}, {"stride": 2, "padding": 1}, {"ceil_mode": True, "return_indices": True})
     ROWS = (
-        *((lambda nn, **k: nn.Conv2d(4, 6, 3, **k), options) for options in CONV),
-        *((lambda nn, **k: nn.MaxPool2d(3, **k), options) for options in POOL),
-    )
+        *((f"{name}{rank}d", (4, 6, 3), options) for name, table in (("Conv", CONV), ("ConvTranspose", CONV_TRANSPOSE))
+          for rank in (1, 2, 3) for options in table),
+        *(("MaxPool2d", (3,), options) for options in POOL),
+    )  # fmt: skip
 
-    @pytest.mark.parametrize("build, options", ROWS)
-    def test_same_as_torch(self, build, options):
-        theirs, ours = build(torch.nn, **options), build(tritune.nn, **options)
+    @pytest.mark.parametrize("name, sizes, options", ROWS)
+    def test_same_as_torch(self, name, sizes, options):
+        theirs, ours = (getattr(nn, name)(*sizes, **options) for nn in (torch.nn, tritune.nn))
         assert list(ours.state_dict()) == list(theirs.state_dict())
         ours.load_state_dict(theirs.state_dict())
         theirs.load_state_dict(ours.state_dict())
-        x = torch.randn(2, 4, 9, 9)
+        x = torch.randn(2, 4, *(7,) * int(name[-2]))
         torch.testing.assert_close(ours(x), theirs(x))
         for clone in (copy.deepcopy(ours), round_trip(ours)):
             torch.testing.assert_close(clone(x), theirs(x))
         assert repr(ours) == repr(theirs)
 
-    def test_fused_options(self):
-        layer = tritune.nn.Conv2d(4, 6, 3, activation="relu", precision="ieee")
-        x, residual = torch.randn(1, 4, 5, 5), torch.randn(1, 6, 3, 3)
-        wanted = (F.conv2d(x, layer.weight, layer.bias) + residual).relu()
+    @pytest.mark.parametrize("name", ["Conv1d", "Conv2d", "Conv3d"])
+    def test_fused_options(self, name):
+        rank = int(name[-2])
+        layer = getattr(tritune.nn, name)(4, 6, 3, activation="relu", precision="ieee")
+        x, residual = torch.randn(1, 4, *(5,) * rank), torch.randn(1, 6, *(3,) * rank)
+        wanted = (getattr(F, name.lower())(x, layer.weight, layer.bias) + residual).relu()
         torch.testing.assert_close(layer(x, residual), wanted)
         assert "activation='relu', precision='ieee'" in repr(layer)
+
+    @pytest.mark.parametrize("rank", [1, 2, 3])
+    def test_transposed_options(self, rank):
+        layer = getattr(tritune.nn, f"ConvTranspose{rank}d")(4, 6, 3, stride=2, activation="relu")
+        x, residual = torch.randn(1, 4, *(5,) * rank), torch.randn(1, 6, *(12,) * rank)
+        function = getattr(F, f"conv_transpose{rank}d")
+        wanted = (function(x, layer.weight, layer.bias, stride=2, output_padding=1) + residual).relu()
+        torch.testing.assert_close(layer(x, (12,) * rank, residual), wanted)
+        with pytest.raises(ValueError, match="requested an output size"):
+            layer(x, (20,) * rank)
 
     def test_unknown_activation_is_rejected(self):
         with pytest.raises(ValueError, match="activation='sigmod'"):
             tritune.nn.Conv2d(4, 4, 3, activation="sigmod")(torch.randn(1, 4, 5, 5))
+
+
+@pytest.mark.torch
+class TestFoldBn:
+    @pytest.mark.parametrize("affine", [True, False])
+    @pytest.mark.parametrize("bias", [True, False])
+    @pytest.mark.parametrize("name", ["Conv1d", "Conv2d", "Conv3d", "ConvTranspose1d", "ConvTranspose2d",
+                                      "ConvTranspose3d"])  # fmt: skip
+    @pytest.mark.parametrize("nn", [torch.nn, tritune.nn], ids=["torch", "tritune"])
+    def test_same_as_both_in_turn(self, nn, name, bias, affine):
+        rank = int(name[-2])
+        conv = getattr(nn, name)(4, 6, 3, stride=2, padding=1, groups=2, bias=bias)
+        bn = getattr(torch.nn, f"BatchNorm{rank}d")(6, affine=affine)
+        bn.running_mean, bn.running_var = torch.randn(6), torch.rand(6) + 0.1
+        if affine:
+            torch.nn.init.normal_(bn.weight)
+            torch.nn.init.normal_(bn.bias)
+        x = torch.randn(2, 4, *(7,) * rank)
+        folded = tritune.fold_bn(conv, bn.eval())
+        torch.testing.assert_close(folded(x), bn(conv(x)), rtol=1e-5, atol=1e-5)
+        assert type(folded) is getattr(tritune.nn, name) and folded.weight is conv.weight
+        folded.activation = "relu"
+        torch.testing.assert_close(round_trip(folded)(x), bn(conv(x)).relu(), rtol=1e-5, atol=1e-5)
+        assert "scale" in folded.state_dict()
+
+    def test_padding_mode_and_dtype_are_kept(self):
+        conv = torch.nn.Conv2d(4, 6, 3, padding=1, padding_mode="reflect", dtype=torch.bfloat16)
+        bn = torch.nn.BatchNorm2d(6).eval()
+        bn.running_var.fill_(3.0)
+        x = torch.randn(1, 4, 6, 6, dtype=torch.bfloat16)
+        y = tritune.fold_bn(conv, bn)(x)
+        assert y.dtype is torch.bfloat16
+        torch.testing.assert_close(y.float(), bn(conv(x).float()), rtol=0.02, atol=0.02)
+
+    @pytest.mark.parametrize(
+        "conv, bn, error, text",
+        [
+            (torch.nn.Linear(4, 6), torch.nn.BatchNorm1d(6), TypeError, "conv must be a convolution"),
+            (torch.nn.Conv2d(4, 6, 3), torch.nn.GroupNorm(2, 6), TypeError, "bn must be a batch normalisation"),
+            (torch.nn.Conv2d(4, 6, 3), torch.nn.BatchNorm2d(4), ValueError, "4 features and conv 6"),
+            (torch.nn.Conv2d(4, 6, 3), torch.nn.BatchNorm2d(6, track_running_stats=False), ValueError, "statistics"),
+            (tritune.nn.Conv2d(4, 6, 3, activation="relu"), torch.nn.BatchNorm2d(6), ValueError, "activation"),
+        ],
+    )
+    def test_what_does_not_fit_is_rejected(self, conv, bn, error, text):
+        with pytest.raises(error, match=text):
+            tritune.fold_bn(conv, bn)
 
 
 def round_trip(module: torch.nn.Module) -> torch.nn.Module:
@@ -478,9 +562,7 @@ def round_trip(module: torch.nn.Module) -> torch.nn.Module:
 class TestTorchsOwnSamples:
     """The operator samples that torch tests itself with."""
 
-    @pytest.mark.parametrize(
-        "name", ["nn.functional.conv2d", "nn.functional.max_pool2d", "nn.functional.scaled_dot_product_attention"]
-    )
+    @pytest.mark.parametrize("name", ["nn.functional.max_pool2d", "nn.functional.scaled_dot_product_attention"])
     @pytest.mark.parametrize("requires_grad", [False, True])
     @pytest.mark.filterwarnings("ignore")
     def test_samples(self, name, requires_grad, device, tier):

@@ -85,7 +85,7 @@ class TestExplain:
     def test_convolution(self, capsys, monkeypatch):
         monkeypatch.setenv("TRITUNE_DEVICE", "")
         text = self.explain(capsys, "conv2d", "32x64x56x56", "64x64x3x3", "--padding", "1", "--activation", "relu")
-        assert text.startswith('conv2d: triton: use_backend("triton") is in force\n  conv2d: ')
+        assert text.startswith('conv2d: triton: use_backend("triton") is in force\n  conv: ')
 
     def test_pooling_as_json(self, capsys):
         text = self.explain(capsys, "max_pool2d", "32x64x112x112", "--kernel", "3", "--stride", "2", "--json")
@@ -207,14 +207,14 @@ class TestDoctor:
 
     def test_entries_of_another_triton_are_counted(self, monkeypatch, tmp_path):
         entry = store.Entry({"C": 8}, store.Config(BLOCK=1), "model", extra={"env": {"triton": "3.1.0"}})
-        store.write(tmp_path / "sm_90" / "conv2d.json", "conv2d", [entry])
+        store.write(tmp_path / "sm_90" / "conv.json", "conv", [entry])
         monkeypatch.setenv("TRITUNE_CONFIG_PATH", str(tmp_path))
         _, _, hints = doctor.examine()
         assert any("come from another Triton minor" in hint for hint in hints)
 
     def test_a_broken_file_is_a_problem(self, monkeypatch, tmp_path):
         (tmp_path / "sm_90").mkdir()
-        (tmp_path / "sm_90" / "conv2d.json").write_text("{")
+        (tmp_path / "sm_90" / "conv.json").write_text("{")
         monkeypatch.setenv("TRITUNE_CONFIG_PATH", str(tmp_path))
         _, problems, _ = doctor.examine()
-        assert any("conv2d.json" in problem for problem in problems)
+        assert any("conv.json" in problem for problem in problems)

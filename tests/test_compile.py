@@ -22,9 +22,13 @@ class Net(torch.nn.Module):
         self.conv1 = tritune.nn.Conv2d(3, 8, 3, padding=1, activation="relu")
         self.pool = tritune.nn.MaxPool2d(2)
         self.conv2 = tritune.nn.Conv2d(8, 8, 1, activation="silu")
+        self.up = tritune.nn.ConvTranspose2d(8, 4, 2, stride=2, activation="relu")
+        self.deep = tritune.nn.Conv3d(4, 4, (1, 3, 3), padding="same")
+        self.flat = tritune.nn.Conv1d(4, 4, 4, padding=3, groups=4, activation="tanh")
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.conv2(self.pool(self.conv1(x)))
+        y = self.up(self.conv2(self.pool(self.conv1(x))))
+        return self.flat(self.deep(y.unsqueeze(2)).flatten(2))
 
 
 class Recorder:
@@ -75,7 +79,8 @@ class TestCompile:
             assert not ours and "aten.convolution.default" in recorder.ops
         else:
             assert ours >= {
-                "tritune.conv2d.default", "tritune.conv2d_saving_input.default", "tritune.conv2d_weight_grad.default",
+                "tritune.conv.default", "tritune.conv_saving_input.default", "tritune.conv_weight_grad.default",
+                "tritune.conv_transpose.default", "tritune.conv_epilogue_grad.default",
                 "tritune.max_pool2d_with_offsets.default", "tritune.max_pool2d_backward.default",
             }  # fmt: skip
             assert "aten.convolution.default" not in recorder.ops
@@ -262,7 +267,7 @@ class TestExport:
         if kind is Sequences:
             assert "tritune.rnn.default" in done.stdout
         else:
-            op = "conv2d" if kind is Net else "attention"
+            op = "conv" if kind is Net else "attention"
             assert (f"tritune.{op}.default" in done.stdout) == (tier == "interpret"), done.stdout
 
 

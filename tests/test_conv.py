@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -25,27 +27,38 @@ every_backend = [pytest.mark.torch, pytest.mark.interpret, pytest.mark.gpu]
 kernels_only = [pytest.mark.interpret, pytest.mark.gpu]
 
 
-def reference(input: Tensor, weight: Tensor, bias: Tensor | None = None, *args: Any, **kwargs: Any) -> Tensor:
-    """conv2d by torch's operators, every step on its own."""
-    activation, residual, scale = (kwargs.pop(name, None) for name in ("activation", "residual", "scale"))
-    z = F.conv2d(input, weight, None if scale is not None else bias, *args, **kwargs)
-    if scale is not None:
-        z = z * scale.view(-1, 1, 1)
-        z = z if bias is None else z + bias.view(-1, 1, 1)
-    if residual is not None:
-        z = z + residual
-    return z if activation is None else ACTIVATIONS[activation](z)
+@functools.cache
+def reference_of(op: str) -> Callable[..., Tensor]:
+    """The operator by torch's, every step on its own."""
+    function = getattr(F, op)
+
+    def reference(input: Tensor, weight: Tensor, bias: Tensor | None = None, *args: Any, **kwargs: Any) -> Tensor:
+        activation, residual, scale = (kwargs.pop(name, None) for name in ("activation", "residual", "scale"))
+        per_channel = (-1, *(1 for _ in weight.shape[2:]))
+        z = function(input, weight, None if scale is not None else bias, *args, **kwargs)
+        if scale is not None:
+            z = z * scale.view(per_channel)
+            z = z if bias is None else z + bias.view(per_channel)
+        if residual is not None:
+            z = z + residual
+        return z if activation is None else ACTIVATIONS[activation](z)
+
+    return reference
 
 
-def case(id: str, x: tuple[int, ...], w: tuple[int, ...], *extra: str, **kwargs: Any) -> Case:
+reference = reference_of("conv2d")
+
+
+def case(id: str, x: tuple[int, ...], w: tuple[int, ...], *extra: str, op: str = "conv2d", **kwargs: Any) -> Case:
     """``extra`` names further tensor arguments: bias, scale, residual."""
     shapes = {"input": x, "weight": w}
     geometry = {name: value for name, value in kwargs.items() if name not in ("activation", "precision")}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch tells that padding="same" may copy
-        y = F.conv2d(torch.empty(x, device="meta"), torch.empty(w, device="meta"), **geometry).shape
-    shapes |= {name: tuple(y) if name == "residual" else (w[0],) for name in extra}
-    return Case(id, tritune.conv2d, reference, shapes, kwargs)
+        y = getattr(F, op)(torch.empty(x, device="meta"), torch.empty(w, device="meta"), **geometry).shape
+    channels = y[1 - len(w)]
+    shapes |= {name: tuple(y) if name == "residual" else (channels,) for name in extra}
+    return Case(id, getattr(tritune, op), reference_of(op), shapes, kwargs)
 
 
 # Sizes do not divide the blocks. One case per path: dense, parity classes, small channels, groups, depthwise.
@@ -56,6 +69,11 @@ CASES = [
     case("1x1-stride2", (1, 32, 9, 9), (16, 32, 1, 1), stride=2),
     case("stem-7x7-stride2", (1, 3, 17, 15), (16, 3, 7, 7), "bias", stride=2, padding=3),
     case("patch-4x4-stride4", (1, 3, 16, 12), (24, 3, 4, 4), "bias", stride=4),
+    case("narrow-3x3", (1, 3, 9, 10), (16, 3, 3, 3), "bias", padding=1),
+    case("narrow-window-in-the-padding", (1, 2, 3, 2), (8, 2, 2, 2), stride=3, padding=5),
+    case("narrow-dilated", (1, 3, 9, 10), (16, 3, 3, 3), padding=2, dilation=2),
+    case("narrow-1d", (2, 1, 40), (16, 1, 10), "bias", op="conv1d", stride=5),
+    case("narrow-3d", (1, 3, 4, 6, 7), (8, 3, 2, 3, 3), op="conv3d", stride=(1, 2, 2), padding=1),
     case("channels-5", (2, 5, 8, 8), (7, 5, 3, 3), padding=1),
     case("rectangular", (2, 8, 10, 9), (12, 8, 3, 2), "bias", stride=(2, 3), padding=(2, 1), dilation=(1, 2)),
     case("stride-and-dilation-share-a-factor", (1, 16, 13, 12), (16, 16, 3, 3), stride=(4, 2), padding=1, dilation=2),
@@ -73,9 +91,34 @@ CASES = [
     case("epilogue-saves-input", (2, 16, 7, 6), (24, 16, 1, 1), "bias", "scale", "residual", activation="silu"),
     case("epilogue-depthwise", (2, 24, 7, 6), (24, 1, 3, 3), "bias", "scale", "residual", padding=1, groups=24,
          activation="silu"),
+    # One dimension, three, and the transposes.
+    case("1d", (2, 16, 19), (24, 16, 3), "bias", op="conv1d", stride=2, padding=1),
+    case("1d-causal-depthwise", (2, 24, 18), (24, 1, 4), "bias", op="conv1d", padding=3, groups=24, activation="silu"),
+    case("1d-same-even", (1, 8, 9), (8, 8, 4), op="conv1d", padding="same", dilation=3),
+    case("1d-unbatched", (8, 9), (16, 4, 3), "bias", "residual", op="conv1d", groups=2, padding=1, activation="relu"),
+    case("3d", (1, 16, 5, 6, 7), (24, 16, 3, 3, 3), "bias", op="conv3d", padding=1, activation="gelu"),
+    case("3d-mixed", (2, 6, 7, 5, 6), (8, 3, 2, 3, 1), "bias", "scale", "residual", op="conv3d", stride=(2, 1, 2),
+         padding=(1, 2, 0), dilation=(2, 1, 1), groups=2, activation="relu"),
+    case("3d-depthwise", (1, 16, 5, 6, 5), (16, 1, 3, 3, 3), op="conv3d", padding=1, groups=16),
+    case("3d-same-even", (1, 4, 4, 5, 3), (4, 4, 2, 3, 2), op="conv3d", padding="same"),
+    case("1d-transpose", (2, 16, 9), (16, 12, 4), "bias", op="conv_transpose1d", stride=2, padding=1),
+    case("2d-transpose", (2, 16, 6, 5), (16, 24, 3, 3), "bias", op="conv_transpose2d", padding=1, activation="relu"),
+    case("2d-transpose-up", (1, 32, 5, 6), (32, 16, 2, 2), "bias", op="conv_transpose2d", stride=2),
+    case("2d-transpose-mixed", (2, 12, 5, 4), (12, 4, 3, 2), "bias", "scale", "residual", op="conv_transpose2d",
+         stride=(3, 2), padding=(1, 0), output_padding=(2, 1), dilation=(1, 2), groups=3, activation="silu"),
+    case("2d-transpose-output-padding-beyond-stride", (1, 8, 5, 4), (8, 8, 3, 3), "bias", op="conv_transpose2d",
+         stride=1, output_padding=2, dilation=3),
+    case("2d-transpose-depthwise", (2, 16, 6, 5), (16, 1, 3, 3), "bias", "scale", op="conv_transpose2d", stride=2,
+         padding=1, output_padding=1, groups=16, activation="relu"),
+    case("3d-transpose", (1, 8, 3, 4, 3), (8, 6, 3, 2, 3), "bias", op="conv_transpose3d", stride=(2, 1, 2),
+         padding=1, output_padding=(1, 0, 0)),
+    case("transpose-unbatched", (8, 5, 4), (8, 4, 3, 3), "residual", op="conv_transpose2d", stride=2,
+         activation="tanh"),
 ]  # fmt: skip
 # One case per kernel: these run on other versions of Triton too.
-COMPAT = ("3x3", "depthwise", "epilogue")
+COMPAT = ("3x3", "depthwise", "epilogue", "3d-mixed", "2d-transpose-mixed")
+
+STRIDED = ("3x3", "groups", "depthwise", "1d", "3d-mixed", "2d-transpose-mixed", "2d-transpose-depthwise")
 
 
 def parameters() -> list[Any]:
@@ -94,7 +137,7 @@ class TestCases:
     def test_forward_and_gradients(self, case, dtype, layout, device, tier):
         check(case, dtype, layout, device, backend_of(tier))
 
-    @pytest.mark.parametrize("case", CASES[:1] + CASES[10:11] + CASES[16:17], ids=lambda case: case.id)
+    @pytest.mark.parametrize("case", [one for one in CASES if one.id in STRIDED], ids=lambda case: case.id)
     def test_strided_views_are_read_in_place(self, case, device, tier):
         check(case, torch.float32, "strided", device, backend_of(tier))
 
@@ -140,7 +183,7 @@ class TestBranches:
     pytestmark = kernels_only
 
     @pytest.mark.parametrize("splits", [2, 3])
-    @pytest.mark.parametrize("id", ["3x3-wide", "groups", "epilogue-saves-input"])
+    @pytest.mark.parametrize("id", ["3x3-wide", "groups", "epilogue-saves-input", "3d-mixed", "2d-transpose-mixed"])
     def test_split_reduction(self, id, splits, device):
         from tritune.autotune.config import Config
         from tritune.autotune.resolve import override
@@ -149,26 +192,28 @@ class TestBranches:
         tile = {"BLOCK_M": 32, "BLOCK_N": 16, "BLOCK_K": 16, "num_warps": 4, "num_stages": 2}
         (one,) = (case for case in CASES if case.id == id)
         with (
-            override(conv.FORWARD, Config(**tile, GROUP_M=2, SPLIT_K=splits)),
+            override(conv.FORWARD, Config(**tile, GROUP_M=2, SPLIT_K=splits, SWAP=0)),
+            override(conv.TRANSPOSE, Config(**tile, GROUP_M=2, SPLIT_K=splits)),
             override(conv.WEIGHT_GRAD, Config(**tile, SPLIT_K=splits)),
             override(conv.EPILOGUE_GRAD, Config(BLOCK_M=16, BLOCK_N=16, SPLIT_M=splits, num_warps=4, num_stages=2)),
         ):
             for layout in ("nhwc", "nchw"):
                 check(one, torch.float32, layout, device, "triton")
 
+    @pytest.mark.parametrize("swap", [0, 1])
     @pytest.mark.parametrize("tile", [(32, 16, 16), (64, 32, 32), (16, 64, 64)], ids=str)
-    def test_tiles(self, tile, device):
+    def test_tiles(self, tile, swap, device):
         from tritune.autotune.config import Config
         from tritune.autotune.resolve import override
         from tritune.kernels import conv
 
         m, n, k = tile
-        config = Config(BLOCK_M=m, BLOCK_N=n, BLOCK_K=k, GROUP_M=3, SPLIT_K=1, num_warps=4, num_stages=2)
+        config = Config(BLOCK_M=m, BLOCK_N=n, BLOCK_K=k, GROUP_M=3, SPLIT_K=1, SWAP=swap, num_warps=4, num_stages=2)
         weight_config = Config(BLOCK_M=m, BLOCK_N=n, BLOCK_K=k, SPLIT_K=1, num_warps=4, num_stages=2)
-        grad_config = Config(BLOCK_M=m, BLOCK_N=n, BLOCK_K=k, GROUP_M=3, num_warps=4, num_stages=2)
+        grad_config = Config(BLOCK_M=m, BLOCK_N=n, BLOCK_K=k, GROUP_M=3, SPLIT_K=1, num_warps=4, num_stages=2)
         with (
             override(conv.FORWARD, config),
-            override(conv.INPUT_GRAD, grad_config),
+            override(conv.TRANSPOSE, grad_config),
             override(conv.WEIGHT_GRAD, weight_config),
         ):
             # 64 channels: a reduction tile inside one tap; 24: one that spans taps.
@@ -191,6 +236,16 @@ class TestBranches:
         error = ((y - exact).abs().max() / exact.abs().max()).item()
         assert error < {"tf32": 2e-3, "tf32x3": 3e-6}[precision]
 
+    @pytest.mark.parametrize("op", ["conv3d", "conv_transpose3d"])
+    @pytest.mark.parametrize("last", ["neither", "input", "weight"])
+    def test_layout_in_three_dimensions(self, op, last, device):
+        layout = {True: torch.channels_last_3d, False: torch.contiguous_format}
+        x = torch.randn(2, 4, 3, 4, 3, device=device).contiguous(memory_format=layout[last == "input"])
+        w = torch.randn(4, 4, 2, 2, 2, device=device).contiguous(memory_format=layout[last == "weight"])
+        with tritune.use_backend("triton"):
+            y = getattr(tritune, op)(x, w)
+        assert y.is_contiguous(memory_format=layout[last != "neither"])
+
     def test_gradient_with_stride_zero(self, device):
         x, w = torch.randn(2, 8, 5, 5, device=device, requires_grad=True), torch.randn(8, 8, 3, 3, device=device)
         with tritune.use_backend("triton"), poisoned():
@@ -201,7 +256,7 @@ class TestBranches:
     def test_unneeded_gradients_are_not_computed(self, device, monkeypatch):
         from tritune.kernels import conv
 
-        for name in ("run_input_grad", "run_epilogue_grad", "run_bias_grad"):
+        for name in ("run_transpose", "run_epilogue_grad", "run_bias_grad"):
             monkeypatch.setattr(conv, name, lambda *a, name=name, **k: pytest.fail(f"{name} ran"))
         x = torch.randn(1, 8, 5, 5, device=device).to(memory_format=torch.channels_last)
         w = torch.randn(8, 8, 3, 3, device=device, requires_grad=True)
@@ -257,6 +312,17 @@ class TestBranches:
         torch.testing.assert_close(relu.cpu(), wanted.relu(), equal_nan=True, rtol=1e-4, atol=1e-4)
 
     @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy, inside the interpreter
+    @pytest.mark.parametrize("options", [{}, {"padding": 1}, {"stride": 2}], ids=str)
+    def test_pixels_behind_a_window_do_not_count(self, options, device):
+        """A window's row of a narrow image is read as one run of channels, which ends in pixels of its neighbour."""
+        x, w = torch.randn(1, 3, 9, 12, device=device), torch.randn(4, 3, 3, 3, device=device)
+        x[0, 0, 4, 5], x[0, 1, 2, 11], x[0, 2, 7, 0] = float("inf"), float("nan"), float("inf")
+        with tritune.use_backend("triton"):
+            y = tritune.conv2d(x, w, **options, precision="ieee")
+        wanted = F.conv2d(x.cpu(), w.cpu(), **options)
+        torch.testing.assert_close(y.cpu(), wanted, equal_nan=True, rtol=1e-4, atol=1e-4)
+
+    @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy, inside the interpreter
     def test_infinite_weights_reach_the_border_of_the_input_gradient(self, device):
         # docs/differences.md: outputs outside the image count as 0, and 0 * inf is NaN.
         g = torch.randn(1, 16, 6, 6)
@@ -287,20 +353,77 @@ def _ignoring_precision(*args: Any, precision: str | None = None, **kwargs: Any)
     return reference(*args, **kwargs)
 
 
+class TestOnceWrongElsewhere:
+    """Convolutions that another library of Triton kernels computes silently wrong, or refuses."""
+
+    pytestmark = every_backend
+
+    def test_weight_gradient_of_channels_last_weights(self, device, tier):
+        x = torch.randn(2, 8, 6, 5, device=device)
+        w = torch.randn(8, 8, 3, 3, device=device).to(memory_format=torch.channels_last).requires_grad_()
+        wanted = w.detach().clone().requires_grad_()
+        F.conv2d(x, wanted).square().sum().backward()
+        with tritune.use_backend(backend_of(tier)):
+            tritune.conv2d(x, w).square().sum().backward()
+        torch.testing.assert_close(w.grad, wanted.grad, rtol=1e-4, atol=1e-3)
+
+    def test_second_derivative_is_not_dropped(self, device, tier):
+        x, w = torch.randn(1, 4, 6, 6, device=device), torch.randn(4, 4, 3, 3, device=device)
+        results = []
+        for function in (F.conv2d, tritune.conv2d):
+            a, b = x.clone().requires_grad_(), w.clone().requires_grad_()
+            with tritune.use_backend(backend_of(tier)):
+                (first,) = torch.autograd.grad(function(a, b).pow(3).sum(), a, create_graph=True)
+                assert first.requires_grad
+                results.append(torch.autograd.grad(first.square().sum(), (a, b)))
+        for ours, wanted in zip(results[1], results[0], strict=True):
+            assert ((ours - wanted).abs().max() / wanted.abs().max()).item() < 1e-4
+
+    def test_same_with_a_stride_as_a_tuple(self, device, tier):
+        x, w = torch.randn(1, 4, 6, 6, device=device), torch.randn(4, 4, 3, 3, device=device)
+        with tritune.use_backend(backend_of(tier)):
+            y = tritune.conv2d(x, w, stride=(1, 1), padding="same")
+        torch.testing.assert_close(y, F.conv2d(x, w, padding="same"), rtol=1e-4, atol=1e-4)
+
+    def test_same_with_an_even_window_pads_behind(self, device, tier):
+        x, w = torch.tensor([[[1.0, 2.0, 3.0]]], device=device), torch.tensor([[[1.0, 10.0]]], device=device)
+        with tritune.use_backend(backend_of(tier)):
+            assert tritune.conv1d(x, w, padding="same").flatten().tolist() == [21.0, 32.0, 3.0]
+
+    def test_one_channel_in_channels_last(self, device, tier):
+        x = torch.randn(2, 1, 5, 5, device=device).contiguous(memory_format=torch.channels_last)
+        x = x.as_strided(x.shape, (25, 1, 5, 1))  # channels last as torch sees it
+        w = torch.randn(4, 1, 3, 3, device=device)
+        with tritune.use_backend(backend_of(tier)):
+            y = tritune.conv2d(x, w)
+        wanted = F.conv2d(x, w)
+        assert y.stride() == wanted.stride() and not y.is_contiguous()
+        torch.testing.assert_close(y, wanted, rtol=1e-4, atol=1e-4)
+
+
 class TestEmpty:
     pytestmark = every_backend
 
-    def test_empty_batch(self, device, tier):
-        x = torch.randn(0, 8, 5, 5, device=device, requires_grad=True)
-        w = torch.randn(4, 8, 3, 3, device=device, requires_grad=True)
+    @pytest.mark.parametrize("rank", [1, 2, 3])
+    @pytest.mark.parametrize("transposed", [False, True])
+    def test_empty_batch(self, transposed, rank, device, tier):
+        function = getattr(tritune, f"conv{'_transpose' * transposed}{rank}d")
+        x = torch.randn(0, 8, *(5,) * rank, device=device, requires_grad=True)
+        w = torch.randn(*((8, 4) if transposed else (4, 8)), *(3,) * rank, device=device, requires_grad=True)
         b = torch.randn(4, device=device, requires_grad=True)
         with tritune.use_backend(backend_of(tier)):
-            y = tritune.conv2d(x, w, b, activation="relu")
+            y = function(x, w, b, activation="relu")
             y.sum().backward()
-        assert y.shape == (0, 4, 3, 3)
+        assert y.shape == (0, 4, *(7 if transposed else 3,) * rank)
         assert x.grad.shape == x.shape
         assert w.grad.shape == w.shape and not w.grad.any()
         assert not b.grad.any()
+
+    def test_no_channels(self, device):
+        x, w = torch.randn(2, 0, 5, 5, device=device), torch.randn(3, 0, 3, 3, device=device)
+        assert tritune.conv2d(x, w).shape == F.conv2d(x.cpu(), w.cpu()).shape == (2, 0, 3, 3)
+        with tritune.use_backend("triton"), pytest.raises(tritune.UnsupportedError, match=r"CPU|weight is empty"):
+            tritune.conv2d(x, w)
 
     def test_no_gradient_into_integer_or_frozen_arguments(self, device, tier):
         x, w = torch.randn(1, 4, 5, 5, device=device), torch.randn(4, 4, 3, 3, device=device)
@@ -333,7 +456,9 @@ class TestLarge:
         from tritune.kernels import conv
 
         n, c, h, w, k, r = shape
-        config = Config(BLOCK_M=128, BLOCK_N=64, BLOCK_K=32, GROUP_M=8, SPLIT_K=1, num_warps=warps, num_stages=3)
+        config = Config(
+            BLOCK_M=128, BLOCK_N=64, BLOCK_K=32, GROUP_M=8, SPLIT_K=1, SWAP=0, num_warps=warps, num_stages=3
+        )
         one = case("large", (n, c, h, w), (k, c, r, r), "bias", padding=r // 2)
         with override(conv.FORWARD, config):
             for dtype in (torch.float16, torch.bfloat16):
@@ -355,20 +480,25 @@ class TestLarge:
 
 @pytest.mark.static
 class TestCompiles:
-    def test_changing_sizes_compile_once(self):
-        """N, H and W are run-time values: none of them, 1 and multiples of 16 included, makes another binary."""
-        from tritune.kernels import conv, conv_depthwise
+    @pytest.mark.parametrize("rank", [2, 3])
+    @pytest.mark.parametrize("c, k, groups", [(24, 40, 1), (4, 4, 6), (1, 1, 24)])
+    def test_changing_sizes_compile_once(self, c, k, groups, rank):
+        """N, D, H and W are run-time values: none of them, 1 and multiples of 16 included, makes another binary."""
+        from tritune.kernels import conv
+        from tritune.ops.conv import module_of, weight_grad_module_of
 
-        geometry = conv.Geometry(1, 1, 1, 1, 1, 1, 1)
-        depthwise = geometry._replace(groups=24)
-        for module, c, k, groups in ((conv, 24, 40, geometry), (conv_depthwise, 1, 1, depthwise)):
-            for tunable in (module.FORWARD, module.INPUT_GRAD, module.WEIGHT_GRAD):
-                config = next(c for c in tunable.configs if c.get("SPLIT_K", 1) == 1)
-                binaries = set()
-                for n, h, w in ((1, 1, 1), (2, 7, 9), (16, 32, 48), (1, 16, 1), (3, 1, 17), (64, 64, 64)):
-                    problem = conv.Conv2dProblem(n, c, h, w, k, 3, 3, h, w, groups, torch.bfloat16, "16")
-                    binaries.add(tuple(_specialisation(launch) for launch in tunable.launches(problem, config)))
-                assert len(binaries) == 1, tunable.name
+        shape = (k * groups, c)
+        module, weight_grad = module_of(shape, (1,), groups), weight_grad_module_of(shape, (1,), groups).WEIGHT_GRAD
+        geometry = conv.Geometry.of(*((size,) * rank for size in (1, 1, 1)), groups)
+        window = conv.triple((3,) * rank)
+        for tunable in (module.FORWARD, module.TRANSPOSE, weight_grad):
+            config = next(c for c in tunable.configs if c.get("SPLIT_K", 1) == 1)
+            binaries = set()
+            for n, h, w in ((1, 1, 1), (2, 7, 9), (16, 32, 48), (1, 16, 1), (3, 1, 17), (64, 64, 64)):
+                image = (h if rank == 3 else 1, h, w)
+                problem = conv.ConvProblem(rank, n, c, k, image, window, image, geometry, torch.bfloat16, "16")
+                binaries.add(tuple(_specialisation(launch) for launch in tunable.launches(problem, config)))
+            assert len(binaries) == 1, tunable.name
 
 
 def _specialisation(launch: Any) -> str:

@@ -17,7 +17,7 @@ pytestmark = pytest.mark.torch
 OPS = {"cnn": ["conv2d", "conv2d", "max_pool2d"], "rnn": ["rnn"], "attention": ["attention"]}
 KERNELS = {
     "cnn": {
-        "conv2d", "conv2d_epilogue_grad", "conv2d_input_grad", "conv2d_weight_grad",
+        "conv", "conv_epilogue_grad", "conv_transpose", "conv_weight_grad",
         "max_pool2d", "max_pool2d_backward",
     },
     "rnn": {"rnn", "rnn_backward"},

@@ -125,7 +125,7 @@ class TestKernelsOnly:
         from tritune.kernels import conv, pool
 
         ran = []
-        for module, name in ((conv, "run_input_grad"), (conv, "run_weight_grad"), (pool, "run_backward")):
+        for module, name in ((conv, "run_transpose"), (conv, "run_weight_grad"), (pool, "run_backward")):
             original = getattr(module, name)
             monkeypatch.setattr(module, name, lambda *a, f=original, n=name, **k: ran.append(n) or f(*a, **k))
         x = torch.randn(1, 2, 6, 6, device=device, requires_grad=True)
@@ -135,7 +135,7 @@ class TestKernelsOnly:
         thread = threading.Thread(target=lambda: y.sum().backward())
         thread.start()
         thread.join()
-        assert sorted(ran) == ["run_backward", "run_input_grad", "run_weight_grad"]
+        assert sorted(ran) == ["run_backward", "run_transpose", "run_weight_grad"]
 
     def test_conjugate_and_negative_views_are_resolved(self, device):
         z = torch.randn(1, 2, 4, 4, dtype=torch.complex64, device=device)
@@ -213,7 +213,7 @@ class TestExplain:
                 tritune.max_pool2d(x, 3, 2, 1)
             tritune.conv2d(x, w, padding=1)
         conv, pool, auto = decisions
-        assert conv.kernels[0][0] == "conv2d" and conv.kernels[0][1].config.BLOCK_M >= 64
+        assert conv.kernels[0][0] == "conv" and conv.kernels[0][1].config.BLOCK_M >= 64
         assert pool.kernels[0][0] == "max_pool2d"
         assert auto.backend == "torch" and "not measured" in auto.because
 

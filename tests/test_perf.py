@@ -79,7 +79,7 @@ class TestCases:
         for name, value in case.kwargs.items():
             if name not in ("groups", "dilation", "padding"):
                 assert small.kwargs[name] == value
-        if case.op == "conv2d":
+        if case.op.startswith("conv"):
             assert small.shapes["weight"][2:] == case.shapes["weight"][2:]
             assert (small.shapes["weight"][1] == 1) == (case.shapes["weight"][1] == 1)
             assert (small.kwargs["groups"] > 1) == (case.kwargs["groups"] > 1)
@@ -376,13 +376,13 @@ class TestMerge:
             "version": 1, "us": 3.0, "torch_us": 4.0, "default_us": 3.5, "env": {"triton": "3.6.0"},
         }  # fmt: skip
         file = tmp_path / "measured_configs.json"
-        file.write_text(json.dumps({"schema": 1, "slug": "nvidia_h200", "kernels": {"conv2d": [entry]}}))
+        file.write_text(json.dumps({"schema": 1, "slug": "nvidia_h200", "kernels": {"conv": [entry]}}))
         return file
 
     def test_entries_reach_the_store(self, tmp_path):
         assert gpu.merge(self.document(tmp_path, "measured"), tmp_path / "configs") == 0
-        assert [path.name for path in (tmp_path / "configs").rglob("*.*")] == ["conv2d.json"]
-        (entry,) = store.load(tmp_path / "configs/nvidia_h200/conv2d.json")
+        assert [path.name for path in (tmp_path / "configs").rglob("*.*")] == ["conv.json"]
+        (entry,) = store.load(tmp_path / "configs/nvidia_h200/conv.json")
         assert entry.config == Config(BLOCK_M=16, num_warps=4)
         assert (entry.us, entry.torch_us, entry.extra["default_us"]) == (3.0, 4.0, 3.5)
 

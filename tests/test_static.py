@@ -19,8 +19,9 @@ from tritune.autotune import store  # noqa: E402
 from tritune.autotune.config import TUNABLES, Config  # noqa: E402
 from tritune.autotune.device import TARGETS, named  # noqa: E402
 from tritune.autotune.resolve import ranked, resolve  # noqa: E402
-from tritune.kernels import attention, conv, conv_depthwise, pool, rnn  # noqa: E402
+from tritune.kernels import attention, conv, pool, rnn  # noqa: E402
 from tritune.kernels._launch import Launch  # noqa: E402
+from tritune.ops.conv import module_of, weight_grad_module_of  # noqa: E402
 from tritune.perf import conv as conv_layers  # noqa: E402
 from tritune.perf import families, static, tune_worker  # noqa: E402
 from tritune.perf.case import ALL_LAYERS, Kernel  # noqa: E402
@@ -30,7 +31,7 @@ from tritune.perf.sweep import Bench, Target  # noqa: E402
 pytestmark = pytest.mark.static
 
 CHANNELS_LAST = conv.problem_of(
-    (8, 64, 32, 32), (64, 64, 3, 3), (32, 32), conv.Geometry(1, 1, 1, 1, 1, 1, 1), torch.bfloat16, "16", True
+    (8, 64, 32, 32), (64, 64, 3, 3), (32, 32), conv.Geometry.of((1, 1), (1, 1), (1, 1), 1), torch.bfloat16, "16", True
 )
 
 
@@ -70,20 +71,22 @@ def test_the_baseline_has_no_more_than_what_ships():
         assert set(static.load_baseline(path)) == names, path.name
 
 
-@pytest.mark.parametrize("name", ["resnet50-s1-3x3", "resnext50-g32", "convnext-dw-s1"])
+@pytest.mark.parametrize("name", ["resnet50-s1-3x3", "resnet50-stem", "resnext50-g32", "convnext-dw-s1"])
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_headline_layers_use_the_machine(name, precision):
-    """16-byte loads and WGMMA on sm_90, forward and both gradients, as the README says."""
-    problem = conv_layers.problem_of(conv_layers.LAYERS[name], precision)
-    module = conv_depthwise if name.startswith("convnext-dw") else conv
-    for tunable in (module.FORWARD, module.INPUT_GRAD, module.WEIGHT_GRAD):
+    """16-byte loads on sm_90, and WGMMA in every product, forward and both gradients, as the README says."""
+    layer = conv_layers.LAYERS[name]
+    problem = conv_layers.problem_of(layer, precision)
+    kind = (layer.weight, (layer.stride, layer.stride), layer.groups)
+    module, weight_grad = module_of(*kind), weight_grad_module_of(*kind).WEIGHT_GRAD
+    # Nobody asks for the gradient of an image.
+    tunables = (module.FORWARD, weight_grad, *([module.TRANSPOSE] if name != "resnet50-stem" else []))
+    for tunable in tunables:
         launch = tunable.launches(problem, resolve(tunable, problem, named("sm_90")).config)[0]
         one = static.profile(launch, "sm_90")
         assert one.spill_bytes == 0
-        if name != "resnext50-g32":  # four channels a group: 8 bytes is all there is side by side
-            assert one.load_bytes == 16, tunable.name
-        if name == "resnet50-s1-3x3":
-            assert one.mma == "HGMMA", tunable.name
+        assert one.load_bytes == 16, tunable.name
+        assert one.mma == ("" if "direct" in tunable.name else "HGMMA"), tunable.name
 
 
 # --- configs are chosen by shape -------------------------------------------------------------------------------------
@@ -91,7 +94,7 @@ def test_headline_layers_use_the_machine(name, precision):
 
 def sweep(kernel):
     """Layers from one image of 2x2 to 64 of 224x224, with 3 to 2048 channels."""
-    dense = conv.Geometry(1, 1, 1, 1, 1, 1, 1)
+    dense = conv.Geometry.of((1, 1), (1, 1), (1, 1), 1)
     for n in (1, 8, 64):
         for size in (2, 7, 28, 112, 224):
             for channels in (3, 8, 16, 32, 96, 512, 2048):
@@ -99,7 +102,7 @@ def sweep(kernel):
                     x, w = (n, channels, size, size), (channels, channels, 3, 3)
                     if kernel.startswith("attention"):
                         yield attended(kernel, n, size, channels, last)
-                    elif kernel == "conv2d_epilogue_grad":
+                    elif kernel == "conv_epilogue_grad":
                         yield conv.EpilogueProblem(n * size * size, channels, torch.bfloat16, True, True, last)
                     elif kernel.startswith("rnn"):
                         cell, batch = "lstm" if last else "tanh", n * size
@@ -109,7 +112,7 @@ def sweep(kernel):
                         yield pool.problem_of(x, (size // 2, size // 2), window, torch.bfloat16, 1, last)
                     else:
                         geometry = dense
-                        if "depthwise" in kernel:
+                        if "direct" in kernel:
                             geometry, w = dense._replace(groups=channels), (channels, 1, 3, 3)
                         yield conv.problem_of(x, w, (size, size), geometry, torch.bfloat16, "16", last)
 
@@ -212,7 +215,7 @@ def planted(mode="none", block=64, warps=4, stages=3, steps=8):
     ],
 )
 def test_planted_faults_are_named(launch, target, found):
-    named_faults = static.faults("conv2d", CHANNELS_LAST, static.profile(launch, target), target)
+    named_faults = static.faults("conv", CHANNELS_LAST, static.profile(launch, target), target)
     assert len(named_faults) == len(found), named_faults
     for fault, expected in zip(named_faults, found, strict=True):
         assert fault.startswith(expected)

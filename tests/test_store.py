@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import timeit
@@ -125,8 +126,9 @@ class TestLookup:
     def test_memo_hit_is_cheap_and_bounded(self, folders):
         from tritune.kernels import conv
 
-        geometry = conv.Geometry(1, 1, 1, 1, 1, 1, 1)
-        problem = conv.Conv2dProblem(32, 64, 56, 56, 64, 3, 3, 56, 56, geometry, torch.bfloat16, "16")
+        geometry = conv.Geometry.of((1, 1), (1, 1), (1, 1), 1)
+        image, window = (1, 56, 56), (1, 3, 3)
+        problem = conv.ConvProblem(2, 32, 64, 64, image, window, image, geometry, torch.bfloat16, "16")
         resolve.resolve(conv.FORWARD, problem, H200)
         seconds = (
             min(timeit.repeat(lambda: resolve.resolve(conv.FORWARD, problem, H200), number=2000, repeat=20)) / 2000
@@ -136,6 +138,16 @@ class TestLookup:
         for size in range(resolve.MEMO_LIMIT + 10):
             resolve.resolve(TUNABLE, Problem(size), H200)
         assert len(resolve._memo) <= resolve.MEMO_LIMIT
+
+
+class TestRejected:
+    def test_any_declared_kind_of_config_counts(self):
+        """A kernel for two layouts has two kinds of tiles; an entry of either is one of its own."""
+        other = Config(TILE=4, num_warps=1, num_stages=1)
+        both = dataclasses.replace(TUNABLE, configs=(*TUNABLE.configs, other))
+        mine = store.Entry({"size": 8}, other, "model", TUNABLE.version)
+        assert mine.rejected(both) == ""
+        assert mine.rejected(TUNABLE).startswith("its parameters are TILE, num_warps, num_stages, the kernel has ")
 
 
 class TestFiles:

@@ -10,7 +10,7 @@ import triton.language as tl  # noqa: E402
 from tritune.autotune.config import TUNABLES, Config, Tunable  # noqa: E402
 from tritune.autotune.device import named  # noqa: E402
 from tritune.autotune.resolve import ranked  # noqa: E402
-from tritune.kernels import attention, conv, conv_depthwise, pool, rnn  # noqa: E402, F401
+from tritune.kernels import attention, conv, conv_direct, pool, rnn  # noqa: E402, F401
 from tritune.kernels._launch import Launch  # noqa: E402
 from tritune.perf import traffic  # noqa: E402
 from tritune.perf.families import TRAFFIC  # noqa: E402
@@ -19,9 +19,11 @@ pytestmark = pytest.mark.interpret
 
 
 def dense(x, w, stride=1, pad=0, dil=1, groups=1, dtype=torch.float16, last=True):
-    pq = tuple((size + 2 * pad - dil * (tap - 1) - 1) // stride + 1 for size, tap in zip(x[2:], w[2:], strict=True))
-    geometry = conv.Geometry(stride, stride, pad, pad, dil, dil, groups)
-    return conv.problem_of(x, w, pq, geometry, dtype, "ieee", last)
+    sizes = zip(x[2:], w[2:], strict=True)
+    output = tuple((size + 2 * pad - dil * (tap - 1) - 1) // stride + 1 for size, tap in sizes)
+    rank = len(output)
+    geometry = conv.Geometry.of((stride,) * rank, (pad,) * rank, (dil,) * rank, groups)
+    return conv.problem_of(x, w, output, geometry, dtype, "ieee", last)
 
 
 def pooling(x, window, stride, pad=0, dtype=torch.float16, index=1, last=True):
@@ -40,13 +42,24 @@ CONVOLUTIONS = {
     "stem": dense((1, 4, 20, 20), (24, 4, 7, 7), stride=2),
     "fp32": dense((1, 24, 9, 9), (20, 24, 3, 3), dtype=torch.float32),
     "nchw": dense((1, 16, 10, 10), (16, 16, 3, 3), last=False),
+    "1d": dense((2, 32, 40), (48, 32, 3)),
+    "3d": dense((1, 32, 4, 7, 7), (16, 32, 2, 3, 3)),
+    "3d-strided": dense((1, 16, 5, 7, 7), (16, 16, 3, 3, 3), stride=2),
 }
-DEPTHWISE = {
+DIRECT = {
     "3x3": dense((2, 24, 10, 10), (24, 1, 3, 3), groups=24),
     "7x7-padded": dense((1, 32, 12, 12), (32, 1, 7, 7), pad=3, groups=32),
     "strided": dense((2, 16, 11, 11), (16, 1, 3, 3), stride=2, groups=16),
     "multiplier": dense((1, 8, 9, 9), (16, 1, 3, 3), groups=8),
     "nchw-fp32": dense((1, 3, 12, 12), (3, 1, 3, 3), groups=3, dtype=torch.float32, last=False),
+    "nchw-runs": dense((1, 4, 10, 16), (4, 1, 3, 3), groups=4, last=False),
+    "1d-causal-padded": dense((1, 16, 40), (16, 1, 4), pad=3, groups=16),
+    "1d-causal-padded-nchw": dense((1, 4, 64), (4, 1, 4), pad=3, groups=4, last=False),
+    "3d": dense((1, 8, 4, 6, 6), (8, 1, 2, 3, 3), groups=8),
+}
+SMALL_GROUPS = {
+    "four": dense((1, 32, 8, 8), (32, 4, 3, 3), groups=8),
+    "two-by-eight": dense((1, 8, 8, 8), (32, 2, 3, 3), groups=4),
 }
 POOLS = {
     "2x2": pooling((2, 24, 12, 12), 2, 2),
@@ -102,11 +115,13 @@ def problems_of(kernel):
         return BIASED if kernel == "attention_bias_grad" else {**ATTENTIONS, **BIASED}
     if kernel.startswith("rnn"):
         return SEQUENCES
-    if kernel == "conv2d_epilogue_grad":
+    if kernel == "conv_epilogue_grad":
         return EPILOGUES
     if kernel.startswith("max_pool2d"):
         return POOLS
-    return DEPTHWISE if "depthwise" in kernel else CONVOLUTIONS
+    if kernel == "conv_direct_weight_grad":
+        return DIRECT
+    return {**DIRECT, **SMALL_GROUPS} if "direct" in kernel else CONVOLUTIONS
 
 
 CASES = [(kernel, name) for kernel in TUNABLES for name in problems_of(kernel)]
