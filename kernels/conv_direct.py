@@ -72,51 +72,62 @@ MAX_ROWS = tl.constexpr(8)  # window rows, or columns, that are held in register
 # --- tiles in registers ----------------------------------------------------------------------------------------------
 
 
+@triton.constexpr_function
+def _log2(n):
+    return n.bit_length() - 1
+
+
 @triton.jit
 def _channel(x, c: tl.constexpr, C: tl.constexpr):
     """Columns c, c + C, c + 2*C, ... of a tile: channel c of every group. Free if a thread holds C columns."""
-    if C == 1:
-        return x
-    else:
+    for bit in tl.static_range(_log2(C)):
         even, odd = tl.split(tl.reshape(x, (x.shape[0], x.shape[1] // 2, 2)))
-        if c % 2 == 0:
-            return _channel(even, c // 2, C // 2)
+        if c >> bit & 1:
+            x = odd
         else:
-            return _channel(odd, c // 2, C // 2)
+            x = even
+    return x
 
 
 @triton.jit
 def _repeat(x, TIMES: tl.constexpr):
     """Every column of a tile TIMES times, in place: one for each filter of a group."""
-    if TIMES == 1:
-        return x
-    else:
-        return _repeat(tl.reshape(tl.join(x, x), (x.shape[0], 2 * x.shape[1])), TIMES // 2)
+    for _ in tl.static_range(_log2(TIMES)):
+        x = tl.reshape(tl.join(x, x), (x.shape[0], 2 * x.shape[1]))
+    return x
 
 
 @triton.jit
 def _unpack(x):
     """The columns of a tile [M, V], V vectors. Free if a thread holds whole rows."""
-    if x.shape[1] == 1:
-        return (tl.reshape(x, (x.shape[0],)),)
-    else:
-        even, odd = tl.split(tl.reshape(x, (x.shape[0], x.shape[1] // 2, 2)))
-        evens = _unpack(even)
-        odds = _unpack(odd)
-        columns = ()
-        for i in tl.static_range(len(evens)):
-            columns += (evens[i], odds[i])
-        return columns
+    columns = (x,)
+    for _ in tl.static_range(_log2(x.shape[1])):
+        evens = ()
+        odds = ()
+        for i in tl.static_range(len(columns)):
+            even, odd = tl.split(tl.reshape(columns[i], (x.shape[0], columns[i].shape[1] // 2, 2)))
+            evens += (even,)
+            odds += (odd,)
+        columns = evens + odds
+    vectors = ()
+    for i in tl.static_range(len(columns)):
+        vectors += (tl.reshape(columns[i], (x.shape[0],)),)
+    return vectors
 
 
 @triton.jit
 def _pack(columns):
     """The tile whose columns these vectors are: :func:`_unpack` undone."""
-    if len(columns) == 1:
-        return tl.reshape(columns[0], (columns[0].shape[0], 1))
-    else:
-        pairs = tl.join(_pack(columns[0::2]), _pack(columns[1::2]))
-        return tl.reshape(pairs, (pairs.shape[0], 2 * pairs.shape[1]))
+    tiles = ()
+    for i in tl.static_range(len(columns)):
+        tiles += (tl.reshape(columns[i], (columns[i].shape[0], 1)),)
+    for _ in tl.static_range(_log2(len(columns))):
+        pairs = ()
+        for i in tl.static_range(len(tiles) // 2):
+            pair = tl.join(tiles[i], tiles[i + len(tiles) // 2])
+            pairs += (tl.reshape(pair, (pair.shape[0], 2 * pair.shape[1])),)
+        tiles = pairs
+    return tiles[0]
 
 
 @triton.jit
@@ -127,6 +138,7 @@ def _within(i, size):
 
 @triton.jit
 def _zeros(COUNT: tl.constexpr, SHAPE: tl.constexpr):
+    """Sums of nothing yet: COUNT fp32 tiles."""
     accs = ()
     for _ in tl.static_range(COUNT):
         accs += (tl.zeros(SHAPE, dtype=tl.float32),)
@@ -203,7 +215,8 @@ def _direct_kernel(
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_M positions, each of ROWS outputs below one another, by BLOCK_C filters. The loop runs over the window's
-    planes and columns; its rows are written out, for which rows of x meet which rows of outputs is known here."""
+    planes and columns; its rows are written out, for which rows of x meet which rows of outputs is known here. How many
+    columns there are is not: a loop of known length is unrolled, with the loads of all columns in registers."""
     FILTERS: tl.constexpr = K * GROUPS
     TILES_C: tl.constexpr = (FILTERS + BLOCK_C - 1) // BLOCK_C
     BLOCK_X: tl.constexpr = BLOCK_C // K * C
@@ -224,7 +237,7 @@ def _direct_kernel(
     x_ptrs = x_ptr + (corner * X_VEC)[:, None] + c[None, :]
     accs = _zeros(ROWS, (BLOCK_M, BLOCK_C))
     for first in tl.static_range(0, R, BLOCK_R):
-        for step in range(columns):
+        for step in range(1 if T * S == 1 else columns):
             t = step // S
             s = step % S
             mask = mask_m & _within(w0 + s * DIL_W, W)
@@ -238,12 +251,12 @@ def _direct_kernel(
                     xs += (tl.load(x_ptrs + shift, mask=mask_x, other=0.0),)  # [BLOCK_M, BLOCK_X]
                 else:
                     xs += (0.0,)
-            for r in tl.static_range(BLOCK_R):
-                if first + r < R:
-                    tap = (t * R + first + r) * S + s
-                    if TURNED:
-                        tap = T * R * S - 1 - tap
-                    for channel in tl.static_range(C):
+            for channel in tl.static_range(C):
+                for r in tl.static_range(BLOCK_R):
+                    if first + r < R:
+                        tap = (t * R + first + r) * S + s
+                        if TURNED:
+                            tap = T * R * S - 1 - tap
                         w = tl.load(w_ptr + (tap * C + channel) * FILTERS + k, mask=mask_k, other=0.0)
                         sums = ()
                         for row in tl.static_range(ROWS):
@@ -281,17 +294,17 @@ def _load_columns(
             if RUN == 1:
                 w = w.to(tl.int64) * stride_xw
             x = tl.load(x_ptr + row[:, None] * X_VEC + w, mask=mask[:, None] & inside, other=0.0)
-            columns = columns + _unpack(x)
+            columns += _unpack(x)
         else:
             for _ in tl.static_range(RUN):
                 columns += (0.0,)
     return columns
 
 
-@triton.jit(do_not_specialize=[*SIZES, *X_STRIDES, *Y_STRIDES])
+@triton.jit(do_not_specialize=[*SIZES, *X_STRIDES, *Y_STRIDES, "rows"])
 def _direct_rows_kernel(
     x_ptr, w_ptr, scale_ptr, bias_ptr, residual_ptr, y_ptr, z_ptr,
-    D, H, W, Z, P, Q,
+    D, H, W, Z, P, Q, rows,
     stride_xn: tl.int64, stride_xc: tl.int64, stride_xd: tl.int64, stride_xh: tl.int64, stride_xw: tl.int64,
     stride_yn: tl.int64, stride_yk: tl.int64, stride_yz: tl.int64, stride_yp: tl.int64,
     C: tl.constexpr, K: tl.constexpr, GROUPS: tl.constexpr, T: tl.constexpr, R: tl.constexpr, S: tl.constexpr,
@@ -302,7 +315,7 @@ def _direct_rows_kernel(
     RUN: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_P rows of BLOCK_Q runs of one filter's outputs: the position of a run costs no division. The loop runs over
-    the window's planes and rows and the group's channels; its columns are written out."""
+    the ``rows`` of the window, plane by plane and channel by channel; its columns are written out."""
     FILTERS: tl.constexpr = K * GROUPS
     pid = tl.program_id(0)
     tiles_q = tl.cdiv(Q, RUN * BLOCK_Q)
@@ -320,7 +333,7 @@ def _direct_rows_kernel(
     image = n.to(tl.int64) * stride_xn + k // K * C * stride_xc + d0 * stride_xd
     row = image + h0.to(tl.int64) * stride_xh
     accs = _zeros(RUN, (BLOCK_P * BLOCK_Q,))
-    for step in range(T * R * C):
+    for step in range(1 if T * R * C == 1 else rows):
         c = step % C
         r = step // C % R
         t = step // C // R
@@ -661,7 +674,8 @@ def plan_forward(
         xs = [*(stride // x_vec for stride in xs[:4]), xs[4]]
         ys = [stride // y_vec for stride in ys[:4]]
         tiles = cost.cdiv(p.output[2], run * config.BLOCK_Q) * cost.cdiv(p.output[1], config.BLOCK_P)
-        args = {**operands, **p.sizes(), **_named(X_STRIDES, xs), **_named(Y_STRIDES[:4], ys)}
+        sizes = {**p.sizes(), "rows": p.window[0] * p.window[1] * p.C}
+        args = {**operands, **sizes, **_named(X_STRIDES, xs), **_named(Y_STRIDES[:4], ys)}
         constants |= {**_window(p), "X_VEC": x_vec, "Y_VEC": y_vec, "RUN": run, **config.constants()}
         grid = p.N * p.K * p.geometry.groups * p.output[0] * tiles
         return [Launch(_direct_rows_kernel, grid, args, constants, config.num_warps, config.num_stages)]
@@ -794,29 +808,14 @@ _TILES = (
     (8, 32, 4),
     (32, 8, 4),
     (16, 8, 1),
-    (4, 8, 1),  # serves every small shape
 )
 
-_SMALLEST = _TILES[-1][:2]
-_SMALL = 2**16  # outputs that larger tiles would leave most of a device idle for
-_ROW_TILES = (
-    # BLOCK_P, BLOCK_Q, warps: NCHW, in runs of outputs
-    (1, 512, 4),
-    (1, 256, 4),
-    (1, 128, 4),
-    (1, 128, 1),
-    (2, 64, 4),
-    (4, 32, 4),
-    (8, 16, 4),
-    (16, 8, 4),
-    (32, 4, 4),
-    (64, 2, 4),
-    (4, 8, 1),
-    (8, 4, 1),
-    (16, 2, 1),
-    (32, 1, 1),
-    (2, 16, 1),
-    (1, 32, 1),
+# BLOCK_P, BLOCK_Q, warps: NCHW, in runs of outputs
+_ROW_TILES = tuple(
+    (size // block_q, block_q, warps)
+    for size, warps in ((512, 4), (256, 4), (128, 4), (128, 2), (64, 1), (32, 1))
+    for block_q in (512, 256, 128, 64, 32, 16, 8, 4, 2, 1)
+    if size // 64 <= block_q <= size
 )
 
 
@@ -853,29 +852,27 @@ def _tile_fits(p: ConvProblem, config: Config, device: DeviceSpec, results: int,
     sums = config.BLOCK_M * config.BLOCK_C / (device.warp_size * config.num_warps)
     widest = sums * max(1.0, p.C / p.K)
     enough = widest >= min(unit_divisor(16 // p.itemsize, read, written), max(1, 16 // results), most)
-    is_smallest = (config.BLOCK_M, config.BLOCK_C) == _SMALLEST
     return (
         config.BLOCK_C % p.K == 0
         and (config.BLOCK_C <= 8 or config.BLOCK_C < 2 * written)
         and sums <= min(most, 32 // results)
         and widest <= 16
-        and (enough or (is_smallest and p.pixels * written <= _SMALL))
+        and enough
     )
 
 
-def _row_tile_fits(p: ConvProblem, config: Config, run: int) -> bool:
-    """No tile twice as large as a plane, in either direction."""
-    runs = cost.cdiv(p.output[2], run)
-    return (config.BLOCK_P == 1 or config.BLOCK_P < 2 * p.output[1]) and (
-        config.BLOCK_Q < 2 * runs or config.BLOCK_P * config.BLOCK_Q <= 32
-    )
+def _row_tile_fits(p: ConvProblem, config: Config, device: DeviceSpec, run: int) -> bool:
+    """At least a run a thread, and but for the smallest tiles none twice as large as a plane in a direction."""
+    size, runs = config.BLOCK_P * config.BLOCK_Q, cost.cdiv(p.output[2], run)
+    fits = config.BLOCK_P == 1 or config.BLOCK_P < 2 * p.output[1] or size <= device.warp_size
+    return size >= device.warp_size * config.num_warps and config.BLOCK_Q < 2 * runs and fits
 
 
 def _forward_accepts(p: ConvProblem, config: Config, device: DeviceSpec) -> bool:
     if p.channels_last == ("BLOCK_Q" in config):
         return False
     if not p.channels_last:
-        return _row_tile_fits(p, config, _dense_run(p))
+        return _row_tile_fits(p, config, device, _dense_run(p))
     rows = (_upright(p) if _is_flat(p) else p).output[1]
     return (config.ROWS == 1 or config.ROWS <= rows) and _tile_fits(p, config, device, config.ROWS)
 
@@ -890,7 +887,7 @@ def _transpose_accepts(p: ConvProblem, config: Config, device: DeviceSpec) -> bo
         threads = device.warp_size * config.num_warps
         return config.BLOCK_P == 1 and config.BLOCK_Q <= max(1, 32 // blocks) * threads
     swapped = p._replace(C=p.K, K=p.C)
-    most = 8 if products <= 40 else 4 if products < 200 else 2  # the compiler loads many weights ahead
+    most = 8 if products <= 40 else 4 if products <= 100 else 2  # the compiler loads many weights ahead
     return config.ROWS == 1 and _tile_fits(swapped, config, device, blocks, most)
 
 
@@ -898,10 +895,11 @@ def _weight_grad_accepts(p: ConvProblem, config: Config, device: DeviceSpec) -> 
     if p.channels_last == ("BLOCK_Q" in config):
         return False
     if not p.channels_last:
-        per_thread = config.BLOCK_P * config.BLOCK_Q / (device.warp_size * config.num_warps)
-        return _row_tile_fits(p, config, _dense_run(p, p.output[2])) and per_thread * p.window[2] <= 32
+        held = config.BLOCK_P * config.BLOCK_Q / (device.warp_size * config.num_warps)  # runs of a thread, S sums each
+        few = held <= min(2, max(1, 32 // p.window[2]))
+        return few and _row_tile_fits(p, config, device, _dense_run(p, p.output[2]))
     rows = p.N * p.output[0] * p.output[1]
-    return (config.BLOCK_M <= 4 or config.BLOCK_M < 2 * rows) and _tile_fits(p, config, device, 1, most=8)
+    return (config.num_warps == 1 or config.BLOCK_M < 2 * rows) and _tile_fits(p, config, device, 1, most=8)
 
 
 # What load and store instructions move, by the formulas above, less what lies outside the image.
@@ -1068,14 +1066,14 @@ def _weight_grad_estimate(p: ConvProblem, config: Config, device: DeviceSpec) ->
     run = _dense_run(p, p.output[2])
     if "BLOCK_Q" in config:
         splits, columns = _rows_splits(p, config, run), filters
-        results, lanes = p.N * p.output[0] * p.output[1] * cost.cdiv(p.output[2], run), config.BLOCK_P * config.BLOCK_Q
+        sides = ((p.output[1], config.BLOCK_P), (cost.cdiv(p.output[2], run), config.BLOCK_Q))
     else:
         splits, width = _splits(p, config)
         splits *= cost.cdiv(p.output[2], width)
         columns = cost.cdiv(filters, config.BLOCK_C)
-        results, lanes = p.N * p.output[0] * p.output[1], config.BLOCK_M
+        sides = ((p.N * p.output[0] * p.output[1], config.BLOCK_M),)
     programs = splits * columns * t * r * (1 if "BLOCK_Q" in config else cost.cdiv(s, MAX_ROWS.value))
-    waste = cost.cdiv(results, lanes) * lanes / max(1, results)
+    waste = math.prod(cost.cdiv(size, lanes) * lanes / max(1, size) for size, lanes in sides)
     return cost.stream(
         device,
         programs=programs,

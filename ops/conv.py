@@ -222,7 +222,7 @@ def _convolve(
         return _composite(input, weight, bias, scale, residual, args, transposed, activation)
 
     if args.pad_extra is not None:
-        batched = F.pad(batched, args.pad_extra)
+        batched = _pad(batched, args.pad_extra)
     if residual is not None and residual.dim() == rank + 1:
         residual = residual.unsqueeze(0)
     resolved = resolved_precision(input, precision, torch.backends.cudnn, "conv")
@@ -238,6 +238,13 @@ def _convolve(
         with below_autograd():
             y = OPS[transposed](*call)
     return y if input.dim() == rank + 2 else y.squeeze(0)
+
+
+def _pad(input: Tensor, extra: tuple[int, ...]) -> Tensor:
+    """Zeros around ``input``, whose layout stays: :func:`F.pad` alone loses it in one dimension of space."""
+    if is_channels_last(input):
+        return F.pad(input.movedim(1, -1), (0, 0, *extra)).movedim(-1, 1)
+    return F.pad(input, extra)
 
 
 # --- the choice of backend -------------------------------------------------------------------------------------------
