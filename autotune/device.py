@@ -41,6 +41,12 @@ class DeviceSpec:
         return self.target.startswith("gfx")
 
     @property
+    def has_tma(self) -> bool:
+        """Does a tensor memory accelerator copy boxes of a tensor to where the tensor cores read them? That of sm_120
+        copies too, but there operands pass through registers."""
+        return self.target in ("sm_90", "sm_100")
+
+    @property
     def warp_size(self) -> int:
         return 64 if self.is_amd else 32
 

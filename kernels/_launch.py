@@ -7,14 +7,16 @@ turns the same description into what ``triton.compile`` takes, so the static sui
 from __future__ import annotations
 
 import contextlib
+import math
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..autotune.config import Tunable
 from ..autotune.device import detect
@@ -41,7 +43,7 @@ class Launch(NamedTuple):
     Attributes:
         kernel: the ``@triton.jit`` function.
         grid: number of programs; always one axis, because the others end at 65 535.
-        args: run-time arguments by name, in the kernel's order: tensors, ints, floats, ``None``.
+        args: run-time arguments by name, in the kernel's order: tensors, descriptors, ints, floats, ``None``.
         constants: the constexpr arguments.
         num_warps, num_stages: launch options.
     """
@@ -106,11 +108,20 @@ def _specialises(parameter: Any, value: Any) -> bool:
 
 
 def _type_of(value: Any) -> str:
+    if isinstance(value, TensorDescriptor):
+        return f"tensordesc<{POINTER_TYPES[value.base.dtype][1:]}{value.block_shape}>"
     if isinstance(value, torch.Tensor):
         return POINTER_TYPES[value.dtype]
     if isinstance(value, float):
         return "fp32"
     return "i32" if -(2**31) <= value < 2**31 else "i64"
+
+
+def descriptor(t: torch.Tensor, shape: Sequence[int], block: Sequence[int]) -> TensorDescriptor:
+    """``t``, whose elements are packed, as an array of ``shape`` from which the tensor memory accelerator copies boxes
+    of ``block``."""
+    steps = [math.prod(shape[dim + 1 :]) for dim in range(len(shape))]
+    return TensorDescriptor(t, list(shape), steps, list(block))
 
 
 def unit_divisor(limit: int, *numbers: int) -> int:

@@ -25,6 +25,7 @@ tiles of rows and columns, TAPS = T*R*S and e bytes an element, is
     forward          T_n * N*Z*P*Q*TAPS*C*e + T_m * K*TAPS*C*e + N*Z*P*Q*K*e    (per group; taps outside load nothing)
     transpose        T_n * N*Z*P*Q*TAPS*K*e + T_m * K*TAPS*C*e + N*D*H*W*C*e    (T_m, per parity class with its taps)
     weight gradient  T_m * N*Z*P*Q*TAPS*C*e + T_n * N*Z*P*Q*K*e + TAPS*C*K*e    (C and K of MERGED groups together)
+    by lines         as forward and transpose, from packed tensors, for windows that move by one pixel
     split s > 1      + 8 * s * (size of the output) for the fp32 partial sums, written and read once
 
 Strides of a channels-last tensor come in units of its VEC elements (the widest load that all of them allow), and the
@@ -47,7 +48,7 @@ import triton.language as tl
 from ..autotune import cost
 from ..autotune.config import Config, Estimate, Tunable, register
 from ..autotune.device import DeviceSpec
-from ._launch import Launch, launch, layout_strides, strides
+from ._launch import Launch, descriptor, launch, layout_strides, strides
 from ._math import activate, activation_grad, column_sum, dot, grouped_tile, narrow, position, tile_offsets
 
 SIZES = ["M", "N", "D", "H", "W", "Z", "P", "Q", "splits"]
@@ -186,6 +187,66 @@ def _conv_kernel(
             n, z, p, q, channel, stride_yn, stride_yk, stride_yz, stride_yp, stride_yq, Y_VEC, Y_UNIT_C
         )  # fmt: skip
         epilogue(acc, channel, y_off, mask, scale_ptr, bias_ptr, residual_ptr, y_ptr, z_ptr, mask_n, ACTIVATION)
+
+
+@triton.jit(do_not_specialize=["L", "lines", "Z", "P", "Q", *Y_STRIDES])
+def _conv_lines_kernel(
+    x_desc, w_desc, scale_ptr, bias_ptr, residual_ptr, y_ptr, z_ptr,
+    L, lines, Z, P, Q,
+    stride_yn: tl.int64, stride_yk: tl.int64, stride_yz: tl.int64, stride_yp: tl.int64, stride_yq: tl.int64,
+    C: tl.constexpr, K: tl.constexpr, R: tl.constexpr, S: tl.constexpr, TAPS: tl.constexpr, GROUPS: tl.constexpr,
+    PAD_D: tl.constexpr, PAD_H: tl.constexpr, PAD_W: tl.constexpr,
+    DIL_D: tl.constexpr, DIL_H: tl.constexpr, DIL_W: tl.constexpr, RANK: tl.constexpr, TURNED: tl.constexpr,
+    Y_VEC: tl.constexpr, Y_UNIT_C: tl.constexpr, ACTIVATION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
+):  # fmt: skip
+    """Forward, or transpose (TURNED, with C and K exchanged), where windows move by one pixel: for each tap BLOCK_M
+    neighbours in a line of the result read a box of x [N, D, H, W, GROUPS*C], which a tensor memory accelerator copies;
+    what lies outside the image arrives as zeros. No thread computes an address, and a tile takes 30 registers fewer.
+
+    Lines are the rows of the result, of L pixels. A window of one tap without padding makes one line of all pixels.
+    """
+    CHUNKS: tl.constexpr = (C + BLOCK_K - 1) // BLOCK_K
+    TILES_N: tl.constexpr = (K + BLOCK_N - 1) // BLOCK_N
+    WAY: tl.constexpr = -1 if TURNED else 1
+
+    pid = tl.program_id(0)
+    tiles_l = tl.cdiv(L, BLOCK_M)
+    tiles = lines * tiles_l * TILES_N
+    group = pid // tiles
+    pid_m, pid_n = grouped_tile(pid % tiles, lines * tiles_l, TILES_N, GROUP_M)
+    line = pid_m // tiles_l
+    first = pid_m % tiles_l * BLOCK_M
+    n = line // P // Z
+    d0 = line // P % Z - WAY * PAD_D
+    h0 = line % P - WAY * PAD_H
+    w0 = first - WAY * PAD_W
+    column = pid_n * BLOCK_N
+
+    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    for step in range(TAPS * CHUNKS):
+        tap = step // CHUNKS
+        k = step % CHUNKS * BLOCK_K
+        t, r, s = tap_shift(tap, R, S, DIL_D, DIL_H, DIL_W, RANK)
+        box = x_desc.load([n, d0 + WAY * t, h0 + WAY * r, w0 + WAY * s, group * C + k])
+        x = tl.reshape(box, (BLOCK_M, BLOCK_K))
+        if TURNED:
+            w = tl.reshape(w_desc.load([group * C + k, tap, column]), (BLOCK_K, BLOCK_N))
+        else:
+            w = tl.trans(tl.reshape(w_desc.load([group * K + column, tap, k]), (BLOCK_N, BLOCK_K)))
+        acc = dot(x, w, acc, "ieee")
+
+    offs_l = first + tl.arange(0, BLOCK_M)
+    offs_n = column + tl.arange(0, BLOCK_N)
+    mask_n = offs_n < K
+    n, z, p, q = position(line * L + offs_l, Z, P, Q, RANK)
+    y_off = tile_offsets(
+        n, z, p, q, group * K + offs_n, stride_yn, stride_yk, stride_yz, stride_yp, stride_yq, Y_VEC, Y_UNIT_C
+    )  # fmt: skip
+    mask = (offs_l < L)[:, None] & mask_n[None, :]
+    epilogue(
+        acc, group * K + offs_n, y_off, mask, scale_ptr, bias_ptr, residual_ptr, y_ptr, z_ptr, mask_n, ACTIVATION
+    )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=[*SIZES, *Y_STRIDES])
@@ -722,6 +783,10 @@ def plan_forward(
     p: ConvProblem, config: Config, x: torch.Tensor, w: torch.Tensor, y: torch.Tensor, epilogue: Epilogue
 ) -> list[Launch]:
     """x channels last, w packed [K, T, R, S, C]."""
+    if "TMA" in config:
+        if _has_boxes(x) and _has_boxes(w.movedim(-1, 1)):
+            return [_lines(p, config, x, w, epilogue.arguments("y", y), turned=False)]
+        config = _by_pointers(config, SWAP=0)
     groups, split = p.geometry.groups, config.SPLIT_K
     x_vec, _, (xn, _, xd, xh, xw) = layout_strides(x, p.C)
     tiles = cost.cdiv(p.pixels, config.BLOCK_M) * cost.cdiv(p.K, config.BLOCK_N)
@@ -744,38 +809,98 @@ def plan_forward(
         config.num_warps,
         config.num_stages,
     )  # fmt: skip
-    return [main] if partial is None else [main, _reduce(partial, operands, constants, "y", p, p.output)]
+    return [main] if partial is None else [main, _reduce(partial, operands, constants, p, p.output)]
+
+
+def _lines(
+    p: ConvProblem, config: Config, x: torch.Tensor, w: torch.Tensor, target: tuple[dict[str, Any], dict[str, Any]],
+    turned: bool,
+) -> Launch:  # fmt: skip
+    """The launch by lines of the result. ``target`` are the epilogue's arguments and constants."""
+    groups, (m, n, k) = p.geometry.groups, (config.BLOCK_M, config.BLOCK_N, config.BLOCK_K)
+    images, channels, *space = x.shape
+    image = [images, *triple(space), channels]
+    lines, length = line_sizes(p, turned)
+    if _is_one_line(p):
+        image = [1, 1, 1, math.prod(image[:-1]), channels]
+    weights = [w.shape[0], p.taps, w.shape[-1]]
+    operands, constants = target
+    c, columns, output = (p.K, p.C, p.image) if turned else (p.C, p.K, p.output)
+    return Launch(
+        _conv_lines_kernel,
+        lines * cost.cdiv(length, m) * cost.cdiv(columns, n) * groups,
+        {
+            "x_desc": descriptor(x, image, [1, 1, 1, m, k]),
+            "w_desc": descriptor(w, weights, [k, 1, n] if turned else [n, 1, k]),
+            **operands, "L": length, "lines": lines, **dict(zip("ZPQ", output, strict=True)),
+        },
+        {
+            "C": c, "K": columns, "R": p.window[1], "S": p.window[2], "TAPS": p.taps, "GROUPS": groups,
+            **{name: value for name, value in p.geometry.constants().items() if not name.startswith("STRIDE")},
+            "RANK": p.rank, "TURNED": turned, **constants, "BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k,
+            "GROUP_M": config.GROUP_M,
+        },
+        config.num_warps,
+        config.num_stages,
+    )  # fmt: skip
+
+
+def _is_one_line(p: ConvProblem) -> bool:
+    """Do windows see one pixel each, so that rows and images may follow one another?"""
+    return p.taps == 1 and not any(p.geometry.padding)
+
+
+def line_sizes(p: ConvProblem, turned: bool) -> tuple[int, int]:
+    """How many lines the result has, and their length in pixels."""
+    if _is_one_line(p):
+        return 1, p.pixels
+    output = p.image if turned else p.output
+    return p.N * output[0] * output[1], output[2]
+
+
+def _has_boxes(x: torch.Tensor) -> bool:
+    """Are channels, columns, rows and images packed in that order, from an address that the accelerator takes?"""
+    return x.movedim(1, -1).is_contiguous() and x.data_ptr() % 16 == 0
+
+
+def _by_pointers(config: Config, **more: int) -> Config:
+    """The same tile, for an operand that is not packed."""
+    return Config(**{name: value for name, value in config.items() if name != "TMA"}, SPLIT_K=1, **more)
+
+
+def _as_y(arguments: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a result x under the names of a result y."""
+    renamed = dict(zip(X_STRIDES, Y_STRIDES, strict=True)) | {
+        "x_ptr": "y_ptr", "X_VEC": "Y_VEC", "X_UNIT_C": "Y_UNIT_C"
+    }  # fmt: skip
+    return {renamed.get(name, name): value for name, value in arguments.items()}
 
 
 def _reduce(
-    partial: torch.Tensor, operands: dict[str, Any], constants: dict[str, Any], name: str, p: ConvProblem, grid: Triple
+    partial: torch.Tensor, operands: dict[str, Any], constants: dict[str, Any], p: ConvProblem, grid: Triple
 ) -> Launch:
     """The launch that adds partial [splits, pixels, channels] in order and stores the result, with its epilogue."""
     splits, pixels, channels = partial.shape
     block_m, block_n = 16, 64
-    prefix = name.upper()
-    renamed = dict(zip(X_STRIDES, Y_STRIDES, strict=True)) | {"x_ptr": "y_ptr"}
     return Launch(
         _reduce_kernel,
         cost.cdiv(pixels, block_m) * cost.cdiv(channels, block_n),
-        {
-            "partial_ptr": partial, **{renamed.get(key, key): value for key, value in operands.items()},
-            "M": pixels, **dict(zip("ZPQ", grid, strict=True)), "splits": splits,
-        },
-        {
-            "K": channels, "RANK": p.rank, "Y_VEC": constants[f"{prefix}_VEC"],
-            "Y_UNIT_C": constants[f"{prefix}_UNIT_C"], "ACTIVATION": constants["ACTIVATION"],
-            "BLOCK_M": block_m, "BLOCK_N": block_n,
-        },
+        {"partial_ptr": partial, **operands, "M": pixels, **dict(zip("ZPQ", grid, strict=True)), "splits": splits},
+        {"K": channels, "RANK": p.rank, **constants, "BLOCK_M": block_m, "BLOCK_N": block_n},
         num_warps=4,
         num_stages=1,
-    )  # fmt: skip
+    )
 
 
 def plan_transpose(
     p: ConvProblem, config: Config, g: torch.Tensor, w: torch.Tensor, x: torch.Tensor, epilogue: Epilogue
 ) -> list[Launch]:
     """g channels last, w from :func:`pack_transposed_weight`; x is the result."""
+    if "TMA" in config:
+        if _has_boxes(g) and _has_boxes(w.movedim(-1, 1)):
+            operands, constants = epilogue.arguments("x", x)
+            return [_lines(p, config, g, w, (_as_y(operands), _as_y(constants)), turned=True)]
+        config = _by_pointers(config)
     geometry, split = p.geometry, config.SPLIT_K
     g_vec, _, (gn, _, gz, gp, gq) = layout_strides(g, p.K)
     classes = (cost.cdiv(size, step) for size, step in zip(p.image, geometry.stride, strict=True))
@@ -803,7 +928,7 @@ def plan_transpose(
         config.num_warps,
         config.num_stages,
     )  # fmt: skip
-    return [main] if partial is None else [main, _reduce(partial, operands, constants, "x", p, p.image)]
+    return [main] if partial is None else [main, _reduce(partial, _as_y(operands), _as_y(constants), p, p.image)]
 
 
 def plan_weight_grad(
@@ -939,12 +1064,19 @@ _SPLIT_TILES = tuple(
     (tile, split) for split in (1, 2, 4, 8) for tile in _TILES
     if split == 1 or tile[:2] in ((128, 128), (64, 64), (64, 32))
 )  # fmt: skip
+_LINE_TILES = tuple(
+    _gemm_config(*tile, GROUP_M=8, TMA=1) for tile in _TILES if tile[2] == 64 and tile[0] * tile[1] >= 64 * 64
+)
 _SWAPPED_TILES = ((256, 64, 64, 8, 3), (128, 64, 64, 4, 3), (128, 64, 32, 4, 4))
 FORWARD_CONFIGS = (
     *(_gemm_config(*tile, GROUP_M=8, SPLIT_K=split, SWAP=0) for tile, split in _SPLIT_TILES),
     *(_gemm_config(*tile, GROUP_M=8, SPLIT_K=1, SWAP=1) for tile in _SWAPPED_TILES),
+    *_LINE_TILES,
 )
-TRANSPOSE_CONFIGS = tuple(_gemm_config(*tile, GROUP_M=8, SPLIT_K=split) for tile, split in _SPLIT_TILES)
+TRANSPOSE_CONFIGS = (
+    *(_gemm_config(*tile, GROUP_M=8, SPLIT_K=split) for tile, split in _SPLIT_TILES),
+    *_LINE_TILES,
+)
 WEIGHT_GRAD_CONFIGS = tuple(
     _gemm_config(*tile, SPLIT_K=split) for tile in _TILES if tile[0] <= 128 for split in (1, 4, 16, 64)
 )
@@ -988,7 +1120,25 @@ def _splits(p: ConvProblem, config: Config, steps: int, least: int, outputs: int
     return steps >= least * config.SPLIT_K and 4 * config.SPLIT_K * outputs <= max(room, 2**20)
 
 
+def _lines_accept(p: ConvProblem, config: Config, device: DeviceSpec, turned: bool) -> bool:
+    """A tensor memory accelerator, boxes that it takes, and no group whose last box reaches into the next."""
+    reduction, columns = (p.K, p.C) if turned else (p.C, p.K)
+    whole = all(size * p.itemsize % 16 == 0 for size in (p.C, reduction * p.geometry.groups))
+    return (
+        device.has_tma
+        and p.precision == "16"
+        and p.geometry.parities == 1
+        and p.tail == 0
+        and whole
+        and (p.geometry.groups == 1 or reduction % config.BLOCK_K == 0)
+        and _stores(p, config, device)
+        and _fits(p, config, device, line_sizes(p, turned)[1], columns, reduction)
+    )
+
+
 def _forward_accepts(p: ConvProblem, config: Config, device: DeviceSpec) -> bool:
+    if "TMA" in config:
+        return _lines_accept(p, config, device, turned=False)
     reduction = p.taps * p.C
     outputs = p.pixels * p.K * p.geometry.groups
     enough = _splits(p, config, cost.cdiv(reduction, config.BLOCK_K), 4, outputs)
@@ -997,7 +1147,25 @@ def _forward_accepts(p: ConvProblem, config: Config, device: DeviceSpec) -> bool
     return enough and _stores(p, config, device) and _fits(p, config, device, p.pixels, p.K, reduction)
 
 
+def _lines_estimate(p: ConvProblem, config: Config, device: DeviceSpec, turned: bool) -> Estimate:
+    reduction, columns = (p.K, p.C) if turned else (p.C, p.K)
+    lines, length = line_sizes(p, turned)
+    return cost.gemm(
+        device,
+        p.precision,
+        p.itemsize,
+        tiles=lines * cost.cdiv(length, config.BLOCK_M) * cost.cdiv(columns, config.BLOCK_N) * p.geometry.groups,
+        steps=p.taps * cost.cdiv(reduction, config.BLOCK_K),
+        dram_bytes=p.minimal_bytes(),
+        config=config,
+        blocks=(config.BLOCK_M, config.BLOCK_N, config.BLOCK_K),
+        columns=config.BLOCK_N,
+    )
+
+
 def _forward_estimate(p: ConvProblem, config: Config, device: DeviceSpec) -> Estimate:
+    if "TMA" in config:
+        return _lines_estimate(p, config, device, turned=False)
     groups, split = p.geometry.groups, config.SPLIT_K
     return cost.gemm(
         device,
@@ -1019,12 +1187,16 @@ def _transpose_steps(p: ConvProblem, config: Config) -> int:
 
 
 def _transpose_accepts(p: ConvProblem, config: Config, device: DeviceSpec) -> bool:
+    if "TMA" in config:
+        return _lines_accept(p, config, device, turned=True)
     rows = cost.cdiv(p.image_pixels, p.geometry.parities)
     enough = _splits(p, config, _transpose_steps(p, config), 4, p.image_pixels * p.C * p.geometry.groups)
     return enough and _stores(p, config, device) and _fits(p, config, device, rows, p.C, p.K)
 
 
 def _transpose_estimate(p: ConvProblem, config: Config, device: DeviceSpec) -> Estimate:
+    if "TMA" in config:
+        return _lines_estimate(p, config, device, turned=True)
     groups, split = p.geometry.groups, config.SPLIT_K
     rows = cost.cdiv(p.image_pixels, p.geometry.parities)
     return cost.gemm(

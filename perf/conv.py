@@ -196,10 +196,19 @@ def due_load_bytes(kernel: str, problem: Any) -> int:
 # --- bytes that load and store instructions move: the formulas at the kernels' heads ----------------------------------
 
 
+def _row_tiles(p: Any, config: Config, rows: int, turned: bool) -> int:
+    """Tiles of the product's rows: of all of them, or of each line of the result."""
+    from ..kernels.conv import line_sizes
+
+    lines, length = line_sizes(p, turned) if "TMA" in config else (1, rows)
+    return lines * cdiv(length, config.BLOCK_M)
+
+
 def _forward_bytes(p: Any, config: Config) -> float:
-    tiles_m, tiles_n = cdiv(p.pixels, config.BLOCK_M), cdiv(p.K, config.BLOCK_N)
+    tiles_m, tiles_n = _row_tiles(p, config, p.pixels, turned=False), cdiv(p.K, config.BLOCK_N)
     output = p.pixels * p.K
-    partial = 8 * config.SPLIT_K * output if config.SPLIT_K > 1 else 0
+    split = config.get("SPLIT_K", 1)
+    partial = 8 * split * output if split > 1 else 0
     reduction = p.taps * p.C
     bytes_a_group = (tiles_n * p.pixels * reduction + tiles_m * p.K * reduction + output) * p.itemsize + partial
     return float(p.geometry.groups * bytes_a_group)
@@ -215,9 +224,10 @@ def _transpose_bytes(p: Any, config: Config) -> float:
             sum((tap * dil) % step == place for tap in range(window))
             for place, window, step, dil in zip(parity, p.window, g.stride, g.dilation, strict=True)
         )
-        weights += cdiv(rows, config.BLOCK_M) * taps * p.K * p.C
+        weights += _row_tiles(p, config, rows, turned=True) * taps * p.K * p.C
     output = p.image_pixels * p.C
-    partial = 8 * config.SPLIT_K * output if config.SPLIT_K > 1 else 0
+    split = config.get("SPLIT_K", 1)
+    partial = 8 * split * output if split > 1 else 0
     gathered = tiles_n * p.pixels * p.taps * p.K
     return float(g.groups * ((gathered + weights + output) * p.itemsize + partial))
 

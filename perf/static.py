@@ -79,6 +79,7 @@ def _narrowest(widths: Iterable[int]) -> int:
 
 
 _PTX_ACCESS = re.compile(r"\b(ld|st)\.global((?:\.\w+)*?)(?:\.v(\d))?\.[bfsu](\d+)\b")
+_PTX_BOX = re.compile(r"cp\.async\.bulk\.tensor\.\dd\.shared")
 _PTX_COPY = re.compile(r"cp\.async\.c[ag]\.shared\.global(?:\.\S+)? \[[^\]]*\], \[[^\]]*\], (0x[0-9a-f]+|\d+)")
 
 
@@ -95,6 +96,7 @@ def _read_nvidia(compiled: Any, num_warps: int, device: DeviceSpec) -> StaticPro
     opcodes = Counter(re.findall(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?\w+\s+)?(\w+)", sass, re.MULTILINE))
     ptx = compiled.asm["ptx"]
     loads = [int(size, 0) for size in _PTX_COPY.findall(ptx)]
+    loads += [16] * 16 * len(_PTX_BOX.findall(ptx))  # the accelerator moves boxes in bursts: never narrow
     stores: list[int] = []
     for kind, _, vector, bits in _PTX_ACCESS.findall(ptx):
         (loads if kind == "ld" else stores).append(int(vector or 1) * int(bits) // 8)

@@ -6,6 +6,7 @@ makes the count smaller.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -43,9 +44,9 @@ def counted() -> Iterator[Traffic]:
     def count(pointers: Any, mask: Any) -> int:
         return int(mask.data.sum()) * (pointers.get_element_ty().primitive_bitwidth // 8)
 
-    def masked_load(self: Any, pointers: Any, mask: Any, *rest: Any) -> Any:
+    def masked_load(self: Any, pointers: Any, mask: Any, *rest: Any, **options: Any) -> Any:
         traffic.loaded += count(pointers, mask)
-        return load(self, pointers, mask, *rest)
+        return load(self, pointers, mask, *rest, **options)
 
     def masked_store(self: Any, pointers: Any, value: Any, mask: Any, *rest: Any) -> Any:
         traffic.stored += count(pointers, mask)
@@ -60,9 +61,13 @@ def counted() -> Iterator[Traffic]:
 
 def measure(tunable: Tunable, problem: Any, config: Config) -> Traffic:
     """Runs the launches of one problem on random tensors and counts."""
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
     tensors: dict[int, torch.Tensor] = {}
 
     def real(value: Any) -> Any:
+        if isinstance(value, TensorDescriptor):
+            return dataclasses.replace(value, base=real(value.base))
         if not isinstance(value, torch.Tensor):
             return value
         if id(value) not in tensors:

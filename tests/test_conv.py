@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from harness import Case, backend_of, check, poisoned
+from harness import Case, assert_close, backend_of, check, poisoned
 from torch import Tensor
 
 import tritune
@@ -114,6 +115,19 @@ CASES = [
          padding=1, output_padding=(1, 0, 0)),
     case("transpose-unbatched", (8, 5, 4), (8, 4, 3, 3), "residual", op="conv_transpose2d", stride=2,
          activation="tanh"),
+]  # fmt: skip
+# Windows that move by one pixel, 8 channels or more.
+LINES = [
+    case("1x1", (2, 24, 9, 11), (40, 24, 1, 1), "bias", "residual", activation="relu"),
+    case("3x3", (2, 8, 2, 70), (40, 8, 3, 3), "bias", "scale", padding=1, activation="silu"),
+    case("dilated-one-row", (1, 16, 5, 66), (16, 16, 3, 2), padding=(0, 3), dilation=(2, 3)),
+    case("1x1-padded", (1, 16, 3, 20), (16, 16, 1, 1), padding=(1, 2)),
+    case("groups", (1, 64, 3, 20), (64, 32, 2, 2), padding=1, groups=2),
+    case("1d", (2, 16, 70), (24, 16, 4), "bias", op="conv1d", padding=3),
+    case("3d", (2, 8, 2, 3, 20), (16, 8, 2, 2, 2), "residual", op="conv3d", padding=(1, 0, 2), dilation=(2, 1, 1)),
+    case("2d-transpose", (2, 24, 4, 30), (24, 16, 3, 2), "bias", "scale", op="conv_transpose2d", padding=(1, 0),
+         activation="relu"),
+    case("1x1-transpose", (2, 24, 4, 30), (24, 16, 1, 1), op="conv_transpose2d"),
 ]  # fmt: skip
 # One case per kernel: these run on other versions of Triton too.
 COMPAT = ("3x3", "depthwise", "epilogue", "3d-mixed", "2d-transpose-mixed")
@@ -220,6 +234,35 @@ class TestBranches:
             for channels in (64, 24):
                 one = case("tiles", (1, channels, 7, 6), (40, channels, 3, 3), "bias", padding=1)
                 check(one, torch.bfloat16, "nhwc", device, "triton")
+
+    @pytest.mark.parametrize(
+        "one, layout", [*((one, "nhwc") for one in LINES), *((one, "nchw") for one in LINES if "1x1" in one.id)],
+        ids=lambda value: getattr(value, "id", value),
+    )  # fmt: skip
+    def test_lines(self, one, layout, device, monkeypatch):
+        """Boxes that a tensor memory accelerator copies, forward and in the gradient of the input."""
+        from tritune.kernels import conv
+
+        launched = recorded_lines(monkeypatch)
+        with lines():
+            check(one, torch.float16, layout, device, "triton")
+        assert {launch.constants["TURNED"] for launch in launched} == {False, True}
+        assert all(launch.kernel is conv._conv_lines_kernel for launch in launched)
+
+    @pytest.mark.parametrize("kind", ["offset", "columns", "images"])
+    def test_what_is_not_packed_is_read_by_pointers(self, kind, device, monkeypatch):
+        launched = recorded_lines(monkeypatch)
+        x = torch.randn(3, 9, 40, 32, device=device, dtype=torch.float16)  # NHWC
+        view = {
+            "offset": torch.randn(2 * 8 * 33 * 16 + 1, device=device, dtype=torch.float16)[1:].view(2, 8, 33, 16),
+            "columns": x[:2, :8, :33, :16],
+            "images": x.view(3, 9, 40, 32)[::2, :8, :33, :16],
+        }[kind].movedim(-1, 1)
+        weight = torch.randn(24, 16, 1, 1, device=device, dtype=torch.float16)
+        with tritune.use_backend("triton"), lines():
+            y = tritune.conv2d(view, weight)
+        assert launched == []
+        assert_close("output", y, F.conv2d(view.double(), weight.double()).cpu(), F.conv2d(view, weight))
 
     @pytest.mark.parametrize("precision", ["ieee", "tf32", "tf32x3"])
     def test_precisions(self, precision, device):
@@ -347,6 +390,32 @@ class TestBranches:
         with tritune.use_backend("triton"):
             y = tritune.conv2d(x, w, scale=scale)
         assert (y.float() - 1024).abs().max() < 8
+
+
+@contextlib.contextmanager
+def lines() -> Iterator[None]:
+    """Every convolution whose windows move by one pixel goes by lines."""
+    from tritune.autotune.config import Config
+    from tritune.autotune.resolve import override
+    from tritune.kernels import conv
+
+    config = Config(BLOCK_M=64, BLOCK_N=32, BLOCK_K=32, GROUP_M=3, TMA=1, num_warps=4, num_stages=3)
+    with override(conv.FORWARD, config), override(conv.TRANSPOSE, config):
+        yield
+
+
+def recorded_lines(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The launches of the kernel by lines, as they come."""
+    from tritune.kernels import conv
+
+    plan, launches = conv._lines, []
+
+    def recording(*args: Any, **options: Any) -> Any:
+        launches.append(plan(*args, **options))
+        return launches[-1]
+
+    monkeypatch.setattr(conv, "_lines", recording)
+    return launches
 
 
 def _ignoring_precision(*args: Any, precision: str | None = None, **kwargs: Any) -> Tensor:

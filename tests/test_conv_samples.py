@@ -57,7 +57,7 @@ def test_kernels(op, index, dtype, device):
     a hundred taps take the interpreter seconds."""
     from tritune.autotune.config import Config
     from tritune.autotune.resolve import override
-    from tritune.kernels import conv
+    from tritune.kernels import conv, conv_direct
 
     sample = samples(op, torch.float32)[index]
     weight, bias = sample.args
@@ -67,7 +67,11 @@ def test_kernels(op, index, dtype, device):
     case = Case(f"{op}-{index}", getattr(tritune, op), reference_of(op), shapes, dict(sample.kwargs))
     tile = Config(BLOCK_M=1024, BLOCK_N=16, BLOCK_K=16, GROUP_M=1, SPLIT_K=1, num_warps=8, num_stages=2)
     wide = Config(BLOCK_M=32, BLOCK_N=128, BLOCK_K=64, SPLIT_K=1, num_warps=4, num_stages=2)
+    blocks = Config(BLOCK_P=1, BLOCK_Q=4096, num_warps=4, num_stages=1)
+    rows = Config(BLOCK_P=4, BLOCK_Q=8, SPLIT_M=1, num_warps=1, num_stages=1)
     with (
+        override(conv_direct.TRANSPOSE, blocks),
+        override(conv_direct.WEIGHT_GRAD, rows),
         override(conv.FORWARD, Config(**tile, SWAP=0)),
         override(conv.TRANSPOSE, tile),
         override(conv.WEIGHT_GRAD, wide),

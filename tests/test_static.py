@@ -6,6 +6,7 @@ The scratch kernels below each carry one fault; the suite must name it.
 import argparse
 import dataclasses
 import json
+import re
 
 import pytest
 
@@ -87,6 +88,30 @@ def test_headline_layers_use_the_machine(name, precision):
         assert one.spill_bytes == 0
         assert one.load_bytes == 16, tunable.name
         assert one.mma == ("" if "direct" in tunable.name else "HGMMA"), tunable.name
+
+
+BOXES = [config for config in conv.FORWARD.configs if "TMA" in config]
+
+
+@pytest.mark.compat
+@pytest.mark.parametrize("target, unit", [("sm_90", "HGMMA"), ("sm_100", "UTCHMMA")])
+@pytest.mark.parametrize("tunable", [conv.FORWARD, conv.TRANSPOSE], ids=lambda tunable: tunable.name)
+@pytest.mark.parametrize("window, configs", [((3, 3), BOXES), ((1, 1), BOXES[:1]), ((3, 3, 3), BOXES[:1])])
+def test_copied_boxes_are_multiplied_from_shared_memory(window, configs, tunable, target, unit):
+    """No thread holds an operand between the copy and the product."""
+    rank, pad = len(window), tuple(size // 2 for size in window)
+    image = (4, 64, 256)[3 - rank :]
+    geometry = conv.Geometry.of((1,) * rank, pad, (1,) * rank, 1)
+    p = conv.problem_of((4, 256, *image), (256, 256, *window), image, geometry, torch.bfloat16, "16", True)
+    for config in configs:
+        assert tunable.accepts(p, config, named(target))
+        assert not tunable.accepts(p, config, named("sm_120"))
+        (launch,) = tunable.launches(p, config)
+        products = re.findall(r"(?:warp_group_dot|tc_gen5_mma) .*", launch.compile(target).asm["ttgir"])
+        assert products
+        assert all("#ttg.dot_op" not in product and "!ttg.memdesc" in product for product in products)
+        one = static.profile(launch, target)
+        assert (one.mma, one.spill_bytes, one.load_bytes, one.store_bytes) == (unit, 0, 16, 16), config
 
 
 # --- configs are chosen by shape -------------------------------------------------------------------------------------

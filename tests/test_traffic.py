@@ -44,6 +44,7 @@ CONVOLUTIONS = {
     "nchw": dense((1, 16, 10, 10), (16, 16, 3, 3), last=False),
     "1d": dense((2, 32, 40), (48, 32, 3)),
     "3d": dense((1, 32, 4, 7, 7), (16, 32, 2, 3, 3)),
+    "wide": dense((1, 32, 4, 66), (64, 32, 3, 3)),
     "3d-strided": dense((1, 16, 5, 7, 7), (16, 16, 3, 3, 3), stride=2),
 }
 DIRECT = {
@@ -128,10 +129,11 @@ CASES = [(kernel, name) for kernel in TUNABLES for name in problems_of(kernel)]
 
 
 def configs(kernel, problem):
-    """The best by the model, and the best of those that split the reduction in two or more."""
+    """The best by the model, of those that split the reduction in two or more, and of those that copy boxes."""
     order = [config for config, _ in ranked(TUNABLES[kernel], problem, named("sm_90"))]
     split = [one for one in order if max(dict(one).get("SPLIT_K", 1), dict(one).get("SPLIT_M", 1)) > 1]
-    return {order[0], *split[:1]}
+    boxes = [one for one in order if "TMA" in one]
+    return {order[0], *split[:1], *boxes[:1]}
 
 
 @pytest.mark.parametrize("kernel, name", CASES)
