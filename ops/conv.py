@@ -83,9 +83,11 @@ def conv2d(
         RuntimeError, TypeError, ValueError: what torch raises, with torch's text, from one check for all backends.
         UnsupportedError: under ``use_backend("triton")``, for what no kernel covers.
 
-    Memory: beside the result and the gradients the kernels need the weights once more, re-laid, and where the channels
-    of ``input`` or of the output's gradient are not neighbours in memory a copy of that tensor that has them so. A call
-    that splits its sums over programs keeps fp32 partial sums, for results too small to fill the GPU only.
+    Memory: beside the result and the gradients, in channels last nothing; backward through an activation one tensor
+    like the output. Where channels are not neighbours in memory a call re-lays ``weight``, and, but for depthwise and
+    narrow groups, ``input`` or the output's gradient; an image of up to 3 channels is re-laid with 4, of 5 to 7 with 8.
+    Where a result is too small to fill the GPU, sums are split over programs, and their fp32 parts take no more than
+    ``input`` and ``weight`` together (or 1 MiB).
 
     Example::
 
@@ -252,10 +254,10 @@ def _pad(input: Tensor, extra: tuple[int, ...]) -> Tensor:
 
 def _limits(input: Tensor, weight: Tensor, args: ConvArgs) -> str | None:
     """What the kernels leave to torch beyond dtypes and devices."""
-    if torch.compiler.is_compiling():
-        return None
     if weight.numel() == 0:
         return "weight is empty"
+    if torch.compiler.is_compiling():
+        return None
     pixels = max(input.shape[0] * math.prod(space) for space in (input.shape[2:], args.output_size))
     if pixels >= 2**31 or weight.numel() >= 2**31:
         return "input or output has 2**31 pixels, or weight 2**31 elements, or more"
@@ -570,17 +572,18 @@ class _Convolution(torch.autograd.Function):
         plain = (None, None, None)  # no bias, scale or residual
         options = (*geometry, "none", precision, backend)
         input_grad = weight_grad = scale_grad = None
+        scaled = g
+        if scale is not None and (need_input or need_weight):
+            assert g is not None
+            scaled = g * _per_channel(scale, len(size))
         if need_input:
-            scaled = weight if scale is None else weight * _scale_of_weight(scale, weight, groups, transposed)
             space, channels_last = input.shape[2:], is_channels_last(input)
-            input_grad = OPS[not transposed](g, scaled, *plain, space, channels_last, *options)
+            input_grad = OPS[not transposed](scaled, weight, *plain, space, channels_last, *options)
         if need_weight:
-            image, output = (g, input) if transposed else (input, g)
+            image, output = (scaled, input) if transposed else (input, scaled)
             weight_grad = OP_WEIGHT_GRAD(
                 image, output, weight.shape[2:], is_channels_last(weight), *geometry, precision, backend
             )  # fmt: skip
-            if scale is not None:
-                weight_grad = weight_grad * _scale_of_weight(scale, weight, groups, transposed)
         if need_scale:
             assert g is not None
             assert scale is not None
@@ -592,15 +595,6 @@ class _Convolution(torch.autograd.Function):
             None, input_grad, weight_grad, bias_grad if need_bias else None, scale_grad, g if need_residual else None,
             *(None,) * 9,
         )  # fmt: skip
-
-
-def _scale_of_weight(scale: Tensor, weight: Tensor, groups: int, transposed: bool) -> Tensor:
-    """The scale of each result channel, shaped to multiply ``weight``."""
-    rank = weight.dim() - 2
-    if not transposed:
-        return _per_channel(scale, rank + 1)
-    of_inputs = scale.view(groups, -1).repeat_interleave(weight.shape[0] // groups, 0)
-    return of_inputs.view(*weight.shape[:2], *(1 for _ in range(rank)))
 
 
 def _all_but_channels(t: Tensor) -> list[int]:

@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import tritune
 
@@ -94,6 +96,27 @@ def assert_close(name: str, ours: Tensor, reference: Tensor, torchs: Tensor, oth
     raise AssertionError(
         f"{name}: max error {errors.max:.2e}, allowed {allowed.max:.2e}; rms {errors.rms:.2e}, {allowed.rms:.2e}"
     )
+
+
+class Allocations(TorchDispatchMode):
+    """Bytes of all memory that is allocated in the block, inside our operators too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "tritune":  # look inside
+            kind = next(one.device.type for one in args if isinstance(one, Tensor))
+            key = {"cpu": torch._C.DispatchKey.CPU, "cuda": torch._C.DispatchKey.CUDA}[kind]
+            with self:
+                return func._op_dk(key, *args, **(kwargs or {}))
+        result = func(*args, **(kwargs or {}))
+        storages = [one.untyped_storage() for one in tree_leaves(result) if isinstance(one, Tensor)]
+        given = [one.untyped_storage() if isinstance(one, Tensor) else one for one in tree_leaves(args)]
+        known = {one.data_ptr() for one in given if isinstance(one, torch.UntypedStorage)}
+        self.bytes += sum(one.nbytes() for one in storages if one.data_ptr() not in known)
+        return result
 
 
 @contextlib.contextmanager

@@ -15,9 +15,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from harness import Case, assert_close, backend_of, check, few_dots, poisoned
+from harness import Allocations, Case, assert_close, backend_of, check, few_dots, poisoned
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import tritune
 
@@ -457,20 +456,6 @@ class TestEdges:
             assert F.scaled_dot_product_attention(q, k, v).dtype == torch.bfloat16
         out.float().sum().backward()
         assert q.grad.dtype == torch.float32
-
-
-class Allocations(TorchDispatchMode):
-    """Bytes of all memory that operators return in the block."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.bytes = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        if any(word in str(func) for word in ("empty", "zeros", "clone", "_to_copy", "ones", "full")):
-            self.bytes += result.untyped_storage().nbytes()
-        return result
 
 
 class TestKernels:

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from harness import backend_of
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
 from torch.library import opcheck
+from torch.nn.utils import prune
 
 import tritune
 
@@ -524,6 +525,25 @@ class TestFoldBn:
         folded.activation = "relu"
         torch.testing.assert_close(round_trip(folded)(x), bn(conv(x)).relu(), rtol=1e-5, atol=1e-5)
         assert "scale" in folded.state_dict()
+
+    @pytest.mark.parametrize("wrap", [
+        torch.nn.utils.parametrizations.weight_norm, torch.nn.utils.parametrizations.spectral_norm,
+        lambda conv: prune.random_unstructured(conv, "weight", 0.5),
+    ])  # fmt: skip
+    def test_parametrized_weights_are_taken_as_they_are(self, wrap):
+        conv, bn, x = wrap(torch.nn.Conv2d(4, 6, 3)).eval(), torch.nn.BatchNorm2d(6).eval(), torch.randn(1, 4, 5, 5)
+        bn.running_var.fill_(3.0)
+        folded = tritune.fold_bn(conv, bn)
+        torch.testing.assert_close(folded(x), bn(conv(x)), rtol=1e-5, atol=1e-5)
+        assert isinstance(round_trip(folded).weight, torch.nn.Parameter)
+
+    def test_a_forward_of_its_own_is_not_dropped(self):
+        class Standardised(torch.nn.Conv2d):
+            def forward(self, input):
+                return F.conv2d(input, self.weight / self.weight.std(), self.bias)
+
+        with pytest.raises(TypeError, match="conv must be a convolution"):
+            tritune.fold_bn(Standardised(4, 6, 3), torch.nn.BatchNorm2d(6).eval())
 
     def test_padding_mode_and_dtype_are_kept(self):
         conv = torch.nn.Conv2d(4, 6, 3, padding=1, padding_mode="reflect", dtype=torch.bfloat16)

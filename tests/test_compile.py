@@ -123,6 +123,15 @@ class TestCompile:
         x = torch.randn(1, 2, 4, 4, device=device)
         assert torch.equal(fn(x), torch.nn.functional.max_pool2d(x, 2))
 
+    @pytest.mark.filterwarnings("ignore::UserWarning")
+    def test_no_channels(self, device):
+        """No channels in, none out; the kernels' operator would give some, so it is not asked."""
+        x, w = torch.randn(2, 0, 5, 5, device=device), torch.randn(4, 0, 3, 3, device=device)
+        compiled = torch.compile(tritune.conv2d, backend="aot_eager", fullgraph=True)
+        assert compiled(x, w).shape == (2, 0, 3, 3)
+        with tritune.use_backend("triton"), pytest.raises(Exception, match="UnsupportedError"):
+            compiled(x, w)
+
     def test_errors_are_torchs_own(self, device):
         compiled = torch.compile(lambda x, w: tritune.conv2d(x, w, padding=-1), fullgraph=True, backend="eager")
         with pytest.raises(Exception, match="negative padding"):

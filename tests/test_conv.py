@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from harness import Case, assert_close, backend_of, check, poisoned
+from harness import Allocations, Case, assert_close, backend_of, check, lay_out, poisoned
 from torch import Tensor
 
 import tritune
@@ -422,6 +422,104 @@ def _ignoring_precision(*args: Any, precision: str | None = None, **kwargs: Any)
     return reference(*args, **kwargs)
 
 
+class TestReach:
+    """What lies next to an operand does not count, and every number is read where it lies."""
+
+    pytestmark = kernels_only
+
+    @pytest.mark.parametrize("numbers, total", [
+        ((1e8, 1.0, -1e8), 1.0), ((1.0, 1e8, -1e8), 1.0), ((float("inf"), 1.0), float("inf")),
+        ((float("inf"), -float("inf")), float("nan")), ((1.0, float("nan")), float("nan")),
+    ])  # fmt: skip
+    @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy, inside the interpreter
+    def test_what_a_sum_of_splits_rounds_away_is_added_back(self, numbers, total, device):
+        from tritune.kernels import conv
+
+        out = torch.empty(1, device=device)
+        conv.sum_splits(torch.tensor(numbers, device=device).view(-1, 1), out).run()
+        torch.testing.assert_close(out.cpu(), torch.tensor([total]), rtol=0, atol=0, equal_nan=True)
+
+    @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy, inside the interpreter
+    def test_the_end_of_the_last_tile_of_taps_reads_nothing(self, device):
+        """3 taps of 8 channels in tiles of 16 or 32; the pixel behind a window must not meet the zeros of weights."""
+        x, w = torch.randn(1, 8, 12), torch.randn(16, 8, 3)
+        x[0, 0, 8] = float("inf")
+        with tritune.use_backend("triton"):
+            y = tritune.conv1d(x.to(device), w.to(device), precision="ieee")
+        torch.testing.assert_close(y.cpu(), F.conv1d(x, w), equal_nan=True, rtol=1e-4, atol=1e-4)
+
+    @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy, inside the interpreter
+    def test_infinity_stays_in_its_group(self, device):
+        """Groups of 5 channels in tiles of 16."""
+        x, w = torch.randn(1, 10, 4, 4), torch.randn(10, 8, 2, 2)
+        x[0, 5, 1, 1] = float("inf")
+        with tritune.use_backend("triton"):
+            y = tritune.conv_transpose2d(x.to(device), w.to(device), groups=2, precision="ieee")
+        torch.testing.assert_close(y.cpu(), F.conv_transpose2d(x, w, groups=2), equal_nan=True, rtol=1e-4, atol=1e-4)
+
+    def test_transpose_in_tf32_with_groups(self, device):
+        """These weights are packed another way."""
+        x, w = torch.randn(1, 32, 4, 4), torch.randn(32, 8, 2, 2) / 8
+        with tritune.use_backend("triton"):
+            y = tritune.conv_transpose2d(x.to(device), w.to(device), groups=2, precision="tf32")
+        torch.testing.assert_close(y.cpu(), F.conv_transpose2d(x, w, groups=2), rtol=1e-2, atol=1e-2)
+
+    @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy, inside the interpreter
+    def test_the_end_of_the_last_tile_of_taps_reads_no_weights(self, device):
+        """Behind the 24 weights of a filter lie those of the next, and the pixels they would meet are masked to 0."""
+        x, w = torch.randn(1, 8, 12), torch.randn(16, 8, 3)
+        w[5, 0, 0] = float("inf")
+        with tritune.use_backend("triton"):
+            y = tritune.conv1d(x.to(device), w.to(device), precision="ieee")
+        torch.testing.assert_close(y.cpu(), F.conv1d(x, w), equal_nan=True, rtol=1e-4, atol=1e-4)
+
+    @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy, inside the interpreter
+    def test_infinite_weights_stay_in_their_group(self, device):
+        """Groups of 5 channels in tiles of 16; every window lies inside, so that no 0 * inf is expected."""
+        x, w = torch.randn(1, 10, 4, 4), torch.randn(10, 8, 1, 1)
+        w[5, 0, 0, 0] = float("inf")
+        with tritune.use_backend("triton"):
+            y = tritune.conv_transpose2d(x.to(device), w.to(device), groups=2, precision="ieee")
+        torch.testing.assert_close(y.cpu(), F.conv_transpose2d(x, w, groups=2), equal_nan=True, rtol=1e-4, atol=1e-4)
+
+    @pytest.mark.parametrize("one", [
+        case("conv", (1, 16, 4, 3, 3), (16, 16, 2, 2, 1), op="conv3d", dilation=(2, 1, 1)),
+        case("transpose", (1, 16, 3, 4, 3), (16, 16, 2, 2, 1), op="conv_transpose3d", dilation=(2, 1, 1)),
+    ], ids=lambda one: one.id)  # fmt: skip
+    def test_dilated_planes_in_tiles_of_one_tap(self, one, device):
+        from tritune.autotune.config import Config
+        from tritune.autotune.resolve import override
+        from tritune.kernels import conv
+
+        tile = {"BLOCK_M": 32, "BLOCK_N": 16, "BLOCK_K": 16, "num_warps": 4, "num_stages": 2}
+        with (
+            override(conv.FORWARD, Config(**tile, GROUP_M=2, SPLIT_K=1, SWAP=0)),
+            override(conv.TRANSPOSE, Config(**tile, GROUP_M=2, SPLIT_K=1)),
+            override(conv.WEIGHT_GRAD, Config(**tile, SPLIT_K=1)),
+        ):
+            check(one, torch.float32, "nhwc", device, "triton")
+
+    @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy, inside the interpreter
+    def test_scale_of_what_overflows_in_fp16(self, device):
+        x, w = (torch.full((1, 64, 1, 1), 40.0, dtype=torch.float16, device=device) for _ in range(2))
+        scale = torch.full((1,), 0.01, dtype=torch.float16, device=device, requires_grad=True)
+        assert (F.conv2d(x, w) * scale).isinf().all()
+        with tritune.use_backend("triton"):
+            y = tritune.conv2d(x, w, scale=scale)
+        assert y.isfinite().all()
+        (gradient,) = torch.autograd.grad(y, scale, torch.full_like(y, 0.01))
+        assert gradient.isinf().all()  # 1024 in float64; see docs/differences.md
+
+    def test_one_residual_for_the_whole_batch(self, device):
+        """Its strides differ from the result's in the batch alone."""
+        x, w, one = torch.randn(2, 8, 4, 4), torch.randn(8, 8, 1, 1), torch.randn(1, 8, 4, 4)
+        with tritune.use_backend("triton"):
+            y = tritune.conv2d(
+                x.to(device), w.to(device), residual=one.to(device).expand(2, -1, -1, -1), precision="ieee"
+            )
+        torch.testing.assert_close(y.cpu(), F.conv2d(x, w) + one, rtol=1e-4, atol=1e-4)
+
+
 class TestOnceWrongElsewhere:
     """Convolutions that another library of Triton kernels computes silently wrong, or refuses."""
 
@@ -468,6 +566,61 @@ class TestOnceWrongElsewhere:
         wanted = F.conv2d(x, w)
         assert y.stride() == wanted.stride() and not y.is_contiguous()
         torch.testing.assert_close(y, wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize(
+    "x, w, scale, dy, size",
+    [(20.0, 0.1, 0.01, 10.0, 24), (0.01, 100.0, 1000.0, 1e-3, 2), (1e-3, 1e-3, 1000.0, 1e-5, 2)],
+    ids=["large-gradient", "large-scale", "small-gradient"],
+)  # fmt: skip
+class TestScale:
+    pytestmark = every_backend
+
+    def test_gradients_stay_in_the_range_of_fp16(self, x, w, scale, dy, size, transposed, device, tier):
+        """Only what torch's own product of result and scale rounds is rounded: the gradient at the convolution."""
+        x, w = torch.full((1, 16, size, size), x), torch.full((16, 16, 1, 1), w)
+        scale, op = torch.full((16,), scale), "conv_transpose2d" if transposed else "conv2d"
+        half = [t.half().to(device).requires_grad_(t is not scale) for t in (x, w, scale)]
+        exact = [t.detach().double().cpu().requires_grad_() for t in half]
+        with tritune.use_backend(backend_of(tier)):
+            y = getattr(tritune, op)(*half[:2], scale=half[2])
+            ours = torch.autograd.grad(y, half[:2], torch.full_like(y, dy))
+        y = reference_of(op)(*exact[:2], scale=exact[2])
+        wanted = torch.autograd.grad(y, exact[:2], torch.full_like(y, dy))
+        for one, other in zip(ours, wanted, strict=True):
+            torch.testing.assert_close(one.double().cpu(), other, rtol=0.02, atol=0)
+
+
+class TestMemory:
+    """A call takes what its docstring says beside results and gradients: no copy of what can be read in place."""
+
+    pytestmark = kernels_only
+    LAYERS = {
+        "3x3": ((2, 16, 5, 8), (24, 16, 3, 3), {"padding": 1}),
+        "1x1": ((2, 16, 5, 8), (64, 16, 1, 1), {}),
+        "groups": ((2, 32, 5, 8), (32, 16, 3, 3), {"groups": 2}),
+        "depthwise": ((2, 8, 5, 8), (8, 1, 3, 3), {"padding": 1, "groups": 8}),
+        "narrow": ((2, 3, 9, 9), (16, 3, 3, 3), {"stride": 2}),
+    }
+
+    @pytest.mark.parametrize("layout", ["nhwc", "nchw"])
+    @pytest.mark.parametrize("name", LAYERS)
+    def test_forward_and_backward(self, name, layout, device):
+        x_shape, w_shape, options = self.LAYERS[name]
+        x, w = (lay_out(torch.randn(shape), layout).to(device).requires_grad_() for shape in (x_shape, w_shape))
+        b = torch.randn(w_shape[0], device=device, requires_grad=True)
+        with tritune.use_backend("triton"), Allocations() as forward:
+            y = tritune.conv2d(x, w, b, activation="silu", **options)
+        dy = torch.randn_like(y)
+        with tritune.use_backend("triton"), Allocations() as backward:
+            gradients = torch.autograd.grad(y, (x, w, b), dy)
+        is_direct = name == "depthwise"
+        image = 2 * x.nbytes if name == "narrow" else 0 if is_direct or layout == "nhwc" else x.nbytes
+        weight = w.nbytes if is_direct else 2 * w.nbytes if name == "narrow" else 0 if layout == "nhwc" else w.nbytes
+        parts = 4096  # of the bias's gradient and of depthwise weights'
+        assert forward.bytes <= 2 * y.nbytes + image + weight  # the result, and what the activation's derivative needs
+        assert backward.bytes <= sum(t.nbytes for t in gradients) + y.nbytes + image + weight + parts
 
 
 class TestEmpty:

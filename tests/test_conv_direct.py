@@ -307,3 +307,63 @@ class TestOperands:
         for rows in (1, 4):
             with configured(layout, rows=rows):
                 check(one, torch.float32, layout, device, "f", tensors=(x, w, g))
+
+
+MEETINGS = {
+    # the last run of columns is shorter, and behind it lie real columns of x and the next row of g
+    "ragged-runs": (layer((2, 2, 29), 3), "nhwc", "w"),
+    # an image of one row under a window of several is not flat
+    "one-row-under-3x3": (layer((1, 2, 1, 8), 3, padding=1), "nhwc", "ft"),
+    # windows that are cut, with dilation and with several rows
+    "broad-window-dilated": (layer((1, 2, 4, 32), (1, 11), padding=(0, 5), dilation=(1, 2)), "nhwc", "w"),
+    "tall-window-dilated": (layer((1, 2, 24, 4), (11, 1), padding=(5, 0), dilation=(2, 1)), "nhwc", "f"),
+    "broad-window-of-2-rows": (layer((1, 2, 4, 16), (2, 11), padding=(0, 5)), "nhwc", "w"),
+    # planes and several filters a group in one loop
+    "3d-multiplier-strided": (layer((1, 2, 5, 5, 6), 2, k=2, stride=2), "nchw", "t"),
+    # planes of the window and several tiles of channels
+    "3d-channels": (layer((1, 20, 3, 3, 4), 2), "nhwc", "w"),
+    # one dimension is turned upright with its dilation
+    "1d-dilated": (layer((1, 2, 24), 3, padding=2, dilation=2), "nhwc", "ft"),
+}
+
+
+class TestMeetings:
+    """Branches that the cases above take one at a time, together."""
+
+    pytestmark = kernels_only
+
+    @pytest.mark.parametrize("name", MEETINGS)
+    def test_branches_that_meet(self, name, device):
+        one, layout, passes = MEETINGS[name]
+        run(one, torch.float32, layout, device, passes)
+
+    def test_rows_with_gaps_between_them(self, device):
+        """Columns side by side and a width of whole loads, but rows that do not start on one."""
+        from tritune.kernels import conv, conv_direct
+
+        one = layer((1, 2, 4, 8), 3, padding=1)
+        x, w, g = torch.randn(one.x), torch.randn(one.w), torch.randn(one.x)
+        wanted = (
+            one.convolve(x, w),
+            *torch.autograd.grad(one.convolve(x.requires_grad_(), w.requires_grad_()), (x, w), g),
+        )
+        a, b = (F.pad(t.detach(), (1, 2), value=float("nan")).to(device)[..., 1:-2] for t in (x, g))
+        w, geometry = w.detach().to(device), conv.Geometry.of(*one[2:])
+        with configured("nchw"):
+            y, _ = conv_direct.run_forward(a, w, (4, 8), geometry)
+            dx, _ = conv_direct.run_transpose(b, w, (4, 8), geometry)
+            dw = conv_direct.run_weight_grad(a, b, one.w, geometry)
+        torch.testing.assert_close((y.cpu(), dx.cpu(), dw.cpu()), wanted, rtol=1e-4, atol=1e-4)
+
+    @pytest.mark.parametrize("layout", ["nchw", "nhwc"])
+    def test_shares_that_do_not_divide_the_tiles(self, layout, device):
+        """15 tiles in 2 shares. What lies behind the batch is another image, not zeros."""
+        from tritune.kernels import conv, conv_direct
+
+        one = layer((5, 2, 5, 36), 3, padding=1)
+        x, w, g = torch.randn(6, *one.x[1:]), torch.randn(one.w, requires_grad=True), torch.randn(6, *one.x[1:])
+        (wanted,) = torch.autograd.grad(one.convolve(x[:5], w), w, g[:5])
+        x, g = (lay_out(t, layout).to(device)[:5] for t in (x, g))
+        with configured(layout, splits=2, block_m=4):
+            dw = conv_direct.run_weight_grad(x, g, one.w, conv.Geometry.of(*one[2:]))
+        torch.testing.assert_close(dw.cpu(), wanted, rtol=1e-4, atol=1e-4)

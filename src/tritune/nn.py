@@ -182,7 +182,8 @@ def fold_bn(conv: torch.nn.modules.conv._ConvNd, bn: torch.nn.modules.batchnorm.
               s = \gamma / \sqrt{\mathrm{var} + \epsilon}
 
     The factor stays out of the weights, as the ``scale`` of the result: a 16-bit weight is not rounded a second time,
-    and is shared with ``conv``. Scale and bias are computed in fp32 at least and do not follow later changes of ``bn``.
+    and is shared with ``conv``; one that is parametrized (``weight_norm``) is taken as it is now. Scale and bias are
+    computed in fp32 at least and do not follow later changes of ``bn``.
 
     Args:
         conv: one of torch's six convolutions or of ours, without an activation.
@@ -192,7 +193,7 @@ def fold_bn(conv: torch.nn.modules.conv._ConvNd, bn: torch.nn.modules.batchnorm.
         The module of ours, whose ``activation`` may be set after that, in evaluation mode.
 
     Raises:
-        TypeError: for other modules.
+        TypeError: for other modules, also for a convolution with a ``forward`` of its own.
         ValueError: if they do not fit, or ``bn`` has no running statistics.
 
     Example::
@@ -203,7 +204,12 @@ def fold_bn(conv: torch.nn.modules.conv._ConvNd, bn: torch.nn.modules.batchnorm.
         >>> torch.allclose(folded(x), bn(conv(x)), atol=1e-5)
         True
     """
-    kind: Any = next((ours for theirs, ours in _OF_TORCH.items() if isinstance(conv, theirs)), None)
+    kind: Any = next(
+        (
+            ours for theirs, ours in _OF_TORCH.items()
+            if isinstance(conv, theirs) and type(conv).forward in (theirs.forward, ours.forward)
+        ), None,
+    )  # fmt: skip
     if kind is None:
         raise TypeError(f"fold_bn: conv must be a convolution of torch.nn or tritune.nn, not {type(conv).__name__}")
     if not isinstance(bn, (torch.nn.BatchNorm1d, torch.nn.BatchNorm2d, torch.nn.BatchNorm3d)):
@@ -230,7 +236,8 @@ def fold_bn(conv: torch.nn.modules.conv._ConvNd, bn: torch.nn.modules.batchnorm.
         precision=getattr(conv, "precision", None),
         **({"output_padding": conv.output_padding} if conv.transposed else {}),
     )  # fmt: skip
-    folded.weight = conv.weight
+    weight = conv.weight
+    folded.weight = weight if isinstance(weight, torch.nn.Parameter) else torch.nn.Parameter(weight.detach())
     folded.bias = torch.nn.Parameter(bias.to(conv.weight.dtype))
     folded.scale = scale.to(conv.weight.dtype)
     return folded.eval()
