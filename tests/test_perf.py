@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -102,6 +103,21 @@ class TestCases:
         if "torch_bare" in operator.providers_of(small):
             bare = prepare(operator, small, "torch_bare", tensors)()["output"]
             assert not torch.equal(bare, ours["output"])
+
+    def test_the_compiler_is_a_provider_where_there_is_a_gpu(self, monkeypatch):
+        """On the cases of rank 0 alone; here it traces, and torch runs what it traced."""
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        compared = [case for case in CASES if "torch_compile" in operator_of(case).providers_of(case)]
+        assert compared and {case.rank for case in compared} == {0}
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        assert all("torch_compile" not in operator_of(case).providers_of(case) for case in compared)
+        monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+        for case in compared[:2]:
+            small = replace(families.tiny(case), dtype="fp32")
+            operator = operator_of(small)
+            tensors = random_tensors(operator, small, "cpu", seed=1)
+            ours, compiled = (prepare(operator, small, name, tensors)() for name in ("tritune", "torch_compile"))
+            torch.testing.assert_close(compiled["output"], ours["output"])
 
     def test_inputs_exceed_the_cache(self):
         case = case_named("resnet50-s3-3x3")

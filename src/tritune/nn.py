@@ -170,7 +170,7 @@ class ConvTranspose3d(_ConvTranspose, torch.nn.ConvTranspose3d):
     _run = staticmethod(conv_transpose3d)
 
 
-_OF_TORCH: dict[type, type] = {
+_OF_TORCH: dict[type, Any] = {
     kind.__bases__[1]: kind for kind in (Conv1d, Conv2d, Conv3d, ConvTranspose1d, ConvTranspose2d, ConvTranspose3d)
 }
 
@@ -204,13 +204,8 @@ def fold_bn(conv: torch.nn.modules.conv._ConvNd, bn: torch.nn.modules.batchnorm.
         >>> torch.allclose(folded(x), bn(conv(x)), atol=1e-5)
         True
     """
-    kind: Any = next(
-        (
-            ours for theirs, ours in _OF_TORCH.items()
-            if isinstance(conv, theirs) and type(conv).forward in (theirs.forward, ours.forward)
-        ), None,
-    )  # fmt: skip
-    if kind is None:
+    kind = next((ours for theirs, ours in _OF_TORCH.items() if isinstance(conv, theirs)), None)
+    if kind is None or type(conv).forward not in (kind.forward, kind.__bases__[1].forward):
         raise TypeError(f"fold_bn: conv must be a convolution of torch.nn or tritune.nn, not {type(conv).__name__}")
     if not isinstance(bn, (torch.nn.BatchNorm1d, torch.nn.BatchNorm2d, torch.nn.BatchNorm3d)):
         raise TypeError(f"fold_bn: bn must be a batch normalisation of torch.nn, not {type(bn).__name__}")
