@@ -7,15 +7,16 @@ triton = pytest.importorskip("triton")
 import torch  # noqa: E402
 import triton.language as tl  # noqa: E402
 
-from tritune.autotune.config import TUNABLES, Config, Tunable  # noqa: E402
+from tritune.autotune.config import Config, Tunable  # noqa: E402
 from tritune.autotune.device import named  # noqa: E402
 from tritune.autotune.resolve import ranked  # noqa: E402
-from tritune.kernels import attention, conv, conv_direct, pool, rnn  # noqa: E402, F401
+from tritune.kernels import attention, conv, pool, registered, rnn  # noqa: E402
 from tritune.kernels._launch import Launch  # noqa: E402
 from tritune.perf import traffic  # noqa: E402
 from tritune.perf.families import TRAFFIC  # noqa: E402
 
 pytestmark = pytest.mark.interpret
+TUNABLES = registered()
 
 
 def dense(x, w, stride=1, pad=0, dil=1, groups=1, dtype=torch.float16, last=True):
