@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import torch
 
 from ..autotune.config import Config, Tunable
@@ -42,7 +43,8 @@ def counted() -> Iterator[Traffic]:
     load, store = InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store
 
     def count(pointers: Any, mask: Any) -> int:
-        return int(mask.data.sum()) * (pointers.get_element_ty().primitive_bitwidth // 8)
+        # A mask is a handle of an array, or for a box of a descriptor the array itself.
+        return int(np.asarray(mask.data).sum()) * (pointers.get_element_ty().primitive_bitwidth // 8)
 
     def masked_load(self: Any, pointers: Any, mask: Any, *rest: Any, **options: Any) -> Any:
         traffic.loaded += count(pointers, mask)
