@@ -847,7 +847,7 @@ def _lines(
 
 def _is_one_line(p: ConvProblem) -> bool:
     """Do windows see one pixel each, so that rows and images may follow one another?"""
-    return p.taps == 1 and not any(p.geometry.padding)
+    return p.taps == 1 and not any(p.geometry.padding) and p.image == p.output
 
 
 def line_sizes(p: ConvProblem, turned: bool) -> tuple[int, int]:

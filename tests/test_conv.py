@@ -128,6 +128,8 @@ LINES = [
     case("2d-transpose", (2, 24, 4, 30), (24, 16, 3, 2), "bias", "scale", op="conv_transpose2d", padding=(1, 0),
          activation="relu"),
     case("1x1-transpose", (2, 24, 4, 30), (24, 16, 1, 1), op="conv_transpose2d"),
+    case("1x1-transpose-beyond-the-last-window", (2, 8, 3, 10), (8, 16, 1, 1), op="conv_transpose2d", dilation=2,
+         output_padding=1),
 ]  # fmt: skip
 # One case per kernel: these run on other versions of Triton too.
 COMPAT = ("3x3", "depthwise", "epilogue", "3d-mixed", "2d-transpose-mixed")
