@@ -138,19 +138,24 @@ def strides(t: torch.Tensor) -> list[int]:
     return [0 if size == 1 else stride for size, stride in zip(t.shape, t.stride(), strict=True)]
 
 
-def layout_strides(t: torch.Tensor, channels: int | None = None) -> tuple[int, bool, list[int]]:
+def layout_strides(
+    t: torch.Tensor, channels: int | None = None, *, runs: bool = False
+) -> tuple[int, bool, list[int]]:  # fmt: skip
     """How a kernel reads a [N, C, D, H, W] tensor in place; missing dimensions in front of the last have stride 0.
 
     Args:
         channels: length of the runs of channels that a program starts at (one group's); default: all.
+        runs: also look for neighbours in a row where channels are none.
 
     Returns:
         ``(vec, unit_c, strides)``. With ``unit_c`` neighbouring channels are neighbours in memory, every run of them
-        starts on a multiple of ``vec`` elements (at most 16 bytes), and ``strides`` count units of ``vec``.
+        starts on a multiple of ``vec`` elements (at most 16 bytes), and ``strides`` count units of ``vec``. Without
+        ``unit_c``, but with ``runs``, the same holds of the columns of a row; else ``vec`` is 1.
     """
     image, channel, *space = strides(t)
     raw = [image, channel, *(0 for _ in range(3 - len(space))), *space]
     if t.shape[1] != 1 and channel != 1:
-        return 1, False, raw
+        vec = unit_divisor(16 // t.dtype.itemsize, t.shape[-1], *raw[:-1]) if runs and raw[-1] == 1 else 1
+        return vec, False, [*(stride // vec for stride in raw[:-1]), raw[-1]]
     vec = unit_divisor(16 // t.dtype.itemsize, channels or t.shape[1], image, *space)
     return vec, True, [stride // vec for stride in raw]

@@ -153,6 +153,41 @@ def position(index, Z, P, Q, RANK: tl.constexpr):
 
 
 @triton.jit
+def below(index, size, RUN: tl.constexpr):
+    """``index < size``, where RUN divides ``size``: the compiler sees that runs of RUN are below it together or not."""
+    return index // RUN < size // RUN
+
+
+@triton.jit
+def dense_offsets(pixel, c, image, CHANNELS: tl.constexpr, CHANNELS_LAST: tl.constexpr, RUN: tl.constexpr):
+    """Offsets [pixel, c] in a dense tensor [N, CHANNELS, *space], whose images have ``image`` pixels. Where those are
+    neighbours in memory, RUN divides ``image``, and the compiler sees aligned runs of RUN."""
+    if CHANNELS_LAST:
+        return (pixel.to(tl.int64) * CHANNELS)[:, None] + c[None, :]
+    else:
+        runs = image // RUN
+        run = pixel // RUN
+        row = (run // runs).to(tl.int64) * CHANNELS * runs + run % runs
+        return (row * RUN + pixel % RUN)[:, None] + (c.to(tl.int64) * runs * RUN)[None, :]
+
+
+@triton.jit
+def pixel_offsets(
+    index, c, Z, P, Q, stride_n, stride_c, stride_z, stride_p, stride_q, VEC: tl.constexpr, UNIT_C: tl.constexpr,
+    RANK: tl.constexpr,
+):  # fmt: skip
+    """Offsets [index, c] in a [N, C, Z, P, Q] tensor, ``index`` flat over all but C. Strides count units of VEC
+    elements, which are neighbouring channels with UNIT_C, else neighbours in a row: the compiler sees aligned runs."""
+    if UNIT_C:
+        n, z, p, q = position(index, Z, P, Q, RANK)
+        return tile_offsets(n, z, p, q, c, stride_n, stride_c, stride_z, stride_p, stride_q, VEC, True)
+    else:
+        n, z, p, q = position(index // VEC, Z, P, Q // VEC, RANK)
+        offsets = tile_offsets(n, z, p, q, c, stride_n, stride_c * VEC, stride_z, stride_p, stride_q, VEC, False)
+        return offsets + (index % VEC)[:, None]
+
+
+@triton.jit
 def tile_offsets(
     n, z, p, q, c, stride_n, stride_c, stride_z, stride_p, stride_q, VEC: tl.constexpr, UNIT_C: tl.constexpr
 ):  # fmt: skip

@@ -31,12 +31,14 @@ tiles of rows and columns, TAPS = T*R*S and e bytes an element, is
 Strides of a channels-last tensor come in units of its VEC elements (the widest load that all of them allow), and the
 kernel multiplies by the constant VEC: so the compiler sees that every row starts on a multiple of VEC and keeps 16-byte
 loads although strides are run-time values. A hint (``tl.multiple_of``) does the same until some folding drops it.
+Results are dense, addressed by the flat index of a pixel, in NCHW by runs of RUN pixels, and stored as wide.
 
 Everything is deterministic: a split reduction writes partial sums that a second kernel adds in order. No atomics.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -48,8 +50,19 @@ import triton.language as tl
 from ..autotune import cost
 from ..autotune.config import Config, Estimate, Tunable, register
 from ..autotune.device import DeviceSpec
-from ._launch import Launch, descriptor, launch, layout_strides, strides
-from ._math import activate, activation_grad, column_sum, dot, grouped_tile, narrow, position, tile_offsets
+from ._launch import Launch, descriptor, launch, layout_strides, strides, unit_divisor
+from ._math import (
+    activate,
+    activation_grad,
+    below,
+    column_sum,
+    dense_offsets,
+    dot,
+    grouped_tile,
+    narrow,
+    pixel_offsets,
+    position,
+)
 
 SIZES = ["M", "N", "D", "H", "W", "Z", "P", "Q", "splits"]
 X_STRIDES = ["stride_xn", "stride_xc", "stride_xd", "stride_xh", "stride_xw"]
@@ -87,32 +100,31 @@ def inside(mask, d, h, w, D, H, W, PAD_D: tl.constexpr, PAD_H: tl.constexpr, PAD
 
 @triton.jit
 def epilogue(
-    acc, k, y_off, mask, scale_ptr, bias_ptr, residual_ptr, y_ptr, z_ptr, mask_k, ACTIVATION: tl.constexpr
+    acc, k, offsets, mask, scale_ptr, bias_ptr, residual_ptr, out_ptr, z_ptr, mask_k, ACTIVATION: tl.constexpr
 ):  # fmt: skip
-    """``act(scale * acc + bias + residual)`` in fp32, stored at ``y_off``; keeps the activation's input in z."""
+    """``act(scale * acc + bias + residual)`` in fp32, stored at ``offsets``; keeps the activation's input in z."""
     if scale_ptr is not None:
         acc *= tl.load(scale_ptr + k, mask=mask_k, other=0.0).to(tl.float32)[None, :]
     if bias_ptr is not None:
         acc += tl.load(bias_ptr + k, mask=mask_k, other=0.0).to(tl.float32)[None, :]
     if residual_ptr is not None:
-        acc += tl.load(residual_ptr + y_off, mask=mask, other=0.0).to(tl.float32)
+        acc += tl.load(residual_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
     if z_ptr is not None:
-        tl.store(z_ptr + y_off, narrow(acc, z_ptr.dtype.element_ty), mask=mask)
-    tl.store(y_ptr + y_off, narrow(activate(acc, ACTIVATION), y_ptr.dtype.element_ty), mask=mask)
+        tl.store(z_ptr + offsets, narrow(acc, z_ptr.dtype.element_ty), mask=mask)
+    tl.store(out_ptr + offsets, narrow(activate(acc, ACTIVATION), out_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=[*SIZES, *X_STRIDES, *Y_STRIDES])
+@triton.jit(do_not_specialize=[*SIZES, *X_STRIDES])
 def _conv_kernel(
-    x_ptr, w_ptr, scale_ptr, bias_ptr, residual_ptr, y_ptr, z_ptr, partial_ptr,
+    x_ptr, w_ptr, scale_ptr, bias_ptr, residual_ptr, out_ptr, z_ptr, partial_ptr,
     M, D, H, W, Z, P, Q, splits,
     stride_xn: tl.int64, stride_xd: tl.int64, stride_xh: tl.int64, stride_xw: tl.int64,
-    stride_yn: tl.int64, stride_yk: tl.int64, stride_yz: tl.int64, stride_yp: tl.int64, stride_yq: tl.int64,
     C: tl.constexpr, TAIL: tl.constexpr, K: tl.constexpr, R: tl.constexpr, S: tl.constexpr, TAPS: tl.constexpr,
     GROUPS: tl.constexpr,
     STRIDE_D: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
     PAD_D: tl.constexpr, PAD_H: tl.constexpr, PAD_W: tl.constexpr,
     DIL_D: tl.constexpr, DIL_H: tl.constexpr, DIL_W: tl.constexpr, RANK: tl.constexpr,
-    X_VEC: tl.constexpr, Y_VEC: tl.constexpr, Y_UNIT_C: tl.constexpr,
+    X_VEC: tl.constexpr, CHANNELS_LAST: tl.constexpr, RUN: tl.constexpr,
     ACTIVATION: tl.constexpr, PRECISION: tl.constexpr, SWAP: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
@@ -178,26 +190,23 @@ def _conv_kernel(
         acc = tl.trans(acc)
 
     channel = group * K + offs_n
-    mask = mask_m[:, None] & mask_n[None, :]
+    mask = below(offs_m, M, RUN)[:, None] & mask_n[None, :]
     if partial_ptr is not None:
         row_off = (split.to(tl.int64) * M + offs_m) * (K * GROUPS)
         tl.store(partial_ptr + row_off[:, None] + channel[None, :], acc, mask=mask)
     else:
-        y_off = tile_offsets(
-            n, z, p, q, channel, stride_yn, stride_yk, stride_yz, stride_yp, stride_yq, Y_VEC, Y_UNIT_C
-        )  # fmt: skip
-        epilogue(acc, channel, y_off, mask, scale_ptr, bias_ptr, residual_ptr, y_ptr, z_ptr, mask_n, ACTIVATION)
+        offsets = dense_offsets(offs_m, channel, Z * P * Q, K * GROUPS, CHANNELS_LAST, RUN)
+        epilogue(acc, channel, offsets, mask, scale_ptr, bias_ptr, residual_ptr, out_ptr, z_ptr, mask_n, ACTIVATION)
 
 
-@triton.jit(do_not_specialize=["L", "lines", "Z", "P", "Q", *Y_STRIDES])
+@triton.jit(do_not_specialize=["L", "lines", "Z", "P", "Q"])
 def _conv_lines_kernel(
-    x_desc, w_desc, scale_ptr, bias_ptr, residual_ptr, y_ptr, z_ptr,
+    x_desc, w_desc, scale_ptr, bias_ptr, residual_ptr, out_ptr, z_ptr,
     L, lines, Z, P, Q,
-    stride_yn: tl.int64, stride_yk: tl.int64, stride_yz: tl.int64, stride_yp: tl.int64, stride_yq: tl.int64,
     C: tl.constexpr, K: tl.constexpr, R: tl.constexpr, S: tl.constexpr, TAPS: tl.constexpr, GROUPS: tl.constexpr,
     PAD_D: tl.constexpr, PAD_H: tl.constexpr, PAD_W: tl.constexpr,
     DIL_D: tl.constexpr, DIL_H: tl.constexpr, DIL_W: tl.constexpr, RANK: tl.constexpr, TURNED: tl.constexpr,
-    Y_VEC: tl.constexpr, Y_UNIT_C: tl.constexpr, ACTIVATION: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr, RUN: tl.constexpr, ACTIVATION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
     """Forward, or transpose (TURNED, with C and K exchanged), where windows move by one pixel: for each tap BLOCK_M
@@ -239,22 +248,18 @@ def _conv_lines_kernel(
     offs_l = first + tl.arange(0, BLOCK_M)
     offs_n = column + tl.arange(0, BLOCK_N)
     mask_n = offs_n < K
-    n, z, p, q = position(line * L + offs_l, Z, P, Q, RANK)
-    y_off = tile_offsets(
-        n, z, p, q, group * K + offs_n, stride_yn, stride_yk, stride_yz, stride_yp, stride_yq, Y_VEC, Y_UNIT_C
-    )  # fmt: skip
-    mask = (offs_l < L)[:, None] & mask_n[None, :]
-    epilogue(
-        acc, group * K + offs_n, y_off, mask, scale_ptr, bias_ptr, residual_ptr, y_ptr, z_ptr, mask_n, ACTIVATION
-    )  # fmt: skip
+    channel = group * K + offs_n
+    pixel = line * (L // RUN) * RUN + offs_l
+    offsets = dense_offsets(pixel, channel, Z * P * Q, K * GROUPS, CHANNELS_LAST, RUN)
+    mask = below(offs_l, L, RUN)[:, None] & mask_n[None, :]
+    epilogue(acc, channel, offsets, mask, scale_ptr, bias_ptr, residual_ptr, out_ptr, z_ptr, mask_n, ACTIVATION)
 
 
-@triton.jit(do_not_specialize=[*SIZES, *Y_STRIDES])
+@triton.jit(do_not_specialize=["M", "image", "splits"])
 def _reduce_kernel(
-    partial_ptr, scale_ptr, bias_ptr, residual_ptr, y_ptr, z_ptr,
-    M, Z, P, Q, splits,
-    stride_yn: tl.int64, stride_yk: tl.int64, stride_yz: tl.int64, stride_yp: tl.int64, stride_yq: tl.int64,
-    K: tl.constexpr, RANK: tl.constexpr, Y_VEC: tl.constexpr, Y_UNIT_C: tl.constexpr, ACTIVATION: tl.constexpr,
+    partial_ptr, scale_ptr, bias_ptr, residual_ptr, out_ptr, z_ptr,
+    M, image, splits,
+    K: tl.constexpr, CHANNELS_LAST: tl.constexpr, RUN: tl.constexpr, ACTIVATION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Adds the partial sums [splits, M, K] in order and runs the epilogue; K counts all groups."""
@@ -262,14 +267,13 @@ def _reduce_kernel(
     offs_m = tl.program_id(0) // TILES_N * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_n = tl.program_id(0) % TILES_N * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_n = offs_n < K
-    mask = (offs_m < M)[:, None] & mask_n[None, :]
+    mask = below(offs_m, M, RUN)[:, None] & mask_n[None, :]
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     for split in range(0, splits):
         row_off = (offs_m + tl.cast(split, tl.int64) * M) * K
         acc += tl.load(partial_ptr + row_off[:, None] + offs_n[None, :], mask=mask, other=0.0)
-    n, z, p, q = position(offs_m, Z, P, Q, RANK)
-    y_off = tile_offsets(n, z, p, q, offs_n, stride_yn, stride_yk, stride_yz, stride_yp, stride_yq, Y_VEC, Y_UNIT_C)
-    epilogue(acc, offs_n, y_off, mask, scale_ptr, bias_ptr, residual_ptr, y_ptr, z_ptr, mask_n, ACTIVATION)
+    offsets = dense_offsets(offs_m, offs_n, image, K, CHANNELS_LAST, RUN)
+    epilogue(acc, offs_n, offsets, mask, scale_ptr, bias_ptr, residual_ptr, out_ptr, z_ptr, mask_n, ACTIVATION)
 
 
 # --- transpose: the input gradient, and the transposed convolution ---------------------------------------------------
@@ -285,12 +289,11 @@ def _first_tap(position, STRIDE: tl.constexpr, DIL: tl.constexpr, STEP: tl.const
     return tl.minimum(first, TAPS)
 
 
-@triton.jit(do_not_specialize=[*SIZES, *G_STRIDES, *X_STRIDES])
+@triton.jit(do_not_specialize=[*SIZES, *G_STRIDES])
 def _conv_transpose_kernel(
-    g_ptr, w_ptr, scale_ptr, bias_ptr, residual_ptr, x_ptr, z_ptr, partial_ptr,
+    g_ptr, w_ptr, scale_ptr, bias_ptr, residual_ptr, out_ptr, z_ptr, partial_ptr,
     N, D, H, W, Z, P, Q, splits,
     stride_gn: tl.int64, stride_gz: tl.int64, stride_gp: tl.int64, stride_gq: tl.int64,
-    stride_xn: tl.int64, stride_xc: tl.int64, stride_xd: tl.int64, stride_xh: tl.int64, stride_xw: tl.int64,
     C: tl.constexpr, K: tl.constexpr, T: tl.constexpr, R: tl.constexpr, S: tl.constexpr, GROUPS: tl.constexpr,
     STRIDE_D: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
     PAD_D: tl.constexpr, PAD_H: tl.constexpr, PAD_W: tl.constexpr,
@@ -298,7 +301,7 @@ def _conv_transpose_kernel(
     # Taps of one parity class lie STEP apart: STRIDE / gcd(STRIDE, DIL).
     STEP_D: tl.constexpr, STEP_H: tl.constexpr, STEP_W: tl.constexpr,
     STRIDE_WK: tl.constexpr, STRIDE_WT: tl.constexpr, STRIDE_WC: tl.constexpr,  # of one group's weights
-    G_VEC: tl.constexpr, X_VEC: tl.constexpr, X_UNIT_C: tl.constexpr,
+    G_VEC: tl.constexpr, CHANNELS_LAST: tl.constexpr, RUN: tl.constexpr,
     ACTIVATION: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
@@ -383,16 +386,14 @@ def _conv_transpose_kernel(
         acc = dot(g, w, acc, PRECISION)
 
     channel = group * C + offs_n
-    mask = mask_m[:, None] & mask_n[None, :]
+    pixel = offs_m if PARITIES == 1 else ((n * D + d) * H + h) * W + w_col
+    mask = below(offs_m, N * planes * rows * cols, RUN)[:, None] & mask_n[None, :]
     if partial_ptr is not None:
-        pixel = ((n.to(tl.int64) * D + d) * H + h) * W + w_col
         row_off = (split.to(tl.int64) * N * D * H * W + pixel) * (C * GROUPS)
         tl.store(partial_ptr + row_off[:, None] + channel[None, :], acc, mask=mask)
     else:
-        x_off = tile_offsets(
-            n, d, h, w_col, channel, stride_xn, stride_xc, stride_xd, stride_xh, stride_xw, X_VEC, X_UNIT_C
-        )  # fmt: skip
-        epilogue(acc, channel, x_off, mask, scale_ptr, bias_ptr, residual_ptr, x_ptr, z_ptr, mask_n, ACTIVATION)
+        offsets = dense_offsets(pixel, channel, D * H * W, C * GROUPS, CHANNELS_LAST, RUN)
+        epilogue(acc, channel, offsets, mask, scale_ptr, bias_ptr, residual_ptr, out_ptr, z_ptr, mask_n, ACTIVATION)
 
 
 # --- weight gradient -------------------------------------------------------------------------------------------------
@@ -510,7 +511,7 @@ def _epilogue_grad_kernel(
     stride_yn: tl.int64, stride_yk: tl.int64, stride_yz: tl.int64, stride_yp: tl.int64, stride_yq: tl.int64,
     stride_sn: tl.int64, stride_sk: tl.int64, stride_sz: tl.int64, stride_sp: tl.int64, stride_sq: tl.int64,
     K: tl.constexpr, RANK: tl.constexpr, Y_UNIT_C: tl.constexpr, S_UNIT_C: tl.constexpr, G_CHANNELS_LAST: tl.constexpr,
-    Y_VEC: tl.constexpr, S_VEC: tl.constexpr,
+    Y_VEC: tl.constexpr, S_VEC: tl.constexpr, G_RUN: tl.constexpr,
     ACTIVATION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """g = dy * act'(saved), dense in either layout, and the bias gradient: column sums of g.
@@ -529,23 +530,22 @@ def _epilogue_grad_kernel(
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     for step in range(first, last):
         offs_m = step * BLOCK_M + tl.arange(0, BLOCK_M)
-        mask = (offs_m < M)[:, None] & mask_n[None, :]
-        n, z, p, q = position(offs_m, Z, P, Q, RANK)
-        y_off = tile_offsets(n, z, p, q, offs_n, stride_yn, stride_yk, stride_yz, stride_yp, stride_yq, Y_VEC, Y_UNIT_C)
+        mask = below(offs_m, M, 1 if Y_UNIT_C else Y_VEC)[:, None] & mask_n[None, :]
+        y_off = pixel_offsets(
+            offs_m, offs_n, Z, P, Q, stride_yn, stride_yk, stride_yz, stride_yp, stride_yq, Y_VEC, Y_UNIT_C, RANK
+        )  # fmt: skip
         g = tl.load(dy_ptr + y_off, mask=mask, other=0.0).to(tl.float32)
         if saved_ptr is not None:
-            s_off = tile_offsets(
-                n, z, p, q, offs_n, stride_sn, stride_sk, stride_sz, stride_sp, stride_sq, S_VEC, S_UNIT_C
+            mask_s = below(offs_m, M, 1 if S_UNIT_C else S_VEC)[:, None] & mask_n[None, :]
+            s_off = pixel_offsets(
+                offs_m, offs_n, Z, P, Q, stride_sn, stride_sk, stride_sz, stride_sp, stride_sq, S_VEC, S_UNIT_C, RANK
             )  # fmt: skip
-            saved = tl.load(saved_ptr + s_off, mask=mask, other=0.0).to(tl.float32)
+            saved = tl.load(saved_ptr + s_off, mask=mask_s, other=0.0).to(tl.float32)
             g = tl.where(mask, g * activation_grad(saved, ACTIVATION), 0.0)
         if g_ptr is not None:
-            if G_CHANNELS_LAST:
-                g_off = (offs_m.to(tl.int64) * K)[:, None] + offs_n[None, :]
-            else:
-                image = n.to(tl.int64) * K * Z * P * Q + (z * P + p) * Q + q
-                g_off = image[:, None] + (offs_n.to(tl.int64) * Z * P * Q)[None, :]
-            tl.store(g_ptr + g_off, narrow(g, g_ptr.dtype.element_ty), mask=mask)
+            mask_g = below(offs_m, M, G_RUN)[:, None] & mask_n[None, :]
+            g_off = dense_offsets(offs_m, offs_n, Z * P * Q, K, G_CHANNELS_LAST, G_RUN)
+            tl.store(g_ptr + g_off, narrow(g, g_ptr.dtype.element_ty), mask=mask_g)
         acc += g
     if partial_ptr is not None:
         tl.store(partial_ptr + split * K + offs_n, column_sum(acc), mask=mask_n)
@@ -757,6 +757,13 @@ def empty_output(like: torch.Tensor, shape: Sequence[int], is_channels_last: boo
     return like.new_empty((n, *space, c)).movedim(-1, 1)
 
 
+def dense_layout(out: torch.Tensor, run: bool = True) -> dict[str, Any]:
+    """The constants CHANNELS_LAST and RUN by which a kernel addresses a dense result."""
+    last = layout_strides(out)[1]
+    pixels = math.prod(out.shape[2:])
+    return {"CHANNELS_LAST": last, "RUN": unit_divisor(16 // out.dtype.itemsize, pixels) if run and not last else 1}
+
+
 class Epilogue(NamedTuple):
     """What is done to the sums before they are stored; ``residual`` and ``z``, the activation's input that is kept,
     have the result's strides."""
@@ -767,16 +774,14 @@ class Epilogue(NamedTuple):
     z: torch.Tensor | None = None
     activation: str = "none"
 
-    def arguments(self, name: str, out: torch.Tensor) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Run-time arguments and constants of a kernel that stores the result as ``name``."""
-        vec, unit_c, out_strides = layout_strides(out)
-        names = Y_STRIDES if name == "y" else X_STRIDES
+    def arguments(self, out: torch.Tensor, run: bool = True) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Run-time arguments and constants of a kernel that stores the dense ``out``; without ``run`` neighbours in a
+        tile are no neighbours in a row."""
         arguments = {
-            "scale_ptr": self.scale, "bias_ptr": self.bias, "residual_ptr": self.residual, f"{name}_ptr": out,
-            "z_ptr": self.z, **dict(zip(names, out_strides, strict=True)),
+            "scale_ptr": self.scale, "bias_ptr": self.bias, "residual_ptr": self.residual, "out_ptr": out,
+            "z_ptr": self.z,
         }  # fmt: skip
-        prefix = name.upper()
-        return arguments, {f"{prefix}_VEC": vec, f"{prefix}_UNIT_C": unit_c, "ACTIVATION": self.activation}
+        return arguments, {**dense_layout(out, run), "ACTIVATION": self.activation}
 
 
 def plan_forward(
@@ -785,7 +790,7 @@ def plan_forward(
     """x channels last, w packed [K, T, R, S, C]."""
     if "TMA" in config:
         if _has_boxes(x) and _has_boxes(w.movedim(-1, 1)):
-            return [_lines(p, config, x, w, epilogue.arguments("y", y), turned=False)]
+            return [_lines(p, config, x, w, epilogue.arguments(y), turned=False)]
         config = _by_pointers(config, SWAP=0)
     groups, split = p.geometry.groups, config.SPLIT_K
     x_vec, _, (xn, _, xd, xh, xw) = layout_strides(x, p.C)
@@ -793,7 +798,7 @@ def plan_forward(
     partial = None
     if split > 1:
         partial = torch.empty((split, p.pixels, p.K * groups), dtype=torch.float32, device=x.device)
-    operands, constants = epilogue.arguments("y", y)
+    operands, constants = epilogue.arguments(y)
     main = Launch(
         _conv_kernel,
         tiles * groups * split,
@@ -809,7 +814,7 @@ def plan_forward(
         config.num_warps,
         config.num_stages,
     )  # fmt: skip
-    return [main] if partial is None else [main, _reduce(partial, operands, constants, p, p.output)]
+    return [main] if partial is None else [main, _reduce(partial, epilogue, y)]
 
 
 def _lines(
@@ -825,6 +830,7 @@ def _lines(
         image = [1, 1, 1, math.prod(image[:-1]), channels]
     weights = [w.shape[0], p.taps, w.shape[-1]]
     operands, constants = target
+    constants["RUN"] = unit_divisor(constants["RUN"], length)
     c, columns, output = (p.K, p.C, p.image) if turned else (p.C, p.K, p.output)
     return Launch(
         _conv_lines_kernel,
@@ -868,25 +874,16 @@ def _by_pointers(config: Config, **more: int) -> Config:
     return Config(**{name: value for name, value in config.items() if name != "TMA"}, SPLIT_K=1, **more)
 
 
-def _as_y(arguments: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of a result x under the names of a result y."""
-    renamed = dict(zip(X_STRIDES, Y_STRIDES, strict=True)) | {
-        "x_ptr": "y_ptr", "X_VEC": "Y_VEC", "X_UNIT_C": "Y_UNIT_C"
-    }  # fmt: skip
-    return {renamed.get(name, name): value for name, value in arguments.items()}
-
-
-def _reduce(
-    partial: torch.Tensor, operands: dict[str, Any], constants: dict[str, Any], p: ConvProblem, grid: Triple
-) -> Launch:
+def _reduce(partial: torch.Tensor, epilogue: Epilogue, out: torch.Tensor) -> Launch:
     """The launch that adds partial [splits, pixels, channels] in order and stores the result, with its epilogue."""
     splits, pixels, channels = partial.shape
+    operands, constants = epilogue.arguments(out)
     block_m, block_n = 16, 64
     return Launch(
         _reduce_kernel,
         cost.cdiv(pixels, block_m) * cost.cdiv(channels, block_n),
-        {"partial_ptr": partial, **operands, "M": pixels, **dict(zip("ZPQ", grid, strict=True)), "splits": splits},
-        {"K": channels, "RANK": p.rank, **constants, "BLOCK_M": block_m, "BLOCK_N": block_n},
+        {"partial_ptr": partial, **operands, "M": pixels, "image": math.prod(out.shape[2:]), "splits": splits},
+        {"K": channels, **constants, "BLOCK_M": block_m, "BLOCK_N": block_n},
         num_warps=4,
         num_stages=1,
     )
@@ -898,8 +895,7 @@ def plan_transpose(
     """g channels last, w from :func:`pack_transposed_weight`; x is the result."""
     if "TMA" in config:
         if _has_boxes(g) and _has_boxes(w.movedim(-1, 1)):
-            operands, constants = epilogue.arguments("x", x)
-            return [_lines(p, config, g, w, (_as_y(operands), _as_y(constants)), turned=True)]
+            return [_lines(p, config, g, w, epilogue.arguments(x), turned=True)]
         config = _by_pointers(config)
     geometry, split = p.geometry, config.SPLIT_K
     g_vec, _, (gn, _, gz, gp, gq) = layout_strides(g, p.K)
@@ -909,7 +905,7 @@ def plan_transpose(
     if split > 1:
         shape = (split, p.image_pixels, p.C * geometry.groups)
         partial = torch.empty(shape, dtype=torch.float32, device=g.device)
-    operands, constants = epilogue.arguments("x", x)
+    operands, constants = epilogue.arguments(x, run=geometry.parities == 1)
     steps = (step // math.gcd(step, dil) for step, dil in zip(geometry.stride, geometry.dilation, strict=True))
     main = Launch(
         _conv_transpose_kernel,
@@ -928,7 +924,7 @@ def plan_transpose(
         config.num_warps,
         config.num_stages,
     )  # fmt: skip
-    return [main] if partial is None else [main, _reduce(partial, _as_y(operands), _as_y(constants), p, p.image)]
+    return [main] if partial is None else [main, _reduce(partial, epilogue, x)]
 
 
 def plan_weight_grad(
@@ -995,8 +991,10 @@ def plan_epilogue_grad(
     p: EpilogueProblem, config: Config, dy: torch.Tensor, saved: torch.Tensor | None, g: torch.Tensor | None,
     bias_grad: torch.Tensor | None, activation: str,
 ) -> list[Launch]:  # fmt: skip
-    y_vec, y_unit, y_strides = layout_strides(dy)
-    s_vec, s_unit, s_strides = layout_strides(dy if saved is None else saved)
+    dy, saved, g = _as_planes(dy, saved, g)
+    y_vec, y_unit, y_strides = layout_strides(dy, runs=True)
+    s_vec, s_unit, s_strides = layout_strides(dy if saved is None else saved, runs=True)
+    layout = {"CHANNELS_LAST": True, "RUN": 1} if g is None else dense_layout(g)
     split = max(1, min(config.SPLIT_M, cost.cdiv(p.M, config.BLOCK_M)))
     partial = None
     if bias_grad is not None:
@@ -1011,8 +1009,7 @@ def plan_epilogue_grad(
         },
         {
             "K": p.K, "RANK": 3 if dy.dim() == 5 else 2, "Y_UNIT_C": y_unit, "S_UNIT_C": s_unit,
-            "G_CHANNELS_LAST": g is None or layout_strides(g)[1],
-            "Y_VEC": y_vec, "S_VEC": s_vec,
+            "Y_VEC": y_vec, "S_VEC": s_vec, "G_CHANNELS_LAST": layout["CHANNELS_LAST"], "G_RUN": layout["RUN"],
             "ACTIVATION": activation,
             "BLOCK_M": config.BLOCK_M, "BLOCK_N": config.BLOCK_N,
         },
@@ -1020,6 +1017,17 @@ def plan_epilogue_grad(
         config.num_stages,
     )  # fmt: skip
     return [main] if bias_grad is None or partial is None else [main, sum_splits(partial, bias_grad)]
+
+
+def _as_planes(*tensors: torch.Tensor | None) -> list[Any]:
+    """The tensors [N, K, *space] as [N, K, pixels] if that is a view of each: longer rows, fewer divisions."""
+    for t in tensors:
+        if t is None or t.dim() == 3:
+            continue
+        steps = [(size, stride) for size, stride in zip(t.shape[2:], t.stride()[2:], strict=True) if size != 1]
+        if any(outer[1] != inner[0] * inner[1] for outer, inner in itertools.pairwise(steps)):
+            return list(tensors)
+    return [t if t is None else t.flatten(2) for t in tensors]
 
 
 def dot_precision(p: ConvProblem) -> str:
@@ -1106,9 +1114,11 @@ def _fits(p: ConvProblem, config: Config, device: DeviceSpec, rows: int, columns
     )
 
 
-def _stores(p: ConvProblem, config: Config, device: DeviceSpec) -> bool:
-    """Into NCHW every element has an address of its own, two registers each: larger tiles spill."""
-    return p.channels_last or config.BLOCK_M * config.BLOCK_N <= 32 * device.warp_size * config.num_warps
+def _stores(p: ConvProblem, config: Config, device: DeviceSpec, image: Triple) -> bool:
+    """Into NCHW images that hold no whole number of runs every element has an address of its own, two registers each:
+    larger tiles spill."""
+    runs = p.channels_last or math.prod(image) % (16 // p.itemsize) == 0
+    return runs or config.BLOCK_M * config.BLOCK_N <= 32 * device.warp_size * config.num_warps
 
 
 def _splits(p: ConvProblem, config: Config, steps: int, least: int, outputs: int) -> bool:
@@ -1131,7 +1141,7 @@ def _lines_accept(p: ConvProblem, config: Config, device: DeviceSpec, turned: bo
         and p.tail == 0
         and whole
         and (p.geometry.groups == 1 or reduction % config.BLOCK_K == 0)
-        and _stores(p, config, device)
+        and _stores(p, config, device, p.image if turned else p.output)
         and _fits(p, config, device, line_sizes(p, turned)[1], columns, reduction)
     )
 
@@ -1144,7 +1154,8 @@ def _forward_accepts(p: ConvProblem, config: Config, device: DeviceSpec) -> bool
     enough = _splits(p, config, cost.cdiv(reduction, config.BLOCK_K), 4, outputs)
     if config.SWAP and (p.K > config.BLOCK_N or p.K <= config.BLOCK_N // 2 or p.precision == "ieee"):
         return False
-    return enough and _stores(p, config, device) and _fits(p, config, device, p.pixels, p.K, reduction)
+    stores = _stores(p, config, device, p.output)
+    return enough and stores and _fits(p, config, device, p.pixels, p.K, reduction)
 
 
 def _lines_estimate(p: ConvProblem, config: Config, device: DeviceSpec, turned: bool) -> Estimate:
@@ -1191,7 +1202,8 @@ def _transpose_accepts(p: ConvProblem, config: Config, device: DeviceSpec) -> bo
         return _lines_accept(p, config, device, turned=True)
     rows = cost.cdiv(p.image_pixels, p.geometry.parities)
     enough = _splits(p, config, _transpose_steps(p, config), 4, p.image_pixels * p.C * p.geometry.groups)
-    return enough and _stores(p, config, device) and _fits(p, config, device, rows, p.C, p.K)
+    stores = _stores(p, config, device, p.image if p.geometry.parities == 1 else (1, 1, 1))
+    return enough and stores and _fits(p, config, device, rows, p.C, p.K)
 
 
 def _transpose_estimate(p: ConvProblem, config: Config, device: DeviceSpec) -> Estimate:

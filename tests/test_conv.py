@@ -251,6 +251,44 @@ class TestBranches:
         assert {launch.constants["TURNED"] for launch in launched} == {False, True}
         assert all(launch.kernel is conv._conv_lines_kernel for launch in launched)
 
+    @pytest.mark.parametrize("splits", [1, 2])
+    @pytest.mark.parametrize("image", [(4, 6), (2, 6), (3, 6), (2, 2, 6)], ids=str)  # runs of 8, 4, 2 and 8 halves
+    def test_runs_of_pixels_in_nchw(self, image, splits, device):
+        from tritune.autotune.config import Config
+        from tritune.autotune.resolve import override
+        from tritune.kernels import conv
+
+        rank = len(image)
+        tile = {"BLOCK_M": 32, "BLOCK_N": 16, "BLOCK_K": 16, "num_warps": 4, "num_stages": 2}
+        ones = [
+            case("conv", (3, 8, *image), (12, 8, *(3,) * rank), "bias", "residual", op=f"conv{rank}d", padding=1,
+                 activation="silu"),
+            case("groups", (2, 16, *image), (16, 8, *(1,) * rank), "scale", op=f"conv{rank}d", groups=2,
+                 activation="relu"),
+            case("transpose", (2, 8, *image), (8, 12, *(2,) * rank), "bias", op=f"conv_transpose{rank}d", stride=2),
+        ]  # fmt: skip
+        with (
+            override(conv.FORWARD, Config(**tile, GROUP_M=2, SPLIT_K=splits, SWAP=0)),
+            override(conv.TRANSPOSE, Config(**tile, GROUP_M=2, SPLIT_K=splits)),
+            override(conv.EPILOGUE_GRAD, Config(BLOCK_M=32, BLOCK_N=16, SPLIT_M=2, num_warps=4, num_stages=2)),
+        ):
+            for one in ones:
+                check(one, torch.float16, "nchw", device, "triton")
+
+    def test_gradient_in_another_layout_than_the_result(self, device):
+        """The epilogue's gradient reads each of its tensors as it lies: runs of channels, of pixels, and neither."""
+        leaves = [torch.randn(shape, requires_grad=True) for shape in ((2, 8, 4, 6), (8, 8, 1, 1), (8,))]
+        dy = torch.randn(2, 8, 4, 6)
+        wanted = torch.autograd.grad(F.silu(F.conv2d(*leaves)), leaves, dy)
+        for x_layout, layout in itertools.product(("nchw", "nhwc"), ("nchw", "nhwc", "strided")):
+            x, w, b = (t.detach().to(device) for t in leaves)
+            x, g = lay_out(x, x_layout).requires_grad_(), lay_out(dy, layout).to(device)
+            with tritune.use_backend("triton"):
+                y = tritune.conv2d(x, w.requires_grad_(), b.requires_grad_(), activation="silu", precision="ieee")
+                gradients = torch.autograd.grad(y, (x, w, b), g)
+            for ours, other in zip(gradients, wanted, strict=True):
+                torch.testing.assert_close(ours.cpu(), other, rtol=1e-4, atol=1e-4)
+
     @pytest.mark.parametrize("kind", ["offset", "columns", "images"])
     def test_what_is_not_packed_is_read_by_pointers(self, kind, device, monkeypatch):
         launched = recorded_lines(monkeypatch)

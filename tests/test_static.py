@@ -32,6 +32,7 @@ from tritune.perf.sweep import Bench, Target  # noqa: E402
 
 pytestmark = pytest.mark.static
 TUNABLES = registered()
+NVIDIA = [target for target in TARGETS if target.startswith("sm_")]
 
 CHANNELS_LAST = conv.problem_of(
     (8, 64, 32, 32), (64, 64, 3, 3), (32, 32), conv.Geometry.of((1, 1), (1, 1), (1, 1), 1), torch.bfloat16, "16", True
@@ -90,6 +91,29 @@ def test_headline_layers_use_the_machine(name, precision):
         assert one.spill_bytes == 0
         assert one.load_bytes == 16, tunable.name
         assert one.mma == ("" if "direct" in tunable.name else "HGMMA"), tunable.name
+
+
+@pytest.mark.compat
+@pytest.mark.parametrize("tunable", [conv.FORWARD, conv.TRANSPOSE], ids=lambda tunable: tunable.name)
+@pytest.mark.parametrize("target", NVIDIA)
+def test_nchw_results_are_stored_in_runs(target, tunable):
+    """16 bytes of neighbouring pixels at a time, where an image holds a whole number of them."""
+    p = CHANNELS_LAST._replace(channels_last=False)
+    one = static.profile(tunable.launches(p, ranked(tunable, p, named(target))[0][0])[0], target)
+    assert (one.spill_bytes, one.store_bytes) == (0, 16)
+
+
+@pytest.mark.compat
+@pytest.mark.parametrize("dy, g", [(True, True), (True, False), (False, True), (False, False)])
+@pytest.mark.parametrize("target", NVIDIA)
+def test_the_epilogues_gradient_moves_runs_of_either_layout(target, dy, g):
+    like = torch.empty(0, dtype=torch.bfloat16, device="meta")
+    dy, g = (conv.empty_output(like, (8, 256, 28, 28), last) for last in (dy, g))
+    p = conv.EpilogueProblem(8 * 28 * 28, 256, torch.bfloat16, True, True, True)
+    config = ranked(conv.EPILOGUE_GRAD, p, named(target))[0][0]
+    launch = conv.plan_epilogue_grad(p, config, dy, torch.empty_like(dy), g, like.new_empty(256), "relu")[0]
+    one = static.profile(launch, target)
+    assert (one.spill_bytes, one.load_bytes, one.store_bytes) == (0, 16, 16)
 
 
 BOXES = [config for config in conv.FORWARD.configs if "TMA" in config]
