@@ -138,6 +138,20 @@ def strides(t: torch.Tensor) -> list[int]:
     return [0 if size == 1 else stride for size, stride in zip(t.shape, t.stride(), strict=True)]
 
 
+def raw_strides(t: torch.Tensor) -> list[int]:
+    """Strides in images, channels, depth, rows and columns of a [N, C, ..., W] tensor; 0 where it lacks a dimension."""
+    image, channel, *space = strides(t)
+    return [image, channel, *(0 for _ in range(3 - len(space))), *space]
+
+
+def row_alignment(t: torch.Tensor) -> int:
+    """How many elements along W one load may take anywhere in a [N, C, ..., W] tensor: at most 16 bytes. 0 where
+    neighbours along W are not neighbours in memory."""
+    if t.shape[-1] > 1 and t.stride(-1) != 1:
+        return 0
+    return unit_divisor(16 // t.dtype.itemsize, t.shape[-1], *raw_strides(t)[:4])
+
+
 def layout_strides(
     t: torch.Tensor, channels: int | None = None, *, runs: bool = False
 ) -> tuple[int, bool, list[int]]:  # fmt: skip
@@ -152,10 +166,9 @@ def layout_strides(
         starts on a multiple of ``vec`` elements (at most 16 bytes), and ``strides`` count units of ``vec``. Without
         ``unit_c``, but with ``runs``, the same holds of the columns of a row; else ``vec`` is 1.
     """
-    image, channel, *space = strides(t)
-    raw = [image, channel, *(0 for _ in range(3 - len(space))), *space]
-    if t.shape[1] != 1 and channel != 1:
-        vec = unit_divisor(16 // t.dtype.itemsize, t.shape[-1], *raw[:-1]) if runs and raw[-1] == 1 else 1
+    raw = raw_strides(t)
+    if t.shape[1] != 1 and raw[1] != 1:
+        vec = max(1, row_alignment(t)) if runs else 1
         return vec, False, [*(stride // vec for stride in raw[:-1]), raw[-1]]
-    vec = unit_divisor(16 // t.dtype.itemsize, channels or t.shape[1], image, *space)
+    vec = unit_divisor(16 // t.dtype.itemsize, channels or t.shape[1], raw[0], *raw[2:])
     return vec, True, [stride // vec for stride in raw]

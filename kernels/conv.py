@@ -789,7 +789,7 @@ def plan_forward(
 ) -> list[Launch]:
     """x channels last, w packed [K, T, R, S, C]."""
     if "TMA" in config:
-        if _has_boxes(x) and _has_boxes(w.movedim(-1, 1)):
+        if _has_boxes(x, w):
             return [_lines(p, config, x, w, epilogue.arguments(y), turned=False)]
         config = _by_pointers(config, SWAP=0)
     groups, split = p.geometry.groups, config.SPLIT_K
@@ -825,7 +825,7 @@ def _lines(
     groups, (m, n, k) = p.geometry.groups, (config.BLOCK_M, config.BLOCK_N, config.BLOCK_K)
     images, channels, *space = x.shape
     image = [images, *triple(space), channels]
-    lines, length = line_sizes(p, turned)
+    lines, length = _line_sizes(p, turned)
     if _is_one_line(p):
         image = [1, 1, 1, math.prod(image[:-1]), channels]
     weights = [w.shape[0], p.taps, w.shape[-1]]
@@ -834,7 +834,7 @@ def _lines(
     c, columns, output = (p.K, p.C, p.image) if turned else (p.C, p.K, p.output)
     return Launch(
         _conv_lines_kernel,
-        lines * cost.cdiv(length, m) * cost.cdiv(columns, n) * groups,
+        line_tiles(p, m, turned) * cost.cdiv(columns, n) * groups,
         {
             "x_desc": descriptor(x, image, [1, 1, 1, m, k]),
             "w_desc": descriptor(w, weights, [k, 1, n] if turned else [n, 1, k]),
@@ -856,7 +856,7 @@ def _is_one_line(p: ConvProblem) -> bool:
     return p.taps == 1 and not any(p.geometry.padding) and p.image == p.output
 
 
-def line_sizes(p: ConvProblem, turned: bool) -> tuple[int, int]:
+def _line_sizes(p: ConvProblem, turned: bool) -> tuple[int, int]:
     """How many lines the result has, and their length in pixels."""
     if _is_one_line(p):
         return 1, p.pixels
@@ -864,9 +864,16 @@ def line_sizes(p: ConvProblem, turned: bool) -> tuple[int, int]:
     return p.N * output[0] * output[1], output[2]
 
 
-def _has_boxes(x: torch.Tensor) -> bool:
-    """Are channels, columns, rows and images packed in that order, from an address that the accelerator takes?"""
-    return x.movedim(1, -1).is_contiguous() and x.data_ptr() % 16 == 0
+def line_tiles(p: ConvProblem, block_m: int, turned: bool) -> int:
+    """Tiles of the product's rows, none of which spans lines."""
+    lines, length = _line_sizes(p, turned)
+    return lines * cost.cdiv(length, block_m)
+
+
+def _has_boxes(x: torch.Tensor, w: torch.Tensor) -> bool:
+    """Are x's channels, columns, rows and images packed in that order, as w is, from addresses that the accelerator
+    takes?"""
+    return x.movedim(1, -1).is_contiguous() and x.data_ptr() % 16 == w.data_ptr() % 16 == 0
 
 
 def _by_pointers(config: Config, **more: int) -> Config:
@@ -894,7 +901,7 @@ def plan_transpose(
 ) -> list[Launch]:
     """g channels last, w from :func:`pack_transposed_weight`; x is the result."""
     if "TMA" in config:
-        if _has_boxes(g) and _has_boxes(w.movedim(-1, 1)):
+        if _has_boxes(g, w):
             return [_lines(p, config, g, w, epilogue.arguments(x), turned=True)]
         config = _by_pointers(config)
     geometry, split = p.geometry, config.SPLIT_K
@@ -1114,10 +1121,10 @@ def _fits(p: ConvProblem, config: Config, device: DeviceSpec, rows: int, columns
     )
 
 
-def _stores(p: ConvProblem, config: Config, device: DeviceSpec, image: Triple) -> bool:
-    """Into NCHW images that hold no whole number of runs every element has an address of its own, two registers each:
-    larger tiles spill."""
-    runs = p.channels_last or math.prod(image) % (16 // p.itemsize) == 0
+def _stores(p: ConvProblem, config: Config, device: DeviceSpec, run: int) -> bool:
+    """Into NCHW every element has an address of its own, two registers each, and larger tiles spill, unless the pixels
+    follow one another in stretches of ``run`` that hold a whole number of 16 bytes."""
+    runs = p.channels_last or run % (16 // p.itemsize) == 0
     return runs or config.BLOCK_M * config.BLOCK_N <= 32 * device.warp_size * config.num_warps
 
 
@@ -1141,8 +1148,8 @@ def _lines_accept(p: ConvProblem, config: Config, device: DeviceSpec, turned: bo
         and p.tail == 0
         and whole
         and (p.geometry.groups == 1 or reduction % config.BLOCK_K == 0)
-        and _stores(p, config, device, p.image if turned else p.output)
-        and _fits(p, config, device, line_sizes(p, turned)[1], columns, reduction)
+        and _stores(p, config, device, math.prod(p.image if turned else p.output))
+        and _fits(p, config, device, _line_sizes(p, turned)[1], columns, reduction)
     )
 
 
@@ -1154,18 +1161,17 @@ def _forward_accepts(p: ConvProblem, config: Config, device: DeviceSpec) -> bool
     enough = _splits(p, config, cost.cdiv(reduction, config.BLOCK_K), 4, outputs)
     if config.SWAP and (p.K > config.BLOCK_N or p.K <= config.BLOCK_N // 2 or p.precision == "ieee"):
         return False
-    stores = _stores(p, config, device, p.output)
+    stores = _stores(p, config, device, math.prod(p.output))
     return enough and stores and _fits(p, config, device, p.pixels, p.K, reduction)
 
 
 def _lines_estimate(p: ConvProblem, config: Config, device: DeviceSpec, turned: bool) -> Estimate:
     reduction, columns = (p.K, p.C) if turned else (p.C, p.K)
-    lines, length = line_sizes(p, turned)
     return cost.gemm(
         device,
         p.precision,
         p.itemsize,
-        tiles=lines * cost.cdiv(length, config.BLOCK_M) * cost.cdiv(columns, config.BLOCK_N) * p.geometry.groups,
+        tiles=line_tiles(p, config.BLOCK_M, turned) * cost.cdiv(columns, config.BLOCK_N) * p.geometry.groups,
         steps=p.taps * cost.cdiv(reduction, config.BLOCK_K),
         dram_bytes=p.minimal_bytes(),
         config=config,
@@ -1202,7 +1208,7 @@ def _transpose_accepts(p: ConvProblem, config: Config, device: DeviceSpec) -> bo
         return _lines_accept(p, config, device, turned=True)
     rows = cost.cdiv(p.image_pixels, p.geometry.parities)
     enough = _splits(p, config, _transpose_steps(p, config), 4, p.image_pixels * p.C * p.geometry.groups)
-    stores = _stores(p, config, device, p.image if p.geometry.parities == 1 else (1, 1, 1))
+    stores = _stores(p, config, device, math.prod(p.image) if p.geometry.parities == 1 else 1)
     return enough and stores and _fits(p, config, device, rows, p.C, p.K)
 
 

@@ -45,8 +45,8 @@ import triton.language as tl
 from ..autotune import cost
 from ..autotune.config import Config, Estimate, Tunable, register
 from ..autotune.device import DeviceSpec
-from ._launch import Launch, launch, layout_strides, strides, unit_divisor
-from ._math import column_sum, only_if, position, tile_offsets
+from ._launch import Launch, launch, layout_strides, raw_strides, row_alignment, unit_divisor
+from ._math import below, column_sum, only_if, position, tile_offsets
 from .conv import (
     SIZES,
     X_STRIDES,
@@ -356,7 +356,7 @@ def _direct_rows_kernel(
     column = q[:, None] * RUN + tl.arange(0, RUN)[None, :]
     y_row = n.to(tl.int64) * stride_yn + k * stride_yk + z * stride_yz + p.to(tl.int64) * stride_yp
     # Counted in runs of Y_VEC, which a row holds a whole number of: so the compiler may store that many at once.
-    mask = mask_m[:, None] & (column // Y_VEC < Q // Y_VEC)
+    mask = mask_m[:, None] & below(column, Q, Y_VEC)
     filters = k + tl.arange(0, 1)
     epilogue(
         acc, filters, y_row[:, None] * Y_VEC + column, mask, scale_ptr, bias_ptr, residual_ptr, y_ptr, z_ptr,
@@ -633,19 +633,6 @@ def _is_flat(p: ConvProblem) -> bool:
     return p.image[1] == p.window[1] == p.output[1] == 1 and p.geometry.stride[1] == 1
 
 
-def _raw_strides(t: torch.Tensor) -> list[int]:
-    image, channel, *space = strides(t)
-    return [image, channel, *(0 for _ in range(3 - len(space))), *space]
-
-
-def _alignment(t: torch.Tensor) -> int:
-    """How many elements along W one load may take anywhere in a [N, C, ..., W] tensor: at most 16 bytes. 0 where
-    neighbours along W are not neighbours in memory."""
-    if t.shape[-1] > 1 and t.stride(-1) != 1:
-        return 0
-    return unit_divisor(16 // t.itemsize, t.shape[-1], *_raw_strides(t)[:4])
-
-
 def _run(itemsize: int, *alignments: int) -> int:
     """RUN: as many outputs as the rows are aligned to. Where they are not at all, 16 bytes: such rows are loaded an
     element a thread and exchanged through shared memory, half the instructions of a load for every tap."""
@@ -668,9 +655,9 @@ def plan_forward(
     }  # fmt: skip
     constants = {"C": p.C, "K": p.K, "TURNED": turned, "ACTIVATION": epilogue.activation}
     if "BLOCK_Q" in config:
-        xs, ys = _raw_strides(x), _raw_strides(y)
-        run = _run(p.itemsize, _alignment(x))
-        x_vec, y_vec = (unit_divisor(run, max(1, _alignment(t))) for t in (x, y))
+        xs, ys = raw_strides(x), raw_strides(y)
+        run = _run(p.itemsize, row_alignment(x))
+        x_vec, y_vec = (unit_divisor(run, max(1, row_alignment(t))) for t in (x, y))
         xs = [*(stride // x_vec for stride in xs[:4]), xs[4]]
         ys = [stride // y_vec for stride in ys[:4]]
         tiles = cost.cdiv(p.output[2], run * config.BLOCK_Q) * cost.cdiv(p.output[1], config.BLOCK_P)
@@ -706,7 +693,7 @@ def plan_transpose(
         g_vec, _, gs = layout_strides(g, p.K * p.geometry.groups)
         x_vec, _, xs = layout_strides(x)
     else:
-        g_vec, gs, x_vec, xs = 1, _raw_strides(g), 1, _raw_strides(x)
+        g_vec, gs, x_vec, xs = 1, raw_strides(g), 1, raw_strides(x)
     blocks = _blocks(p)
     args = {
         "g_ptr": g, "w_ptr": w, "scale_ptr": epilogue.scale, "bias_ptr": epilogue.bias,
@@ -729,9 +716,9 @@ def plan_weight_grad(
     operands = {"x_ptr": x, "g_ptr": g}
     constants = {"K": p.K, **_window(p)}
     if "BLOCK_Q" in config:
-        xs, gs = _raw_strides(x), _raw_strides(g)
-        run = _run(p.itemsize, _alignment(x), _alignment(g))
-        x_vec, g_vec = (unit_divisor(run, max(1, _alignment(t))) for t in (x, g))
+        xs, gs = raw_strides(x), raw_strides(g)
+        run = _run(p.itemsize, row_alignment(x), row_alignment(g))
+        x_vec, g_vec = (unit_divisor(run, max(1, row_alignment(t))) for t in (x, g))
         xs = [*(stride // x_vec for stride in xs[:4]), xs[4]]
         gs = [*(stride // g_vec for stride in gs[:4]), gs[4]]
         splits = _rows_splits(p, config, run)

@@ -198,10 +198,9 @@ def due_load_bytes(kernel: str, problem: Any) -> int:
 
 def _row_tiles(p: Any, config: Config, rows: int, turned: bool) -> int:
     """Tiles of the product's rows: of all of them, or of each line of the result."""
-    from ..kernels.conv import line_sizes
+    from ..kernels.conv import line_tiles
 
-    lines, length = line_sizes(p, turned) if "TMA" in config else (1, rows)
-    return lines * cdiv(length, config.BLOCK_M)
+    return line_tiles(p, config.BLOCK_M, turned) if "TMA" in config else cdiv(rows, config.BLOCK_M)
 
 
 def _forward_bytes(p: Any, config: Config) -> float:

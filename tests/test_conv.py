@@ -479,23 +479,26 @@ class TestReach:
         conv.sum_splits(torch.tensor(numbers, device=device).view(-1, 1), out).run()
         torch.testing.assert_close(out.cpu(), torch.tensor([total]), rtol=0, atol=0, equal_nan=True)
 
-    @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy, inside the interpreter
-    def test_the_end_of_the_last_tile_of_taps_reads_nothing(self, device):
-        """3 taps of 8 channels in tiles of 16 or 32; the pixel behind a window must not meet the zeros of weights."""
-        x, w = torch.randn(1, 8, 12), torch.randn(16, 8, 3)
-        x[0, 0, 8] = float("inf")
-        with tritune.use_backend("triton"):
-            y = tritune.conv1d(x.to(device), w.to(device), precision="ieee")
-        torch.testing.assert_close(y.cpu(), F.conv1d(x, w), equal_nan=True, rtol=1e-4, atol=1e-4)
+    INFINITIES = {
+        # 3 taps of 8 channels in tiles of 16 or 32: the pixel behind a window must not meet the zeros of weights,
+        "pixel-behind-the-window": ("conv1d", (1, 8, 12), (16, 8, 3), 1, "x", (0, 0, 8)),
+        # nor the next filter's weights the pixels that are masked to 0.
+        "weight-of-the-next-filter": ("conv1d", (1, 8, 12), (16, 8, 3), 1, "w", (5, 0, 0)),
+        # Groups of 5 channels in tiles of 16; of one tap, so that every window lies inside and no 0 * inf is expected.
+        "pixel-of-the-next-group": ("conv_transpose2d", (1, 10, 4, 4), (10, 8, 2, 2), 2, "x", (0, 5, 1, 1)),
+        "weight-of-the-next-group": ("conv_transpose2d", (1, 10, 4, 4), (10, 8, 1, 1), 2, "w", (5, 0, 0, 0)),
+    }
 
     @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy, inside the interpreter
-    def test_infinity_stays_in_its_group(self, device):
-        """Groups of 5 channels in tiles of 16."""
-        x, w = torch.randn(1, 10, 4, 4), torch.randn(10, 8, 2, 2)
-        x[0, 5, 1, 1] = float("inf")
+    @pytest.mark.parametrize("name", INFINITIES)
+    def test_an_infinity_reaches_what_it_does_in_torch(self, name, device):
+        op, x_shape, w_shape, groups, of, where = self.INFINITIES[name]
+        x, w = torch.randn(x_shape), torch.randn(w_shape)
+        {"x": x, "w": w}[of][where] = float("inf")
         with tritune.use_backend("triton"):
-            y = tritune.conv_transpose2d(x.to(device), w.to(device), groups=2, precision="ieee")
-        torch.testing.assert_close(y.cpu(), F.conv_transpose2d(x, w, groups=2), equal_nan=True, rtol=1e-4, atol=1e-4)
+            y = getattr(tritune, op)(x.to(device), w.to(device), groups=groups, precision="ieee")
+        wanted = getattr(F, op)(x, w, groups=groups)
+        torch.testing.assert_close(y.cpu(), wanted, equal_nan=True, rtol=1e-4, atol=1e-4)
 
     def test_transpose_in_tf32_with_groups(self, device):
         """These weights are packed another way."""
@@ -503,24 +506,6 @@ class TestReach:
         with tritune.use_backend("triton"):
             y = tritune.conv_transpose2d(x.to(device), w.to(device), groups=2, precision="tf32")
         torch.testing.assert_close(y.cpu(), F.conv_transpose2d(x, w, groups=2), rtol=1e-2, atol=1e-2)
-
-    @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy, inside the interpreter
-    def test_the_end_of_the_last_tile_of_taps_reads_no_weights(self, device):
-        """Behind the 24 weights of a filter lie those of the next, and the pixels they would meet are masked to 0."""
-        x, w = torch.randn(1, 8, 12), torch.randn(16, 8, 3)
-        w[5, 0, 0] = float("inf")
-        with tritune.use_backend("triton"):
-            y = tritune.conv1d(x.to(device), w.to(device), precision="ieee")
-        torch.testing.assert_close(y.cpu(), F.conv1d(x, w), equal_nan=True, rtol=1e-4, atol=1e-4)
-
-    @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy, inside the interpreter
-    def test_infinite_weights_stay_in_their_group(self, device):
-        """Groups of 5 channels in tiles of 16; every window lies inside, so that no 0 * inf is expected."""
-        x, w = torch.randn(1, 10, 4, 4), torch.randn(10, 8, 1, 1)
-        w[5, 0, 0, 0] = float("inf")
-        with tritune.use_backend("triton"):
-            y = tritune.conv_transpose2d(x.to(device), w.to(device), groups=2, precision="ieee")
-        torch.testing.assert_close(y.cpu(), F.conv_transpose2d(x, w, groups=2), equal_nan=True, rtol=1e-4, atol=1e-4)
 
     @pytest.mark.parametrize("one", [
         case("conv", (1, 16, 4, 3, 3), (16, 16, 2, 2, 1), op="conv3d", dilation=(2, 1, 1)),

@@ -215,7 +215,8 @@ def fold_bn(conv: torch.nn.modules.conv._ConvNd, bn: torch.nn.modules.batchnorm.
         raise ValueError(f"fold_bn: bn has {bn.num_features} features and conv {conv.out_channels} output channels")
     if getattr(conv, "activation", None) is not None or getattr(conv, "scale", None) is not None:
         raise ValueError("fold_bn: conv has an activation or a scale already, which bn would have to come before")
-    wide = torch.promote_types(conv.weight.dtype, torch.float32)
+    weight = conv.weight  # of a parametrized convolution computed anew each time
+    wide = torch.promote_types(weight.dtype, torch.float32)
     with torch.no_grad():
         scale = torch.rsqrt(bn.running_var.to(wide) + bn.eps)
         if bn.weight is not None:
@@ -231,10 +232,9 @@ def fold_bn(conv: torch.nn.modules.conv._ConvNd, bn: torch.nn.modules.batchnorm.
         precision=getattr(conv, "precision", None),
         **({"output_padding": conv.output_padding} if conv.transposed else {}),
     )  # fmt: skip
-    weight = conv.weight
     folded.weight = weight if isinstance(weight, torch.nn.Parameter) else torch.nn.Parameter(weight.detach())
-    folded.bias = torch.nn.Parameter(bias.to(conv.weight.dtype))
-    folded.scale = scale.to(conv.weight.dtype)
+    folded.bias = torch.nn.Parameter(bias.to(weight.dtype))
+    folded.scale = scale.to(weight.dtype)
     return folded.eval()
 
 
