@@ -107,6 +107,7 @@ class Operator:
         describe: the sizes of a case in one short line.
         floor_us: device time in microseconds that the case cannot beat.
         tiny: the same kind of layer with toy sizes.
+        compiled: torch.compile has a kernel of its own for the operator by itself.
     """
 
     ours: Callable[..., Tensor]
@@ -116,6 +117,7 @@ class Operator:
     describe: Callable[[Case], str]
     floor_us: Callable[[Case, DeviceSpec], float]
     tiny: Callable[[Case], Case]
+    compiled: bool = False
 
     def output_shape(self, case: Case) -> Shape:
         tensors = {name: torch.empty(shape, device="meta") for name, shape in case.shapes.items()}
@@ -129,10 +131,11 @@ class Operator:
     def providers_of(self, case: Case) -> list[str]:
         """Without pointwise steps around the operator nothing is left to leave out, nor for a compiler to fuse.
         Compiling takes seconds, so only the most telling cases pay for it, and only where kernels are timed."""
-        if self.bare is None or not case.epilogue or case.direction != "fwd":
+        has_steps = self.bare is not None and bool(case.epilogue)
+        compiles = (has_steps or self.compiled) and case.rank == 0 and torch.cuda.is_available()
+        if case.direction != "fwd":
             return list(self.providers)
-        compiled = ["torch_compile"] if case.rank == 0 and torch.cuda.is_available() else []
-        return [*self.providers, "torch_bare", *compiled]
+        return [*self.providers, *["torch_bare"] * has_steps, *["torch_compile"] * compiles]
 
 
 @dataclass(frozen=True)

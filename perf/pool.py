@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -10,48 +11,89 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .. import ops
 from ..autotune.config import Config
 from ..autotune.device import DeviceSpec
-from ..ops import max_pool2d
+from ..ops.pool import kernel_window
 from .case import ALL_LAYERS, DTYPES, IMAGES, PRECISIONS, Case, Kernel, Layers, Operator, Shape, random_tensors
 
 
 class Layer(NamedTuple):
-    """One pooling of a model."""
+    """One pooling of a model; fixed windows have the same size in every dimension."""
 
+    op: str
     input: Shape
-    window: int
-    stride: int
+    window: int = 0
+    stride: int = 0
     padding: int = 0
+    size: int = 1
+    """Of the result, where windows are adaptive."""
+
+    @property
+    def rank(self) -> int:
+        return len(self.input) - 2
+
+    @property
+    def is_adaptive(self) -> bool:
+        return self.window == 0
 
     @property
     def output(self) -> Shape:
-        n, c, *sizes = self.input
-        return (n, c, *((size + 2 * self.padding - self.window) // self.stride + 1 for size in sizes))
+        n, c, *space = self.input
+        if self.is_adaptive:
+            return (n, c, *(self.size for _ in space))
+        return (n, c, *((size + 2 * self.padding - self.window) // self.stride + 1 for size in space))
+
+    @property
+    def reduce(self) -> str:
+        return "norm2" if "lp" in self.op else "mean" if "avg" in self.op else "max"
+
+    def kwargs(self) -> dict[str, Any]:
+        if self.is_adaptive:
+            return {} if "global" in self.op else {"output_size": self.size}
+        fixed = {"kernel_size": self.window, "stride": self.stride}
+        return {"norm_type": 2, **fixed} if "lp" in self.op else {**fixed, "padding": self.padding}
 
 
 LAYERS = {
-    "resnet50-maxpool": Layer((32, 64, 112, 112), 3, 2, 1),
-    "vgg-maxpool": Layer((32, 64, 224, 224), 2, 2),
-    "vgg-maxpool-deep": Layer((32, 512, 14, 14), 2, 2),
-    "small-maxpool": Layer((8, 16, 24, 24), 2, 2),
+    "resnet50-maxpool": Layer("max_pool2d", (32, 64, 112, 112), 3, 2, 1),
+    "vgg-maxpool": Layer("max_pool2d", (32, 64, 224, 224), 2, 2),
+    "vgg-maxpool-deep": Layer("max_pool2d", (32, 512, 14, 14), 2, 2),
+    "small-maxpool": Layer("max_pool2d", (8, 16, 24, 24), 2, 2),
+    "yolo-spp": Layer("max_pool2d", (16, 256, 20, 20), 5, 1, 2),
+    "video-maxpool": Layer("max_pool3d", (4, 64, 16, 56, 56), 3, 2, 1),
+    "wave-maxpool": Layer("max_pool1d", (32, 128, 16000), 4, 4),
+    "resnet50d-avgpool": Layer("avg_pool2d", (32, 256, 56, 56), 2, 2),
+    "inception-avgpool": Layer("avg_pool2d", (32, 288, 35, 35), 3, 1, 1),
+    "video-avgpool": Layer("avg_pool3d", (4, 256, 8, 28, 28), 2, 2),
+    "pspnet-adaptive": Layer("adaptive_avg_pool2d", (8, 2048, 60, 60), size=6),
+    "roi-adaptive": Layer("adaptive_max_pool2d", (256, 256, 28, 28), size=7),
+    "resnet50-global": Layer("global_avg_pool", (32, 2048, 7, 7)),
+    "large-global": Layer("global_max_pool", (1, 64, 512, 512)),
+    "blur-lp": Layer("lp_pool2d", (32, 128, 56, 56), 2, 2),
 }
-HEADLINE = ("resnet50-maxpool",)
+HEADLINE = ("resnet50-maxpool", "resnet50-global")
 
 
 def _window(layer: Layer) -> Any:
-    """The layer's window as the kernels take it."""
-    from ..kernels.pool import Window
+    """The layer's windows as the kernels take them."""
+    sizes: tuple[tuple[int, ...], ...] = ((), (), (), ())
+    if not layer.is_adaptive:
+        values = (layer.window, layer.stride, layer.padding, 1)
+        sizes = tuple((value,) * layer.rank for value in values)
+    return kernel_window(layer.input[2:], layer.output[2:], sizes)
 
-    size, stride, padding = layer.window, layer.stride, layer.padding
-    return Window(size, size, stride, stride, padding, padding, 1, 1)
 
-
-def problem_of(layer: Layer, dtype: torch.dtype, index_bytes: int, channels_last: bool) -> Any:
+def problem_of(
+    layer: Layer, dtype: torch.dtype, index_bytes: int, channels_last: bool, reduce: str = ""
+) -> Any:  # fmt: skip
     from ..kernels import pool
 
-    p, q = layer.output[2:]
-    return pool.problem_of(layer.input, (p, q), _window(layer), dtype, index_bytes, channels_last)
+    x = torch.empty(layer.input, dtype=dtype, device="meta")
+    layout = "nhwc" if channels_last else "nchw"
+    return pool.problem_of(
+        x, layer.output[2:], _window(layer), reduce or layer.reduce, index_bytes=index_bytes, layout=layout
+    )  # fmt: skip
 
 
 def layers(target: str) -> Iterator[Layers]:
@@ -61,10 +103,19 @@ def layers(target: str) -> Iterator[Layers]:
         if target not in ALL_LAYERS and name not in HEADLINE:
             continue
         for label in ("bf16", "fp16", "ieee") if name in HEADLINE else ("bf16",):
-            for layout in ("nhwc", "nchw") if name in HEADLINE and label == "bf16" else ("nhwc",):
-                problem = problem_of(layer, PRECISIONS[label][0], 1, layout == "nhwc")
-                yield f"{name}-{label}-{layout}", pool.FORWARD, problem
-                yield f"{name}-{label}-{layout}", pool.BACKWARD, problem
+            for layout in ("nhwc", "nchw") if label == "bf16" else ("nhwc",):
+                index_bytes = int(layer.reduce == "max")
+                dtype, last = PRECISIONS[label][0], layout == "nhwc"
+                problem = problem_of(layer, dtype, index_bytes, last)
+                if problem.is_global():
+                    index_bytes = index_bytes and 4
+                    problem = problem_of(layer, dtype, index_bytes, last)
+                row = f"{name}-{label}-{layout}"
+                yield row, pool.GLOBAL if problem.is_global() else pool.FORWARD, problem
+                yield row, pool.BACKWARD, problem
+                if name == "resnet50-maxpool":
+                    yield row, pool.GATHER, problem
+                    yield row, pool.UNPOOL, problem_of(layer, dtype, 8, last, "last")
 
 
 # --- what the compiler must make of them -----------------------------------------------------------------------------
@@ -75,28 +126,53 @@ def wgmma_rows(kernel: str, problem: Any) -> int:
 
 
 def due_load_bytes(kernel: str, problem: Any) -> int:
-    """16 bytes a load for 16-bit channels last with channels in eights; with offsets of one byte, eight of them."""
-    if problem.dtype.itemsize != 2 or not problem.channels_last or problem.C % 8:
+    """16 bytes a load for 16-bit channels last with channels in eights; with taps of one byte, eight of them. The gather
+    and the elements that an unpooling gathers lie anywhere."""
+    if problem.dtype.itemsize != 2 or problem.layout != "nhwc" or problem.C % 8:
         return 0
-    return 8 if kernel == "max_pool2d_backward" else 16
+    if kernel in ("pool_gather", "max_unpool"):
+        return 0
+    return 8 if kernel == "pool_backward" and problem.index_bytes else 16
 
 
 # --- bytes that load and store instructions move: the formulas at the kernels' heads ----------------------------------
 
 
+def _gather_bytes(p: Any, config: Config) -> float:
+    _, y = p.elements()
+    return float(y * (2 * p.dtype.itemsize + p.index_bytes))
+
+
 def _forward_bytes(p: Any, config: Config) -> float:
-    outputs = p.N * p.C * p.P * p.Q
-    return float(outputs * (p.window.r * p.window.s * p.dtype.itemsize + p.dtype.itemsize + p.index_bytes))
+    from ..kernels.pool import issued_forward
+
+    return issued_forward(p, config)
 
 
 def _backward_bytes(p: Any, config: Config) -> float:
-    inputs, e = p.N * p.C * p.H * p.W, p.dtype.itemsize
-    return float(inputs * (p.window.windows_over_a_pixel() * (e + p.index_bytes) + e))
+    from ..kernels.pool import issued_backward
+
+    return issued_backward(p, config)
+
+
+def _unpool_bytes(p: Any, config: Config) -> float:
+    """The gather, and each index once more to see that it lies in its own window."""
+    _, y = p.elements()
+    return _backward_bytes(p, config) + y * p.index_bytes
+
+
+def _global_bytes(p: Any, config: Config) -> float:
+    from ..kernels.pool import issued_global
+
+    return issued_global(p, config)
 
 
 TRAFFIC: dict[str, Callable[[Any, Config], float]] = {
-    "max_pool2d": _forward_bytes,
-    "max_pool2d_backward": _backward_bytes,
+    "pool": _forward_bytes,
+    "pool_backward": _backward_bytes,
+    "global_pool": _global_bytes,
+    "max_unpool": _unpool_bytes,
+    "pool_gather": _gather_bytes,
 }
 
 
@@ -105,44 +181,85 @@ TRAFFIC: dict[str, Callable[[Any, Config], float]] = {
 
 def case(name: str, *, dtype: str = "bf16", layout: str = "nhwc", direction: str = "fwd", rank: int = 1) -> Case:
     layer = LAYERS[name]
-    kwargs = {"kernel_size": layer.window, "stride": layer.stride, "padding": layer.padding}
-    return Case(name, "max_pool2d", {"input": layer.input}, kwargs, dtype, layout, direction, rank)
+    return Case(name, layer.op, {"input": layer.input}, layer.kwargs(), dtype, layout, direction, rank)
 
 
 def layer_of(case: Case) -> Layer:
-    return Layer(case.shapes["input"], *(case.kwargs[name] for name in ("kernel_size", "stride", "padding")))
+    kw = case.kwargs
+    if "kernel_size" not in kw:
+        return Layer(case.op, case.shapes["input"], size=kw.get("output_size", 1))
+    return Layer(case.op, case.shapes["input"], kw["kernel_size"], kw["stride"], kw.get("padding", 0))
 
 
 def _describe(case: Case) -> str:
-    n, c, h, w = case.shapes["input"]
-    window, stride = case.kwargs["kernel_size"], case.kwargs["stride"]
-    return f"{n}x{c}x{h}x{w} max {window}x{window} s{stride}"
+    layer = layer_of(case)
+    kind = case.op.removesuffix("d").rstrip("123").removesuffix("_pool").removeprefix("global_")
+    kind = kind.removeprefix("adaptive_")
+    window = "x".join([str(layer.window)] * layer.rank) + f" s{layer.stride}"
+    if layer.is_adaptive:
+        window = "to " + "x".join(map(str, layer.output[2:]))
+    return f"{'x'.join(map(str, layer.input))} {kind} {window}"
 
 
 def _floor_us(case: Case, device: DeviceSpec) -> float:
     """x read and y written; with a backward also one byte of the winner's place an output, and both gradients."""
-    trains = case.direction != "fwd"
-    problem = problem_of(layer_of(case), DTYPES[case.dtype], int(trains), case.layout == "nhwc")
-    return problem.minimal_bytes() * (1 + trains) / (device.dram_gbs * 1e3)
+    trains, layer = case.direction != "fwd", layer_of(case)
+    problem = problem_of(layer, DTYPES[case.dtype], int(trains and layer.reduce == "max"), case.layout == "nhwc")
+    moved = problem.forward_bytes() + trains * problem.backward_bytes()
+    return float(moved / (device.dram_gbs * 1e3))
 
 
 def _tiny(case: Case) -> Case:
-    n, c, h, w = case.shapes["input"]
-    return replace(case, shapes={"input": (min(n, 2), min(c, 20), min(h, 7), min(w, 7))})
+    n, c, *space = case.shapes["input"]
+    smallest = {1: 40, 2: 7, 3: 5}[len(space)]
+    return replace(case, shapes={"input": (min(n, 2), min(c, 20), *(min(size, smallest) for size in space))})
 
 
-OPERATORS = {"max_pool2d": Operator(max_pool2d, F.max_pool2d, None, IMAGES, _describe, _floor_us, _tiny)}
+def _torch_global(kind: str) -> Callable[[Tensor], Tensor]:
+    """As a model calls it: the mean of the planes, or an adaptive maximum."""
+
+    def run(input: Tensor) -> Tensor:
+        if kind == "avg":
+            return F.adaptive_avg_pool2d(input, 1)
+        y: Tensor = F.adaptive_max_pool2d(input, 1)
+        return y
+
+    return run
+
+
+_TORCH: dict[str, Callable[..., Any]] = {
+    "global_avg_pool": _torch_global("avg"),
+    "global_max_pool": _torch_global("max"),
+}
+OPERATORS = {
+    op: Operator(
+        getattr(ops, op), _TORCH.get(op) or getattr(F, op), None, IMAGES, _describe, _floor_us, _tiny, compiled=True
+    )
+    for op in sorted({layer.op for layer in LAYERS.values()})
+}
 
 
 def _cases() -> Iterable[Case]:
     train = "fwd+bwd"
     yield case("resnet50-maxpool", rank=0)
     yield case("resnet50-maxpool", direction=train, rank=0)
+    yield case("resnet50-maxpool", layout="nchw", rank=0)
     yield case("vgg-maxpool", rank=1)
-    yield case("vgg-maxpool", direction=train, rank=2)
-    yield case("resnet50-maxpool", layout="nchw", rank=3)
-    yield case("resnet50-maxpool", layout="nchw", direction=train, rank=3)
+    yield case("resnet50-maxpool", layout="nchw", direction=train, rank=1)
+    yield case("resnet50-global", rank=1)
+    for name in ("vgg-maxpool", "resnet50-global", "resnet50d-avgpool", "pspnet-adaptive", "roi-adaptive"):
+        yield case(name, direction=train, rank=2)
     yield case("resnet50-maxpool", dtype="fp16", rank=3)
+    for name in LAYERS:
+        if name not in ("resnet50-maxpool", "resnet50-global", "vgg-maxpool"):
+            yield case(name, layout=_layout(name), rank=3)
+    for name in ("yolo-spp", "video-maxpool", "wave-maxpool", "inception-avgpool", "video-avgpool", "blur-lp"):
+        yield case(name, layout=_layout(name), direction=train, rank=3)
+
+
+def _layout(name: str) -> str:
+    """Sequences come as [N, C, L], images channels last."""
+    return "nchw" if name == "wave-maxpool" else "nhwc"
 
 
 CASES = tuple(_cases())
@@ -150,12 +267,15 @@ CASES = tuple(_cases())
 
 # --- kernels by themselves -------------------------------------------------------------------------------------------
 
-TUNED = ("resnet50-maxpool",)
+TUNED = ("resnet50-maxpool", "resnet50-global", "vgg-maxpool", "resnet50d-avgpool", "pspnet-adaptive", "roi-adaptive")
 
 
 def explicit(input: Shape, *, kernel: int = 2, stride: int | None = None, padding: int = 0) -> Case:
+    rank = len(input) - 2
+    if rank not in (1, 2, 3):
+        raise ValueError(f"input {input} has no one to three dimensions of space")
     kwargs = {"kernel_size": kernel, "stride": stride or kernel, "padding": padding}
-    return Case("explicit", "max_pool2d", {"input": input}, kwargs, direction="fwd+bwd")
+    return Case("explicit", f"max_pool{rank}d", {"input": input}, kwargs, direction="fwd+bwd")
 
 
 def kinds(one: Case) -> tuple[str, ...]:
@@ -163,39 +283,90 @@ def kinds(one: Case) -> tuple[str, ...]:
 
 
 def kernel_tensors(one: Case, kind: str, device: str, seed: int) -> dict[str, Tensor]:
-    """For a backward also what each forward kept of the winners."""
-    from ..kernels import pool
-
-    tensors = random_tensors(OPERATORS["max_pool2d"], one, device, seed)
+    """For a backward also what each forward kept: the winners, or of a norm its output."""
+    tensors = random_tensors(OPERATORS[one.op], one, device, seed)
     if kind == "fwd":
         return tensors
     layer, x = layer_of(one), tensors["input"]
-    window, pq = _window(layer), (layer.output[2], layer.output[3])
-    _, places = pool.run_forward(x, pq, window, index_dtype=window.offset_dtype, is_channels_last=True)
+    if layer.reduce != "max":
+        return {**tensors, "output": OPERATORS[one.op].torch(x, **one.kwargs)}
+    y, places = _forward(layer, x, keeps=True)
     assert places is not None
-    return {**tensors, "places": places, "indices": F.max_pool2d(x, **one.kwargs, return_indices=True)[1]}
+    function = getattr(F, f"adaptive_max_pool{layer.rank}d" if layer.is_adaptive else one.op)
+    kwargs = {"output_size": layer.size} if layer.is_adaptive else one.kwargs
+    return {**tensors, "places": places, "indices": function(x, **kwargs, return_indices=True)[1]}
+
+
+def _index_dtype(layer: Layer) -> torch.dtype:
+    taps = math.prod(_window(layer).kernel)
+    return torch.uint8 if taps <= 254 else torch.int16 if taps < 2**15 else torch.int32
+
+
+def _dense(t: Tensor, shape: Shape, dtype: torch.dtype, last: bool) -> Tensor:
+    n, c, *space = shape
+    made = t.new_empty((n, *space, c) if last else shape, dtype=dtype)
+    return made.movedim(-1, 1) if last else made
+
+
+def _forward(layer: Layer, x: Tensor, keeps: bool) -> tuple[Tensor, Tensor | None]:
+    """The kernel's output and, for a maximum, the winners."""
+    from ..kernels import pool
+
+    last = x.stride(1) == 1
+    y = _dense(x, layer.output, x.dtype, last)
+    places = _dense(x, layer.output, _index_dtype(layer), last) if keeps and layer.reduce == "max" else None
+    pool.run_forward(x, y, places, _window(layer), layer.reduce, is_channels_last=last)
+    return y, places
 
 
 def kernel_of(one: Case, kind: str, tensors: dict[str, Tensor]) -> Kernel:
     from ..kernels import pool
 
     layer, x = layer_of(one), tensors["input"]
-    window, pq, hw = _window(layer), (layer.output[2], layer.output[3]), (x.shape[2], x.shape[3])
-    index_dtype = window.offset_dtype
-    problem = problem_of(layer, x.dtype, index_dtype.itemsize, True)
+    window, last = _window(layer), one.layout == "nhwc"
+    index_bytes = _index_dtype(layer).itemsize if layer.reduce == "max" else 0
+    problem = problem_of(layer, x.dtype, index_bytes, last)
+    function = OPERATORS[one.op].torch
     if kind == "fwd":
+        tunable = pool.GLOBAL if problem.is_global() else pool.FORWARD
         return Kernel(
-            pool.FORWARD,
-            problem,
-            lambda t: pool.run_forward(t["input"], pq, window, index_dtype=index_dtype, is_channels_last=True)[0],
-            lambda t: F.max_pool2d(t["input"], **one.kwargs),
-        )
-    pairs = [[one.kwargs[name]] * 2 for name in ("kernel_size", "stride", "padding")]
-    return Kernel(
-        pool.BACKWARD,
-        problem,
-        lambda t: pool.run_backward(t["dy"], t["places"], hw, window, is_channels_last=True),
-        lambda t: torch.ops.aten.max_pool2d_with_indices_backward(
-            t["dy"], t["input"], *pairs, [1, 1], False, t["indices"]
-        ),
-    )
+            tunable, problem, lambda t: _forward(layer, t["input"], keeps=True)[0],
+            lambda t: function(t["input"], **one.kwargs),
+        )  # fmt: skip
+
+    def backward(t: dict[str, Tensor]) -> Tensor:
+        dx = torch.empty_like(t["input"])
+        saved = (t["output"], t["input"]) if layer.reduce == "norm2" else (None, None)
+        pool.run_backward(t["dy"], t.get("places"), *saved, dx, window, layer.reduce, is_channels_last=last)
+        return dx
+
+    return Kernel(pool.BACKWARD, problem, backward, lambda t: _torch_backward(one, layer, t))
+
+
+def _torch_backward(one: Case, layer: Layer, t: dict[str, Tensor]) -> Tensor:
+    """torch's backward kernel alone; of a norm, which has none, its own and those around it."""
+    aten, rank, x, dy = torch.ops.aten, max(layer.rank, 2), t["input"], t["dy"]
+    dx: Tensor
+    if layer.reduce == "norm2":
+        leaf = x.detach().requires_grad_()
+        (dx,) = torch.autograd.grad(OPERATORS[one.op].torch(leaf, **one.kwargs), leaf, dy)
+        return dx
+    flat = layer.rank == 1
+    x, dy = (s.unsqueeze(2) if flat else s for s in (x, dy))
+    sizes = [
+        [neutral, value] if flat else [value] * rank
+        for neutral, value in ((1, layer.window), (1, layer.stride), (0, layer.padding))
+    ]
+    if layer.reduce == "mean":
+        if layer.is_adaptive:
+            dx = getattr(aten, f"_adaptive_avg_pool{rank}d_backward")(dy, x)
+        else:
+            dx = getattr(aten, f"avg_pool{rank}d_backward")(dy, x, *sizes, False, True, None)
+    else:
+        indices = t["indices"].unsqueeze(2) if flat else t["indices"]
+        if layer.is_adaptive:
+            dx = getattr(aten, f"adaptive_max_pool{rank}d_backward")(dy, x, indices)
+        else:
+            name = f"max_pool{rank}d_with_indices_backward"
+            dx = getattr(aten, name)(dy, x, *sizes, [1] * rank, False, indices)
+    return dx.squeeze(2) if flat else dx

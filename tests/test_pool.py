@@ -1,8 +1,10 @@
-"""max_pool2d on every backend: values, winners, gradients, ties, NaN, windows that see only padding."""
+"""Pooling on every backend: values, winners, gradients, ties, NaN, windows that see only padding, unpooling."""
 
 from __future__ import annotations
 
+import inspect
 import itertools
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -17,32 +19,115 @@ every_backend = [pytest.mark.torch, pytest.mark.interpret, pytest.mark.gpu]
 kernels_only = [pytest.mark.interpret, pytest.mark.gpu]
 
 
-def case(id: str, x: tuple[int, ...], *args: Any, **kwargs: Any) -> Case:
-    names = ("kernel_size", "stride", "padding", "dilation", "ceil_mode")
-    return Case(id, tritune.max_pool2d, F.max_pool2d, {"input": x}, {**dict(zip(names, args, strict=False)), **kwargs})
+def whole_planes(kind: str) -> Callable[..., torch.Tensor]:
+    def function(input: torch.Tensor, keepdim: bool = True) -> torch.Tensor:
+        y: torch.Tensor = getattr(F, f"adaptive_{kind}_pool{input.dim() - 2}d")(input, 1)
+        return y if keepdim else y.flatten(1)
+
+    return function
 
 
-CASES = [
-    case("resnet", (2, 20, 9, 7), 3, 2, 1),
-    case("vgg", (2, 16, 8, 6), 2),
-    case("ceil", (1, 8, 10, 9), 2, 2, 0, 1, True),
-    case("ceil-padded", (1, 5, 7, 6), 3, 3, 1, 1, True),
-    case("overlapping", (1, 9, 6, 5), 3, 1, 1),
-    case("rectangular", (2, 9, 8, 8), (3, 2), (1, 3), 1, (2, 1)),
-    case("dilated", (1, 6, 9, 9), 2, 1, 1, 3),
-    case("stride-beyond-window", (1, 4, 10, 9), 2, 3),
-    case("unbatched", (6, 7, 5), 3, 2, 1),
-    case("one-channel", (2, 1, 7, 5), 2),
-    case("whole-plane", (2, 12, 4, 3), (4, 3)),
-    case("wide-offsets", (1, 1, 18, 17), (18, 16), 1, (1, 0)),  # 288 taps: two bytes
+GLOBAL = {"global_avg_pool": whole_planes("avg"), "global_max_pool": whole_planes("max")}
+
+
+def reference_of(op: str) -> Callable[..., torch.Tensor]:
+    """torch's function; its CPU kernel of 3-d averages has no 16-bit types, which the test then widens."""
+    theirs: Callable[..., torch.Tensor] = getattr(F, op, None) or GLOBAL[op]
+    if op not in ("avg_pool3d", "lp_pool3d"):
+        return theirs
+
+    def widened(input: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        wide = input.float() if input.dtype.itemsize == 2 and input.device.type == "cpu" else input
+        return theirs(wide, **kwargs).to(input.dtype)
+
+    return widened
+
+
+def case(op: str, id: str, x: tuple[int, ...], *args: Any, **kwargs: Any) -> Case:
+    ours = getattr(tritune, op)
+    names = list(inspect.signature(ours).parameters)[1:]
+    kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
+    return Case(f"{op}-{id}", ours, reference_of(op), {"input": x}, kwargs)
+
+
+MAX2D = [
+    case("max_pool2d", "resnet", (2, 20, 9, 7), 3, 2, 1),
+    case("max_pool2d", "vgg", (2, 16, 8, 6), 2),
+    case("max_pool2d", "ceil", (1, 8, 10, 9), 2, 2, 0, 1, True),
+    case("max_pool2d", "ceil-padded", (1, 5, 7, 6), 3, 3, 1, 1, True),
+    case("max_pool2d", "overlapping", (1, 9, 6, 5), 3, 1, 1),
+    case("max_pool2d", "rectangular", (2, 9, 8, 8), (3, 2), (1, 3), 1, (2, 1)),
+    case("max_pool2d", "dilated", (1, 6, 9, 9), 2, 1, 1, 3),
+    case("max_pool2d", "stride-beyond-window", (1, 4, 10, 9), 2, 3),
+    case("max_pool2d", "unbatched", (6, 7, 5), 3, 2, 1),
+    case("max_pool2d", "one-channel", (2, 1, 7, 5), 2),
+    case("max_pool2d", "whole-plane", (2, 12, 4, 3), (4, 3)),
+    case("max_pool2d", "wide-offsets", (1, 1, 18, 17), (18, 16), 1, (1, 0)),  # 288 taps: two bytes
+    case("max_pool2d", "aligned-rows", (1, 3, 8, 16), 3, 2, 1),
 ]
-COMPAT = ("resnet",)
+MAXIMA = [
+    *MAX2D,
+    case("max_pool1d", "padded", (2, 9, 30), 3, 2, 1),
+    case("max_pool1d", "rows-in-parts", (1, 2, 700), 4, 3, 2, 2),
+    case("max_pool1d", "window-beyond-a-band", (1, 2, 400), 260, 70),
+    case("max_pool1d", "unbatched", (4, 16), 2, ceil_mode=True),
+    case("max_pool3d", "padded", (1, 9, 5, 6, 7), 3, 2, 1),
+    case("max_pool3d", "rectangular", (2, 8, 4, 6, 8), (2, 3, 2), (1, 2, 2), (1, 1, 0), (2, 1, 1)),
+    case("max_pool3d", "unbatched", (3, 4, 4, 5), 2, ceil_mode=True),
+    case("adaptive_max_pool1d", "uneven", (2, 9, 31), 7),
+    case("adaptive_max_pool2d", "even", (2, 16, 8, 12), (4, 6)),
+    case("adaptive_max_pool2d", "uneven", (2, 9, 10, 13), (4, 5)),
+    case("adaptive_max_pool2d", "upwards", (1, 8, 3, 4), (5, 9)),
+    case("adaptive_max_pool2d", "wide", (1, 2, 3, 300), (2, 40)),
+    case("adaptive_max_pool2d", "unbatched", (5, 7, 6), (None, 4)),
+    case("adaptive_max_pool3d", "uneven", (1, 8, 5, 6, 7), (2, 4, 3)),
+    case("global_max_pool", "2d", (3, 20, 7, 9)),
+    case("global_max_pool", "3d", (2, 6, 3, 4, 5), False),
+    case("global_max_pool", "1d", (2, 6, 50)),
+]
+MEANS = [
+    case("avg_pool1d", "padded", (2, 9, 30), 3, 2, 1),
+    case("avg_pool1d", "rows-in-parts", (1, 2, 700), 6, 2, 3, count_include_pad=False),
+    case("avg_pool2d", "plain", (2, 16, 8, 6), 2),
+    case("avg_pool2d", "padded", (2, 20, 9, 7), 3, 2, 1),
+    case("avg_pool2d", "exclude-pad", (1, 9, 9, 8), 3, 2, 1, count_include_pad=False),
+    case("avg_pool2d", "ceil", (1, 8, 10, 9), 3, 2, 1, True),
+    case("avg_pool2d", "ceil-exclude-pad", (1, 8, 10, 9), 3, 2, 1, True, False),
+    case("avg_pool2d", "divisor", (1, 8, 6, 16), (3, 2), (1, 2), (1, 0), divisor_override=-5),
+    case("avg_pool2d", "unbatched", (6, 7, 5), 3, 1, 1),
+    case("avg_pool2d", "whole-plane", (2, 12, 4, 3), (4, 3)),
+    case("avg_pool3d", "exclude-pad", (1, 8, 5, 6, 7), 3, 2, 1, True, False),
+    case("avg_pool3d", "divisor", (1, 3, 4, 4, 8), 2, divisor_override=3),
+    case("adaptive_avg_pool1d", "uneven", (2, 9, 31), 7),
+    case("adaptive_avg_pool2d", "even", (2, 16, 8, 12), (4, 6)),
+    case("adaptive_avg_pool2d", "uneven", (2, 9, 10, 13), (4, 5)),
+    case("adaptive_avg_pool2d", "upwards", (1, 8, 3, 4), (5, 9)),
+    case("adaptive_avg_pool2d", "wide", (1, 2, 3, 300), (2, 40)),
+    case("adaptive_avg_pool2d", "large-windows", (1, 2, 140, 3), (2, 1)),
+    case("adaptive_avg_pool3d", "uneven", (1, 8, 5, 6, 7), (2, 4, 3)),
+    case("global_avg_pool", "2d", (3, 20, 7, 9)),
+    case("global_avg_pool", "3d", (2, 6, 3, 4, 5), False),
+    case("global_avg_pool", "1d", (2, 6, 50)),
+    case("lp_pool1d", "2", (2, 9, 30), 2, 3, 2),
+    case("lp_pool2d", "2", (2, 16, 8, 16), 2, 3, 2, True),
+    case("lp_pool2d", "1", (2, 9, 8, 7), 1, 2),
+    case("lp_pool2d", "large-windows", (2, 9, 8, 14), 2.0, (8, 7)),
+    case("lp_pool2d", "3", (1, 4, 8, 7), 3, 2),
+    case("lp_pool2d", "4.5-of-negative-numbers", (1, 4, 8, 7), 4.5, 2),
+    case("lp_pool2d", "inf", (1, 4, 8, 7), float("inf"), 2),
+    case("lp_pool2d", "-inf", (1, 4, 8, 7), float("-inf"), 2),
+    case("lp_pool3d", "2", (1, 8, 4, 5, 6), 2, 2, 1),
+]
+CASES = MAXIMA + MEANS
+COMPAT = ("max_pool2d-resnet", "max_pool2d-aligned-rows", "avg_pool2d-exclude-pad", "global_max_pool-2d")
 
 
 def parameters() -> list[Any]:
     rows = []
     for one, dtype, layout in itertools.product(CASES, DTYPES, ("nchw", "nhwc")):
-        marks = [pytest.mark.compat] if one.id in COMPAT and layout == "nhwc" else []
+        if "unbatched" in one.id and layout == "nhwc":
+            continue  # three or four dimensions have no such format
+        marks = [pytest.mark.compat] if one.id in COMPAT else []
         rows.append(pytest.param(one, dtype, layout, id=f"{one.id}-{str(dtype)[6:]}-{layout}", marks=marks))
     return rows
 
@@ -54,24 +139,26 @@ class TestCases:
     def test_forward_and_gradient(self, case, dtype, layout, device, tier):
         check(case, dtype, layout, device, backend_of(tier))
 
-    @pytest.mark.parametrize("case", CASES[:2], ids=lambda case: case.id)
+    @pytest.mark.parametrize("case", [CASES[0], MAX2D[-1], MEANS[3], MEANS[-12]], ids=lambda case: case.id)
     def test_strided_views_are_read_in_place(self, case, device, tier):
         check(case, torch.float32, "strided", device, backend_of(tier))
 
-    @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
+    @pytest.mark.parametrize("case", [one for one in MAXIMA if "global" not in one.id], ids=lambda case: case.id)
     @pytest.mark.parametrize("layout", ["nchw", "nhwc"])
     def test_values_and_indices_are_exact(self, case, layout, device, tier):
         # Coarse values make ties; with NaN and -inf among them every rule of the winner is used.
-        x = lay_out(torch.randn(case.shapes["input"]).mul(2).round(), layout)
-        x[..., 1, :3], x[..., 3:6, 2:5] = float("nan"), float("-inf")
-        wanted, places = F.max_pool2d(x, **case.kwargs, return_indices=True)
+        x = torch.randn(case.shapes["input"]).mul(2).round()
+        odd = torch.rand(x.shape)
+        x[odd < 0.1], x[(odd > 0.1) & (odd < 0.4)] = float("nan"), float("-inf")
+        x = lay_out(x, layout if "unbatched" not in case.id else "nchw")
+        wanted, places = case.reference(x, **case.kwargs, return_indices=True)
         with tritune.use_backend(backend_of(tier)), poisoned():
-            y, indices = tritune.max_pool2d(x.to(device), **case.kwargs, return_indices=True)
-            plain = tritune.max_pool2d(x.to(device), **case.kwargs)
+            y, indices = case.op(x.to(device), **case.kwargs, return_indices=True)
+            plain = case.op(x.to(device), **case.kwargs)
         torch.testing.assert_close(y.cpu(), wanted, rtol=0, atol=0, equal_nan=True)
         torch.testing.assert_close(plain.cpu(), wanted, rtol=0, atol=0, equal_nan=True)
         assert torch.equal(indices.cpu(), places)
-        assert indices.dtype == torch.int64 and indices.stride() == places.stride()
+        assert indices.dtype == torch.int64 and indices.stride() == y.stride()
 
 
 def pool(x: torch.Tensor, device: str, tier: str, *args: Any, **kwargs: Any) -> Any:
@@ -145,10 +232,12 @@ class TestBranches:
             check(CASES[0], torch.float16, layout, device, "triton")
 
     def test_offset_width_follows_the_window(self):
-        from tritune.kernels.pool import Window
+        from tritune.ops.pool import _offset_dtype
 
-        widths = {k: Window(k, k, 1, 1, 0, 0, 1, 1).offset_dtype for k in (15, 16, 181, 182)}
-        assert list(widths.values()) == [torch.uint8, torch.int16, torch.int16, torch.int32]
+        widths = [_offset_dtype((200, 200), (9, 9), (k, k)) for k in (15, 16, 181, 182)]
+        assert widths == [torch.uint8, torch.int16, torch.int16, torch.int32]
+        assert _offset_dtype((200, 200), (20, 20), ()) == torch.uint8
+        assert _offset_dtype((200, 200), (9, 9), ()) == torch.int16
 
     @pytest.mark.parametrize("kernel_size", [(2, 2), (16, 16)])
     @pytest.mark.parametrize("return_indices", [False, True])
@@ -187,17 +276,33 @@ class TestLarge:
 
 
 @pytest.mark.static
-def test_changing_sizes_compile_once():
+@pytest.mark.parametrize("layout", ["nchw", "nhwc"])
+@pytest.mark.parametrize("windows", ["fixed", "adaptive"])
+def test_changing_sizes_compile_once(windows, layout):
+    """In NCHW a change of the width may: rows have another alignment and their bands another size."""
     from tritune.kernels import pool
+    from tritune.ops.pool import kernel_window
 
     binaries: dict[str, set[str]] = {}
-    window = pool.Window(3, 3, 2, 2, 1, 1, 1, 1)
-    for tunable in (pool.FORWARD, pool.BACKWARD):
-        for n, h, w in ((1, 1, 1), (2, 7, 9), (16, 32, 48), (1, 16, 1), (3, 1, 17), (64, 64, 64)):
-            pq = ((h - 1) // 2 + 1, (w - 1) // 2 + 1)
-            problem = pool.problem_of((n, 24, h, w), pq, window, torch.bfloat16, 1, True)
-            for launch in tunable.launches(problem, tunable.configs[0]):
+    sizes = ((1, 1, 16), (2, 7, 16), (16, 32, 16), (1, 16, 16), (64, 64, 16))
+    if layout == "nhwc":
+        sizes = (*sizes, (1, 1, 1), (2, 7, 9), (16, 32, 48), (1, 16, 1), (3, 1, 17), (64, 64, 64))
+    for tunable in (pool.FORWARD, pool.BACKWARD, pool.UNPOOL, pool.GATHER):
+        for n, h, w in sizes:
+            out = ((h - 1) // 2 + 1, (w - 1) // 2 + 1)
+            window = pool.Window.of((3, 3), (2, 2), (1, 1), (1, 1))
+            if windows == "adaptive":
+                window = kernel_window((h, w), out, ((), (), (), ()))
+            x = torch.empty(n, 24, h, w, dtype=torch.bfloat16, device="meta")
+            index_bytes = 8 if tunable in (pool.UNPOOL, pool.GATHER) else 1
+            reduce = "last" if tunable is pool.UNPOOL else "max"
+            problem = pool.problem_of(x, out, window, reduce, index_bytes=index_bytes, layout=layout)
+            config = next(one for one in tunable.configs if layout == "nhwc" or one.get("BLOCK_W", 16) == 16)
+            if layout == "nchw" and tunable is not pool.GATHER:
+                config = next(one for one in tunable.configs if one.get("BLOCK_W") == 16)
+            for launch in tunable.launches(problem, config):
                 source = launch.source()
                 key = (source.signature, source.constants, source.attrs)
-                binaries.setdefault(tunable.name, set()).add(repr([sorted(part.items()) for part in key]))
-    assert {name: len(found) for name, found in binaries.items()} == {"max_pool2d": 1, "max_pool2d_backward": 1}
+                name = f"{tunable.name} {launch.kernel.fn.__name__}"
+                binaries.setdefault(name, set()).add(repr([sorted(part.items()) for part in key]))
+    assert {name: len(found) for name, found in binaries.items() if len(found) > 1} == {}

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from . import ops
 from .autotune.device import named
 from .ops import (
     Decision,
@@ -31,7 +32,6 @@ from .ops import (
     elman_step,
     gru,
     lstm,
-    max_pool2d,
     record,
     rnn,
     scaled_dot_product_attention,
@@ -71,7 +71,13 @@ def _conv(tensors: list[Tensor], o: argparse.Namespace) -> tuple[Sequence[Any], 
 
 
 def _pool(tensors: list[Tensor], o: argparse.Namespace) -> tuple[Sequence[Any], dict[str, Any]]:
-    return [*tensors, o.kernel, o.stride, o.padding, o.dilation], {"ceil_mode": o.ceil_mode}
+    named_as = {"kernel": "kernel_size", "size": "output_size", "norm": "norm_type"}
+    return tensors, {named_as.get(name, name): value for name, value in vars(o).items() if name in _POOLING}
+
+
+def _unpool(tensors: list[Tensor], o: argparse.Namespace) -> tuple[Sequence[Any], dict[str, Any]]:
+    (x,) = tensors
+    return [x, torch.empty_like(x, dtype=torch.int64)], _pool([], o)[1]
 
 
 def _recurrent(gates: int) -> Callable[[list[Tensor], argparse.Namespace], tuple[Sequence[Any], dict[str, Any]]]:
@@ -112,6 +118,15 @@ _POOL: Options = {
     "--kernel": {"type": int, "default": 2, "help": "default: 2"}, "--stride": {"type": int}, **_WINDOW,
     "--ceil-mode": {"action": "store_true"}, **_LAYOUT,
 }  # fmt: skip
+# Options of the pooling functions, by the names that the command line has for them.
+_POOLING = ("kernel", "stride", "padding", "dilation", "ceil_mode", "size", "norm")
+_AVERAGE: Options = {name: option for name, option in _POOL.items() if name != "--dilation"}
+_NORM: Options = {
+    "--norm": {"type": float, "default": 2.0, "help": "default: 2"},
+    **{name: option for name, option in _AVERAGE.items() if name != "--padding"},
+}
+_UNPOOL: Options = {name: option for name, option in _AVERAGE.items() if name != "--ceil-mode"}
+_ADAPTIVE: Options = {"--size": {"type": int, "default": 7, "help": "of the result; default: 7"}, **_LAYOUT}
 _HIDDEN: Options = {"--hidden": {"type": int, "required": True, "help": "units of the state"}}
 _LAYER: Options = {
     **_HIDDEN, "--bidirectional": {"action": "store_true"}, "--batch-first": {"action": "store_true"}, **_PRECISION,
@@ -141,7 +156,20 @@ OPS = {
         conv_transpose2d, "input weight [bias]", "8x1024x32x32 1024x512x2x2", _CONV_TRANSPOSE, _conv
     ),
     "conv_transpose3d": Op(conv_transpose3d, "input weight [bias]", "1x64x8x16x16 64x32x2x2x2", _CONV_TRANSPOSE, _conv),
-    "max_pool2d": Op(max_pool2d, "input", "32x64x112x112", _POOL, _pool),
+    **{
+        f"{name}{rank}d": Op(getattr(ops, f"{name}{rank}d"), "input", example, options, arguments)
+        for name, options, arguments in (
+            ("max_pool", _POOL, _pool),
+            ("avg_pool", _AVERAGE, _pool),
+            ("adaptive_max_pool", _ADAPTIVE, _pool),
+            ("adaptive_avg_pool", _ADAPTIVE, _pool),
+            ("lp_pool", _NORM, _pool),
+            ("max_unpool", _UNPOOL, _unpool),
+        )
+        for rank, example in enumerate(("32x128x16000", "32x64x112x112", "4x64x16x56x56"), 1)
+    },
+    "global_avg_pool": Op(ops.global_avg_pool, "input", "32x2048x7x7", _LAYOUT, _pool),
+    "global_max_pool": Op(ops.global_max_pool, "input", "32x2048x7x7", _LAYOUT, _pool),
     "rnn": Op(rnn, "input", "512x64x128", {**_LAYER, **_NONLINEARITY}, _recurrent(1)),
     "gru": Op(gru, "input", "512x64x128", _LAYER, _recurrent(3)),
     "lstm": Op(lstm, "input", "512x64x128", _LAYER, _recurrent(4)),
