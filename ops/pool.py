@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..autotune.device import DeviceSpec
 from ..autotune.resolve import Choice, resolve
-from . import _checks
+from . import pool_checks
 from ._dispatch import choose, runs_kernels
 from ._layout import is_channels_last, memory_format
 from ._register import below_autograd, register
@@ -52,7 +52,7 @@ def max_pool2d(
         >>> tritune.max_pool2d(torch.randn(8, 64, 112, 112), 3, stride=2, padding=1).shape
         torch.Size([8, 64, 56, 56])
     """
-    args = _checks.check_max_pool2d(input, kernel_size, stride, padding, dilation, ceil_mode, return_indices)
+    args = pool_checks.check_max_pool(2, input, kernel_size, stride, padding, dilation, ceil_mode, return_indices)
     batched = input if input.dim() == 4 else input.unsqueeze(0)
     needs_grad = torch.is_grad_enabled() and input.requires_grad
     index_bytes = 8 if return_indices else _offset_bytes(args.kernel_size) if needs_grad else 0
@@ -100,7 +100,7 @@ def _window(kernel_size: Any, stride: Any, padding: Any, dilation: Any) -> Any:
     return Window(*kernel_size, *stride, *padding, *dilation)
 
 
-def _problem(input: Tensor, args: _checks.MaxPool2dArgs, index_bytes: int) -> Any:
+def _problem(input: Tensor, args: pool_checks.PoolArgs, index_bytes: int) -> Any:
     from ..kernels import pool
 
     window = _window(args.kernel_size, args.stride, args.padding, args.dilation)
@@ -133,7 +133,7 @@ def _auto_rule(problem: Any, device: DeviceSpec, needs_grad: bool) -> tuple[bool
 # --- torch's implementation: fallback and yardstick ------------------------------------------------------------------
 
 
-def _composite(input: Tensor, args: _checks.MaxPool2dArgs, return_indices: bool) -> Any:
+def _composite(input: Tensor, args: pool_checks.PoolArgs, return_indices: bool) -> Any:
     window = (args.kernel_size, args.stride, args.padding, args.dilation)
     if args.has_empty_window:
         y, h, w = _pool_of_padded(input, args.output_size, *window)
@@ -174,7 +174,7 @@ def _output_size(
     input: Tensor, kernel_size: Any, stride: Any, padding: Any, dilation: Any, ceil_mode: bool
 ) -> Pair:  # fmt: skip
     return tuple(
-        _checks.pool_output_size(*sizes, ceil_mode)
+        pool_checks.pool_output_size(*sizes, ceil_mode)
         for sizes in zip(input.shape[2:], kernel_size, stride, padding, dilation, strict=True)
     )  # type: ignore[return-value]
 
