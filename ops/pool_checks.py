@@ -105,7 +105,8 @@ def check_lp_pool(
     if type(norm_type) is not int and type(norm_type) is not float and not isinstance(norm_type, Number):
         raise TypeError(_text_argument_type(fn, 2, "norm_type", "Number", norm_type))
     is_maximum = norm_type == math.inf or norm_type == -math.inf
-    if (dtype not in _FLOATING or isinstance(norm_type, complex)) and not _is_left_to_torch(input):
+    is_usual = type(norm_type) is float or (type(norm_type) is int and -(2**63) <= norm_type < 2**63)
+    if not (is_usual and dtype in _FLOATING) and not _is_left_to_torch(input):
         dtype = _dtype_of_powers(dtype, norm_type, is_maximum)
     if is_maximum:
         return _max_pool(rank, f"max_pool{rank}d", input, dtype, kernel_size, stride, 0, 1, ceil_mode, False)
@@ -433,11 +434,12 @@ def _check_adaptive_avg(rank: int, input: Tensor, shape: Ints, sizes: Ints) -> N
         raise RuntimeError(f"{fn}: output_size must be {rank}, but got {list(sizes)}")
     if min(sizes) < 0:
         raise RuntimeError(_text_adaptive_negative(fn, sizes))
+    if rank == 3 and 0 in shape[1:]:
+        raise RuntimeError(_text_adaptive_empty(fn, shape, 1))
     if len(shape) != rank + 1 and len(shape) != rank + 2:
         raise RuntimeError(f"{fn}(): Expected {rank + 1}D or {rank + 2}D tensor, but got {list(shape)}")
-    first = 1 if rank == 3 else len(shape) - rank
-    if 0 in shape[first:]:
-        raise RuntimeError(_text_adaptive_empty(fn, _as_rows(rank, shape), first))
+    if 0 in shape[-rank:]:  # it may have no channels
+        raise RuntimeError(_text_adaptive_empty(fn, _as_rows(rank, shape), -rank))
     is_mean = sizes == (1,) * rank
     if input.dtype not in (_MEAN_DTYPES if is_mean else _FLOATING) and not _is_left_to_torch(input):
         raise _adaptive_avg_dtype_error(rank, input, is_mean)

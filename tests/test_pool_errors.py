@@ -3,6 +3,7 @@
 import itertools
 import math
 import random
+import re
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -28,14 +29,12 @@ pytestmark = pytest.mark.torch
 
 KINDS: dict[str, dict[str, Any]] = {
     "max_pool": {"stride": None, "padding": 0, "dilation": 1, "ceil_mode": False, "return_indices": False},
-    "avg_pool": {
-        "stride": None, "padding": 0, "ceil_mode": False, "count_include_pad": True, "divisor_override": None
-    },
+    "avg_pool": {"stride": None, "padding": 0, "ceil_mode": False, "count_include_pad": True, "divisor_override": None},
     "lp_pool": {"stride": None, "ceil_mode": False},
     "adaptive_avg_pool": {},
     "adaptive_max_pool": {"return_indices": False},
     "max_unpool": {"stride": None, "padding": 0, "output_size": None},
-}  # fmt: skip
+}
 """The arguments that follow those without a default, in torch's order."""
 
 CHECKS = {
@@ -101,7 +100,9 @@ class Function(NamedTuple):
         if self.kind.startswith("adaptive"):
             arguments = {"output_size": 2, **KINDS[self.kind]}
         assert given.keys() <= arguments.keys()
-        if any(isinstance(value, Tensor) for value in given.values()):  # at() leaves numbers in keywords where they are
+        if any(
+            isinstance(value, Tensor) for name, value in given.items() if name != "indices"
+        ):  # at() leaves numbers in keywords where they are
             return call(input, **given)
         names = list(arguments)
         last = max((names.index(name) for name in given), default=0)
@@ -158,7 +159,7 @@ def rejected(f: Function):
             f"{name}{form}": lambda make=make, given=given: make(given)
             for form, given in forms(f).items()
             for name, make in rejected_windows(f).items()
-        }
+        } | (rejected_norms(f) if f.kind == "lp_pool" else {})
     return {"max_unpool": rejected_unpooling}.get(f.kind, rejected_adaptive)(f)
 
 
@@ -187,10 +188,7 @@ def rejected_windows(f: Function):
             for value in (*NO_INTS, True, (True,) * rank, last(1.0, 1), (None,) * rank, range(1, 1 + rank))
         },
         **{f"{name} None": row(**{name: None}) for name in f.lists if name != "stride"},
-        **{
-            f"ceil_mode {value!r}": row(stride=2, ceil_mode=value)
-            for value in (None, 0, 1, "yes", np.bool_(True))
-        },
+        **{f"ceil_mode {value!r}": row(stride=2, ceil_mode=value) for value in (None, 0, 1, "yes", np.bool_(True))},
         # lengths of lists and sizes of numbers
         **{
             f"{name} {values}": row(**{name: values})
@@ -215,7 +213,9 @@ def rejected_windows(f: Function):
         "no channels, empty batch": row(lambda: x(n=0, c=0)),
         "no pixels": row(lambda: x(size=0)),
         **{
-            f"no pixels in dimension {dim}": row(lambda dim=dim: x(size=tuple(0 if i == dim else 6 for i in range(rank))))
+            f"no pixels in dimension {dim}": row(
+                lambda dim=dim: x(size=tuple(0 if i == dim else 6 for i in range(rank)))
+            )
             for dim in range(rank)
         },
         "no pixels, unbatched": row(lambda: x(n=None, size=last(0, 6))),
@@ -232,16 +232,17 @@ def rejected_windows(f: Function):
         "kernel above the size, unbatched": row(lambda: x(n=None), kernel_size=7),
         "kernel above the size, empty batch": row(lambda: x(n=0), kernel_size=7),
         # dtypes
-        "bool, absolute values or none": row(lambda: x(dtype=torch.bool), **({"norm_type": math.inf} if f.kind == "lp_pool" else {})),
         **{
             f"{str(dtype)[6:]}{name}": row(lambda dtype=dtype, input=input: input(dtype))
-            for dtype in (torch.complex32, torch.float8_e4m3fn, torch.uint16)
+            for dtype in (
+                torch.float8_e4m3fn,
+                *([torch.bool, torch.complex32, torch.uint16] if f.kind != "lp_pool" else []),
+            )
             for name, input in {
                 "": lambda dtype: x(dtype=dtype),
                 ", unbatched": lambda dtype: x(n=None, dtype=dtype),
                 ", empty batch": lambda dtype: x(n=0, dtype=dtype),
             }.items()
-            if not (f.kind == "lp_pool" and dtype == torch.complex32)
         },
         "float8 and kernel above the size": row(lambda: x(dtype=torch.float8_e5m2), kernel_size=7),
     }
@@ -269,7 +270,9 @@ def rejected_windows(f: Function):
             "dilation negative in one place": row(stride=1, dilation=last(-1, 1)),
             "dilation 2**31-1": row(dilation=LARGEST),
             "padding over half of taps, not of reach": row(kernel_size=3, stride=1, padding=2, dilation=2),
-            "no pixels and padding over half of taps": row(lambda: x(size=0), kernel_size=3, stride=1, padding=2, dilation=2),
+            "no pixels and padding over half of taps": row(
+                lambda: x(size=0), kernel_size=3, stride=1, padding=2, dilation=2
+            ),
             "padding over half, one tap": row(kernel_size=1, stride=1, padding=1, dilation=3),
             "stride negative and dilation 0": row(stride=-1, dilation=0),
             "dilation of too many and padding of too many": row(padding=(1,) * (rank + 1), dilation=(1,) * (rank + 1)),
@@ -287,22 +290,29 @@ def rejected_windows(f: Function):
                 "divisor_override 0 and padding over half": row(padding=2, divisor_override=0),
                 "divisor_override 0 and padding of too many": row(padding=(0,) * 5, divisor_override=0),
             }
-    if f.kind == "lp_pool":
-        table |= {f"norm_type {value!r}": row(norm_type=value) for value in (0, 0.0, False, 2**64)}
-        table |= {
-            "norm_type 0 and kernel above the size": row(norm_type=0, kernel_size=7),
-            "norm_type complex": row(norm_type=1j),
-            "norm_type -1 of integers": row(lambda: x(dtype=torch.int64), norm_type=-1),
-            "norm_type 2**63 of integers": row(lambda: x(dtype=torch.int64), norm_type=2**63),
-            "norm_type 2 of int32": row(lambda: x(dtype=torch.int32), norm_type=2),
-            "norm_type True of bool": row(lambda: x(dtype=torch.bool), norm_type=True),
-            "norm_type -inf of float8": row(lambda: x(dtype=torch.float8_e5m2), norm_type=-math.inf),
-            "norm_type -inf of uint16": row(lambda: x(dtype=torch.uint16), norm_type=-math.inf),
-        }
-    else:
-        table |= {"input list": row(lambda: [1.0]), "input array": row(lambda: np.ones((1, 1, 4, 4)))}
-        table |= {"bool, empty batch": row(lambda: x(n=0, dtype=torch.bool))}
     return table
+
+
+def rejected_norms(f: Function):
+    def row(norm_type, dtype=torch.float32, **arguments):
+        return lambda: f.call(f.x(dtype=dtype), norm_type=norm_type, **arguments)
+
+    return {
+        **{f"norm_type {value!r}": row(value) for value in (0, 0.0, False, 1j, 2**64, -(2**63) - 1)},
+        "norm_type 0 and kernel above the size": row(0, kernel_size=7),
+        "norm_type 2 of int32": row(2, torch.int32),
+        "norm_type 2 of uint16": row(2, torch.uint16),
+        "norm_type 2 of complex32": row(2, torch.complex32),
+        "norm_type 2 of complex64": row(2, torch.complex64),
+        "norm_type True of bool": row(True, torch.bool),
+        "norm_type -1 of int64": row(-1, torch.int64),
+        "norm_type 2**63 of int64": row(2**63, torch.int64),
+        "norm_type inf of bool": row(math.inf, torch.bool),
+        "norm_type inf of uint16 and kernel_size 1.0": row(math.inf, torch.uint16, kernel_size=1.0),
+        "norm_type -inf of uint16": row(-math.inf, torch.uint16),
+        "norm_type -inf of float8": row(-math.inf, torch.float8_e5m2),
+        "list of too many and norm_type 2 of uint16": row(2, torch.uint16, kernel_size=(1,) * (f.rank + 1)),
+    }
 
 
 def rejected_adaptive(f: Function):
@@ -315,8 +325,24 @@ def rejected_adaptive(f: Function):
         **{
             f"output_size {value!r}": row(output_size=value)
             for value in (
-                None, *NO_INTS, True, np.array(1.5), (True,) * rank, last(1.0, 1), last("1", 1), (), [], (2,) * (rank + 1),
-                (2,) * 5, (None,) * (rank + 1), (None,) * 6, -1, last(-1, 2), 2**63, last(2**63, 1), {1.5},
+                None,
+                *NO_INTS,
+                True,
+                np.array(1.5),
+                (True,) * rank,
+                last(1.0, 1),
+                last("1", 1),
+                (),
+                [],
+                (2,) * (rank + 1),
+                (2,) * 5,
+                (None,) * (rank + 1),
+                (None,) * 6,
+                -1,
+                last(-1, 2),
+                2**63,
+                last(2**63, 1),
+                {1.5},
             )
         },
         "output_size (2,)" if rank > 1 else "output_size [2, 2]": row(output_size=(2,) if rank > 1 else [2, 2]),
@@ -339,9 +365,9 @@ def rejected_adaptive(f: Function):
         "complex64": row(lambda: x(dtype=torch.complex64)),
         "bool, output_size -1": row(lambda: x(dtype=torch.bool), -1),
         "bool, no pixels": row(lambda: x(size=0, dtype=torch.bool)),
-    }  # fmt: skip
+    }
     if rank == 1:
-        table |= {"input list": row(lambda: [1.0]), "output_size (None,)": row(output_size=(None,))}
+        table |= {"output_size (None,)": row(output_size=(None,))}
     else:
         table |= {"bool, channels last": row(lambda: f.channels_last(dtype=torch.bool))}
     if f.kind == "adaptive_max_pool" or rank == 3:
@@ -376,8 +402,19 @@ def rejected_unpooling(f: Function):
         **{
             f"output_size {value}": row(output_size=value)
             for value in (
-                (14,) * rank, (10,) * rank, last(9, 12), [14] * rank, (2, 3, *last(14, 12)), (), (12,) * (rank + 1),
-                (12,) * (rank + 3), torch.Size((20,) * rank), "1" * (rank + 1), last(12.0, 12), (-2,) * rank, (2**63,) * rank,
+                (14,) * rank,
+                (10,) * rank,
+                last(9, 12),
+                [14] * rank,
+                (2, 3, *last(14, 12)),
+                (),
+                (12,) * (rank + 1),
+                (12,) * (rank + 3),
+                torch.Size((20,) * rank),
+                "1" * (rank + 1),
+                last(12.0, 12),
+                (-2,) * rank,
+                (2**63,) * rank,
             )
         },
         "output_size negative by stride": row(stride=9, padding=30, kernel_size=1, output_size=(-9,) * rank),
@@ -398,14 +435,22 @@ def rejected_unpooling(f: Function):
         "no pixels": row(lambda: x(size=0), padding=-1),
         "no pixels in one place": row(lambda: x(size=last(0, 6))),
         "no pixels, unbatched": row(lambda: x(n=None, size=last(0, 6))),
-        **{f"{str(dtype)[6:]}": row(lambda dtype=dtype: x(dtype=dtype)) for dtype in (torch.int64, torch.bool, torch.complex64)},
+        **{
+            f"{str(dtype)[6:]}": row(lambda dtype=dtype: x(dtype=dtype))
+            for dtype in (torch.int64, torch.bool, torch.complex64)
+        },
         "int64, unbatched": row(lambda: x(n=None, dtype=torch.int64)),
         **({"int64, channels last": row(lambda: f.channels_last(dtype=torch.int64))} if rank > 1 else {}),
-        **({"stride 0": row(stride=0), "stride 0, int64": row(lambda: x(dtype=torch.int64), stride=0)} if rank == 3 else {}),
+        **(
+            {"stride 0": row(stride=0), "stride 0, int64": row(lambda: x(dtype=torch.int64), stride=0)}
+            if rank == 3
+            else {}
+        ),
         **({"stride too long": row(stride=long), "padding too long": row(padding=long)} if rank == 3 else {}),
-    }  # fmt: skip
+    }
 
 
+@pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental")
 @rows(rejected)
 def test_rejected_with_torchs_text(f, entry, make):
     made = make()
@@ -427,14 +472,20 @@ def rejected_by_type(f: Function):
             "ceil_mode 1": lambda: f.call(x(), stride=None, ceil_mode=1),
         }
     if f.kind == "max_unpool":
-        return table | {
-            f"{name} {value!r}": lambda name=name, value=value: f.call(x(), **{name: value})
-            for name in f.lists
-            for value in (1.5, "1", (1.5,) * f.rank, ("1",) * f.rank, np.array(2))
-        } | {"output_size None inside": lambda: f.call(x(), output_size=(None,) * f.rank)}  # fmt: skip
+        return (
+            table
+            | {
+                f"{name} {value!r}": lambda name=name, value=value: f.call(x(), **{name: value})
+                for name in f.lists
+                for value in (1.5, "1", (1.5,) * f.rank, ("1",) * f.rank, np.array(2))
+            }
+            | {"output_size None inside": lambda: f.call(x(), output_size=(None,) * f.rank)}
+        )
     return table | {
         **{
-            f"{name} {value!r}, by keyword": lambda name=name, value=value: call(x(), **{"kernel_size": 2} | {name: value})
+            f"{name} {value!r}, by keyword": lambda name=name, value=value: call(
+                x(), **{"kernel_size": 2} | {name: value}
+            )
             for name in f.lists
             for value in (1.0, (True,) * f.rank, torch.tensor(1.0), torch.tensor([1] * 4))
         },
@@ -442,7 +493,7 @@ def rejected_by_type(f: Function):
             f"{name} array": lambda name=name: call(x(), **{"kernel_size": 2} | {name: np.array([2, 2])})
             for name in f.lists
         },
-    }  # fmt: skip
+    }
 
 
 @rows(rejected_by_type)
@@ -456,9 +507,7 @@ def op_infos():
     from torch.testing._internal.common_methods_invocations import op_db
 
     found = [(f, op) for f in FUNCTIONS for op in op_db if op.name == f"nn.functional.{f.name}"]
-    assert {f for f, _ in found} == {f for f in FUNCTIONS if f.name != "lp_pool3d"} | (
-        {f for f, _ in found if f.name == "lp_pool3d"}
-    )
+    assert {f for f, _ in found} == {f for f in FUNCTIONS if f.kind != "lp_pool"}  # of which torch has none
     return found
 
 
@@ -482,7 +531,8 @@ def test_opinfo_samples():
             theirs = outcome(f.theirs, made)
             assert spatial(f.check(*made.args, **made.kwargs)) == tuple(values_of(theirs).shape[-f.rank :])
             tested.add((f.name, op.variant_test_name))
-    assert tested >= {(name, "") for name in NAMES} and ("max_unpool2d", "grad") in tested
+    assert {name for name, _ in tested} == {f.name for f in FUNCTIONS if f.kind != "lp_pool"}
+    assert ("max_unpool2d", "grad") in tested
 
 
 # -- where we do not follow torch: docs/differences.md -----------------------------------------------------------------
@@ -494,9 +544,11 @@ def empty_windows(f: Function):
     return {
         "dilation one above the size": lambda: call(f.x(1, 1, 2), 2, 1, 1, 3),
         "in the last dimension": lambda: call(f.x(None, size=f.last(2, 6)), 2, 1, f.last(1, 0), f.last(3, 1)),
-        "in the first dimension": lambda: call(f.x(size=(2, *(6,) * (f.rank - 1))), 2, 1, *[(n, *(m,) * (f.rank - 1)) for n, m in ((1, 0), (3, 1))]),
+        "in the first dimension": lambda: call(
+            f.x(size=(2, *(6,) * (f.rank - 1))), 2, 1, *[(n, *(m,) * (f.rank - 1)) for n, m in ((1, 0), (3, 1))]
+        ),
         "ceil_mode": lambda: call(f.x(1, 1, 2), 3, 20, 1, 5, True),
-    }  # fmt: skip
+    }
 
 
 @rows(empty_windows)
@@ -638,7 +690,11 @@ def test_empty_input_has_the_same_rules(f, entry):
 def test_norm_types_that_are_no_numbers(f, entry):
     """torch raises to the power of any tensor, and a zero of numpy's does not divide by zero."""
     function = ENTRIES[f, entry]
-    for norm_type, kind in ((torch.tensor(2.0), TypeError), (torch.tensor([2.0, 3.0]), TypeError), (np.int64(0), ZeroDivisionError)):
+    for norm_type, kind in (
+        (torch.tensor(2.0), TypeError),
+        (torch.tensor([2.0, 3.0]), TypeError),
+        (np.int64(0), ZeroDivisionError),
+    ):
         assert type(outcome(function, call(f.x(size=2), norm_type, 1))) is kind
         assert not YARDSTICK or isinstance(outcome(f.theirs, call(f.x(size=2), norm_type, 1)), Tensor)
 
@@ -661,11 +717,18 @@ def test_lists_of_unpooling(f, entry):
         made = f.call(f.x(), kernel_size=two)
         assert not YARDSTICK or type(outcome(f.theirs, made)) is TypeError
         assert not isinstance(outcome(function, made), Exception)
+    for one in (True, (True,) * f.rank):
+        made = f.call(f.x(), kernel_size=one)
+        assert not YARDSTICK or isinstance(outcome(f.theirs, made), Tensor) == (f.rank < 3)
+        assert type(outcome(function, made)) is TypeError
     for name in ("stride", "padding"):
         made = f.call(f.x(), **{name: (2,) * (f.rank + 1)})
         assert not YARDSTICK or isinstance(outcome(f.theirs, made), Tensor) == (f.rank < 3)
         ours = outcome(function, made)
-        assert type(ours) is RuntimeError and f"elements ({', '.join(('depth', 'height', 'width')[-max(f.rank, 2):])}) in {name}" in str(ours)
+        assert (
+            type(ours) is RuntimeError
+            and f"elements ({', '.join(('depth', 'height', 'width')[-max(f.rank, 2) :])}) in {name}" in str(ours)
+        )
 
 
 @entries("max_unpool")
@@ -705,7 +768,7 @@ def normalised(f: Function, output, kernel_size=2, stride=None, padding=0, dilat
 def accepted_windows(f: Function):
     x, last, sides, rank = f.x, f.last, f.sides, f.rank
     expected = partial(normalised, f)
-    many = rank if f.kind == "lp_pool" else 1  # as kernel_size lp_pool takes an int or all of them
+    several = (lambda sizes: sizes[0]) if f.name == "lp_pool1d" else (lambda sizes: sizes)  # it takes one int only
 
     def row(args, input=None, **given):
         return (lambda: f.call(x() if input is None else input(), **given)), args
@@ -716,42 +779,64 @@ def accepted_windows(f: Function):
         "stride ()": row(expected(3), stride=()),
         "stride []": row(expected(3), stride=[]),
         "ints": row(expected(2, 3, 2), kernel_size=3, stride=2),
-        "one-element tuples": row(expected(5, 2, 1), kernel_size=sides(2), stride=(1,)),
-        "lists": row(expected(last(3, 2), last(4, 3), last(1, 2)), kernel_size=[*last(4, 3)], stride=[*last(1, 2)]),
-        "torch.Size": row(expected(last(3, 2), last(2, 3)), kernel_size=torch.Size(last(2, 3))),
+        "one-element tuples": row(expected(5, 2, 1), kernel_size=several(sides(2)), stride=(1,)),
+        "lists": row(
+            expected(last(3, 2), last(4, 3), last(1, 2)), kernel_size=several([*last(4, 3)]), stride=[*last(1, 2)]
+        ),
+        "torch.Size": row(expected(last(3, 2), last(2, 3)), kernel_size=several(torch.Size(last(2, 3)))),
         "numpy ints": row(expected(last(2, 2), 3, last(2, 2)), kernel_size=np.int64(3), stride=last(np.int8(2), 2)),
-        "int tensor": (lambda: call(x(), *([2] if f.kind == "lp_pool" else []), 3, stride=torch.tensor(2)), expected(2, 3, 2)),
-        "late bool": row(expected(last(3, 6) if rank > 1 else 3, 2, last(2, 1)[::-1] if False else (last(1, 2) if rank > 1 else 2)), stride=last(True, 2) if rank > 1 else 2),
-        "ceil_mode": row(expected(last(4, 3), 2, 2, ceil_mode=True), lambda: x(size=last(7, 6)), stride=2, ceil_mode=True),
+        "int tensor": (
+            lambda: call(x(), *([2] if f.kind == "lp_pool" else []), 3, stride=torch.tensor(2)),
+            expected(2, 3, 2),
+        ),
+        "ceil_mode": row(
+            expected(last(4, 3), 2, 2, ceil_mode=True), lambda: x(size=last(7, 6)), stride=2, ceil_mode=True
+        ),
         # The last window must start inside the input or the padding before it.
-        "ceil_mode 4 1 3": row(expected(2, 1, 3, ceil_mode=True), lambda: x(size=4), kernel_size=1, stride=3, ceil_mode=True),
-        "ceil_mode 5 1 2": row(expected(3, 1, 2, ceil_mode=True), lambda: x(size=5), kernel_size=1, stride=2, ceil_mode=True),
+        "ceil_mode 4 1 3": row(
+            expected(2, 1, 3, ceil_mode=True), lambda: x(size=4), kernel_size=1, stride=3, ceil_mode=True
+        ),
+        "ceil_mode 5 1 2": row(
+            expected(3, 1, 2, ceil_mode=True), lambda: x(size=5), kernel_size=1, stride=2, ceil_mode=True
+        ),
         "stride 2**31-1": row(expected(1, 2, LARGEST), stride=LARGEST),
         "unbatched": row(expected(3), lambda: x(n=None)),
         "empty batch": row(expected(3), lambda: x(n=0)),
         "transposed": row(expected(3), lambda: x().transpose(0, 1)),
         **{f"{str(dtype)[6:]}": row(expected(3), lambda dtype=dtype: x(dtype=dtype)) for dtype in dtypes(f)},
-    }  # fmt: skip
+    }
     if rank > 1:
-        table |= {"channels last": row(expected(3), f.channels_last)}
-    if many == 1:
+        table |= {
+            "channels last": row(expected(3), f.channels_last),
+            "late bool": row(expected(last(5, 3), 2, last(1, 2)), stride=last(True, 2)),
+        }
+    if f.kind != "lp_pool":
         table |= {"kernel_size (2,)": row(expected(3), kernel_size=(2,))}
     if not (f.kind == "avg_pool" and rank == 3) and not (f.kind == "lp_pool" and rank == 3):
-        table |= {"kernel above the size, ceil_mode": row(expected(1, 7, 2, ceil_mode=True), kernel_size=7, stride=2, ceil_mode=True)}
+        table |= {
+            "kernel above the size, ceil_mode": row(
+                expected(1, 7, 2, ceil_mode=True), kernel_size=7, stride=2, ceil_mode=True
+            )
+        }
     if "padding" in f.lists:
         table |= {
             "padding": row(expected(3, 3, 2, 1), kernel_size=3, stride=2, padding=1),
             "padding half of an even kernel": row(expected(7, 2, 1, 1), stride=1, padding=1),
             "padding of its own": row(expected(last(7, 5), 2, 1, last(1, 0)), stride=1, padding=last(1, 0)),
-            "ceil_mode 3 2 3 1": row(expected(2, 2, 3, 1, 1, True), lambda: x(size=3), stride=3, padding=1, ceil_mode=True),
+            "ceil_mode 3 2 3 1": row(
+                expected(2, 2, 3, 1, 1, True), lambda: x(size=3), stride=3, padding=1, ceil_mode=True
+            ),
             "ceil_mode 6 2 5 1": row(expected(2, 2, 5, 1, 1, True), stride=5, padding=1, ceil_mode=True),
         }
     if f.kind == "max_pool":
         table |= {
             "dilated": row(expected(4, 3, 1, 1, 2), kernel_size=3, stride=1, padding=1, dilation=2),
-            **{f"return_indices {value!r}": row(expected(3), return_indices=value) for value in (True, None, 1, "", [0], np.bool_(True))},
+            **{
+                f"return_indices {value!r}": row(expected(3), return_indices=value)
+                for value in (True, None, 1, "", [0], np.bool_(True))
+            },
             "integers with indices": row(expected(3), lambda: x(dtype=torch.int32), return_indices=True),
-        }  # fmt: skip
+        }
     if f.kind == "avg_pool":
         table |= {"count_include_pad": row(expected(4, padding=1), padding=1, count_include_pad=False)}
         if rank > 1:
@@ -762,8 +847,21 @@ def accepted_windows(f: Function):
     if f.kind == "lp_pool":
         table |= {
             f"norm_type {value!r}": row(expected(3), norm_type=value)
-            for value in (1, 2.5, -1, -2.0, True, math.inf, -math.inf, math.nan, 2**40, np.float32(2), np.int64(2), np.float64(math.inf))
-        }  # fmt: skip
+            for value in (
+                1,
+                2.5,
+                -1,
+                -2.0,
+                True,
+                math.inf,
+                -math.inf,
+                math.nan,
+                2**40,
+                np.float32(2),
+                np.int64(2),
+                np.float64(math.inf),
+            )
+        }
         table |= {
             "norm_type 2 of bool": row(expected(3), lambda: x(dtype=torch.bool), norm_type=2),
             "norm_type 2.5 of uint16": row(expected(3), lambda: x(dtype=torch.uint16), norm_type=2.5),
@@ -821,9 +919,12 @@ def accepted_adaptive(f: Function):
             table |= {"no channels": row(2, 2, lambda: x(c=0))}
     else:
         table |= {
-            f"return_indices {value!r}": ((lambda value=value: f.call(x(), output_size=2, return_indices=value)), sides(2))
+            f"return_indices {value!r}": (
+                (lambda value=value: f.call(x(), output_size=2, return_indices=value)),
+                sides(2),
+            )
             for value in (True, None, 1, [])
-        }  # fmt: skip
+        }
     return table
 
 
@@ -838,7 +939,10 @@ def accepted_unpooling(f: Function):
         "defaults": row(expected(12)),
         "tuples": row(expected(last(13, 8), last(3, 3), last(2, 1)), kernel_size=last(3, 3), stride=last(2, 1)),
         "list": row(expected(12), kernel_size=[2] * rank),
-        "range": row(expected(tuple(6 * taps for taps in range(2, 2 + rank)), tuple(range(2, 2 + rank))), kernel_size=range(2, 2 + rank)),
+        "range": row(
+            expected(tuple(6 * taps for taps in range(2, 2 + rank)), tuple(range(2, 2 + rank))),
+            kernel_size=range(2, 2 + rank),
+        ),
         "padding": row(expected(10, 2, 2, 1), padding=1),
         "padding negative": row(expected(14, 2, 2, -1), padding=-1),
         "stride above the kernel": row(expected(17, 2, 3), stride=3),
@@ -851,11 +955,11 @@ def accepted_unpooling(f: Function):
         "no channels, unbatched": row(expected(12), lambda: x(n=None, c=0)),
         "nothing": row(expected(0, 2, 2, 6), padding=6),
         **{f"{str(dtype)[6:]}": row(expected(12), lambda dtype=dtype: x(dtype=dtype)) for dtype in dtypes(f)},
-    }  # fmt: skip
+    }
     if rank > 1:
         table |= {"channels last": row(expected(12), f.channels_last)}
     if rank < 3:
-        table |= {"stride 0": row(expected(2, 2, 0), stride=0), "kernel_size True": row(expected(6, 1), kernel_size=True)}
+        table |= {"stride 0": row(expected(2, 2, 0), stride=0)}
     return table
 
 
@@ -962,7 +1066,12 @@ class Draw:
         input = self.input(f)
         if f.kind.startswith("adaptive"):
             size = mostly(rnd.randint(0, 9), -1)
-            return f.call(input, output_size=mostly(self.form(size, rank), (None,) * rank, (1,) * rank, (None,) * (rank + 1), chance=0.3))
+            return f.call(
+                input,
+                output_size=mostly(
+                    self.form(size, rank), (None,) * rank, (1,) * rank, (None,) * (rank + 1), chance=0.3
+                ),
+            )
         kernel = mostly(rnd.randint(1, 5 - (rank == 3)), 0, -1, 9)
         given = {
             "stride": mostly(self.form(mostly(rnd.randint(1, 6), 0, -1), rank), None),
@@ -978,7 +1087,9 @@ class Draw:
         if f.kind == "lp_pool":
             given["norm_type"] = rnd.choice((1, 2, 2.5, math.inf, -math.inf, mostly(2, 0, -1, True)))
         if f.kind == "max_unpool":
-            indices = torch.zeros(mostly(input.shape, input.shape[1:], chance=0.05), dtype=mostly(torch.int64, torch.int32, chance=0.05))
+            indices = torch.zeros(
+                mostly(input.shape, input.shape[1:], chance=0.05), dtype=mostly(torch.int64, torch.int32, chance=0.05)
+            )
             arguments = {"kernel_size": self.form(kernel, rank), **given}
             return call(input, indices, **arguments)
         if f.kind == "avg_pool" and rank == 1:
@@ -993,14 +1104,15 @@ def is_listed_difference(f: Function, made: Call, theirs, ours) -> bool:
         return isinstance(theirs, tuple)
     if "avg_pool3d_out_frame" in str(theirs) and "BFloat16" in str(theirs):
         return isinstance(ours, PoolArgs)
-    if not isinstance(ours, Exception):
-        return f.name == "lp_pool1d" and "must be Tensor, not" in str(theirs)
+    if f.name == "lp_pool1d" and "mul(): argument 'other'" in str(theirs):
+        return True
     if f.kind == "adaptive_avg_pool":
         to_one = made.args[1] in (1, (1,) * f.rank, [1] * f.rank)
         any_dims = to_one and (not f.rank < input.dim() < f.rank + 3 or 0 in input.shape[-f.rank :])
-        return any_dims or (isinstance(theirs, Tensor) and theirs.numel() == 0)
-    if f.kind == "max_unpool" and isinstance(theirs, Tensor):
-        return input.numel() == 0 or f"elements (" in str(ours)
+        return isinstance(ours, Exception) and (any_dims or (isinstance(theirs, Tensor) and theirs.numel() == 0))
+    if f.kind == "max_unpool" and isinstance(ours, Exception):
+        surplus = f.rank < 3 and re.search("in (stride|padding), but", str(ours)) is not None
+        return surplus or (isinstance(theirs, Tensor) and 0 in (input.numel(), theirs.numel()))
     return False
 
 
@@ -1027,8 +1139,9 @@ def test_random_calls(f):
 # -- torch.compile -----------------------------------------------------------------------------------------------------
 
 
-def compiled(check, theirs, dynamic=None, **arguments):
-    """The validator and torch's function as a compiled function, and the graphs that it has been compiled into."""
+def compiled(check, dynamic=None, **arguments):
+    """The validator as a compiled function, and the graphs that it has been compiled into."""
+    torch.compiler.reset()  # else Dynamo takes the rank, another in each test, for a symbol
     graphs = []
 
     def keep(graph, _):
@@ -1037,7 +1150,7 @@ def compiled(check, theirs, dynamic=None, **arguments):
 
     @torch.compile(fullgraph=True, dynamic=dynamic, backend=keep)
     def function(*operands):
-        return theirs(*operands, **arguments), check(*operands, **arguments)
+        return check(*operands, **arguments), operands[0] + 1
 
     return function, graphs
 
@@ -1051,7 +1164,7 @@ def test_traced_with_symbolic_sizes(f):
         arguments = {"output_size": f.last(2, None) if f.rank > 1 else 2}
     if f.kind == "lp_pool":
         arguments["norm_type"] = 3
-    function, graphs = compiled(f.check, f.theirs, **arguments)
+    function, graphs = compiled(f.check, **arguments)
     for n, size in ((2, (6, 8, 7)), (3, (18, 4, 9)), (5, (4, 30, 5))):
         operands = [f.x(n, size=size[: f.rank])]
         if f.kind == "max_unpool":
@@ -1059,9 +1172,8 @@ def test_traced_with_symbolic_sizes(f):
         for operand in operands:
             for dim in (0, *range(2, f.rank + 2)):
                 torch._dynamo.mark_dynamic(operand, dim)
-        output, ours = function(*operands)
-        assert torch.equal(output, f.theirs(*operands, **arguments))
-        assert spatial(ours) == tuple(output.shape[-f.rank :])
+        ours, _ = function(*operands)
+        assert spatial(ours) == tuple(f.theirs(*operands, **arguments).shape[-f.rank :])
         assert not isinstance(ours, PoolArgs) or ours.has_empty_window is False
     assert len(graphs) == 1
 
@@ -1070,14 +1182,14 @@ def test_traced_with_symbolic_sizes(f):
 def test_symbolic_sizes_may_have_an_empty_window(f):
     """With a symbolic size the answer would be a guard: it is the careful one instead."""
     arguments = {"kernel_size": 2, "stride": 1, "padding": 1, "dilation": 3}
-    function, graphs = compiled(f.check, f.theirs, **arguments)
+    function, graphs = compiled(f.check, **arguments)
     for size in (6, 9):
         input = f.x(size=tuple(range(size, size + f.rank)))
         for dim in range(2, f.rank + 2):
             torch._dynamo.mark_dynamic(input, dim)
-        assert function(input)[1].has_empty_window is True
+        assert function(input)[0].has_empty_window is True
         assert f.check(input, **arguments).has_empty_window is False
     assert len(graphs) == 1
-    function, _ = compiled(f.check, f.theirs, dynamic=False, **arguments)
-    assert function(f.x())[1].has_empty_window is False
-    assert function(f.x(size=f.last(2, 6)))[1].has_empty_window is True
+    function, _ = compiled(f.check, dynamic=False, **arguments)
+    assert function(f.x())[0].has_empty_window is False
+    assert function(f.x(size=f.last(2, 6)))[0].has_empty_window is True
