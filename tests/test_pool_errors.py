@@ -1108,7 +1108,8 @@ def is_listed_difference(f: Function, made: Call, theirs, ours) -> bool:
         return True
     if f.kind == "adaptive_avg_pool":
         to_one = made.args[1] in (1, (1,) * f.rank, [1] * f.rank)
-        any_dims = to_one and (not f.rank < input.dim() < f.rank + 3 or 0 in input.shape[-f.rank :])
+        looked_at = input.shape[1:] if f.rank == 3 else input.shape[-f.rank :]
+        any_dims = to_one and (not f.rank < input.dim() < f.rank + 3 or 0 in looked_at)
         return isinstance(ours, Exception) and (any_dims or (isinstance(theirs, Tensor) and theirs.numel() == 0))
     if f.kind == "max_unpool" and isinstance(ours, Exception):
         surplus = f.rank < 3 and re.search("in (stride|padding), but", str(ours)) is not None
