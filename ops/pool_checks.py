@@ -104,7 +104,7 @@ def check_lp_pool(
     dtype = input.dtype
     if type(norm_type) is not int and type(norm_type) is not float and not isinstance(norm_type, Number):
         raise TypeError(_text_argument_type(fn, 2, "norm_type", "Number", norm_type))
-    is_maximum = norm_type == math.inf or norm_type == -math.inf
+    is_maximum = isinstance(norm_type, float) and math.isinf(norm_type)  # as torch: not numpy's float32
     is_usual = type(norm_type) is float or (type(norm_type) is int and -(2**63) <= norm_type < 2**63)
     if not (is_usual and dtype in _FLOATING) and not _is_left_to_torch(input):
         dtype = _dtype_of_powers(dtype, norm_type, is_maximum)
@@ -206,7 +206,7 @@ def _max_pool(
         lists = (("kernel_size", kernel), ("stride", step), ("padding", pad), ("dilation", dilate))
         kernel, step, pad, dilate = _per_dimension("max", rank, lists)
         dims = len(shape)
-        if rank > 1 and dims != rank + 1 and dims != rank + 2:
+        if dims != rank + 1 and dims != rank + 2:
             raise RuntimeError(_text_max_ndim(rank, input))
         if rank == 3 and dims == 4 and _is_channels_last(input):
             raise RuntimeError(_text_max_ndim(rank, input))

@@ -196,6 +196,7 @@ def rejected_windows(f: Function):
         **{f"{name} (..., 2**63)": row(**{name: last(2**63, 1)}) for name in f.lists},
         "kernel_size 2**31": row(kernel_size=2**31),
         "kernel_size 2**31-1": row(kernel_size=LARGEST),
+        "kernel_size -2**31": row(kernel_size=-(2**31), stride=1),
         "kernel_size -2**31-1": row(kernel_size=-(2**31) - 1),
         "stride of too many and kernel_size 2**31": row(kernel_size=2**31, stride=(1,) * (rank + 1)),
         # dimensions
@@ -427,6 +428,8 @@ def rejected_unpooling(f: Function):
         "input 0-d": row(lambda: torch.tensor(1.0)),
         "input without channels": row(lambda: torch.ones(sides(6))),
         "input of one more": row(lambda: torch.ones(1, 2, 3, *sides(6))),
+        "input of one more and kernel_size too short": row(lambda: torch.ones(1, 2, 3, *sides(6)), kernel_size=short),
+        "input of one more and int32": row(lambda: torch.ones(1, 2, 3, *sides(6), dtype=torch.int32)),
         "no channels": row(lambda: x(c=0)),
         "no pixels": row(lambda: x(size=0), padding=-1),
         "no pixels in one place": row(lambda: x(size=last(0, 6))),
@@ -859,6 +862,9 @@ def accepted_windows(f: Function):
         table |= {
             "norm_type 2 of bool": row(expected(3), lambda: x(dtype=torch.bool), norm_type=2),
             "norm_type 2.5 of uint16": row(expected(3), lambda: x(dtype=torch.uint16), norm_type=2.5),
+            "norm_type inf of numpy's float32": row(
+                expected(3), lambda: x(dtype=torch.int64), norm_type=np.float32(math.inf)
+            ),
             "norm_type 2.0 of int32": row(expected(3), lambda: x(dtype=torch.int32), norm_type=2.0),
             "norm_type inf of complex": row(expected(3), lambda: x(dtype=torch.complex64), norm_type=math.inf),
             "norm_type -inf of complex": row(expected(3), lambda: x(dtype=torch.complex64), norm_type=-math.inf),
@@ -1160,7 +1166,7 @@ def compiled(check, dynamic=None, **arguments):
 @functions()
 def test_traced_with_symbolic_sizes(f):
     """Dynamo traces the check in one graph that serves other batch and image sizes."""
-    arguments: dict[str, Any] = {"kernel_size": 3, "stride": 2, "padding": 1, "ceil_mode": True}
+    arguments: dict[str, Any] = {"kernel_size": 3, "stride": 2, "padding": 1, "dilation": 2, "ceil_mode": True}
     arguments = {name: value for name, value in arguments.items() if name == "kernel_size" or name in KINDS[f.kind]}
     if f.kind.startswith("adaptive"):
         arguments = {"output_size": f.last(2, None) if f.rank > 1 else 2}
