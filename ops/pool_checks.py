@@ -188,7 +188,7 @@ def _max_pool(
     return_indices: bool,
 ) -> PoolArgs:
     kernel = _int_list(fn, 2, "kernel_size", kernel_size, rank)
-    step = () if stride is None else _int_list(fn, 3, "stride", stride, rank)
+    step = kernel if stride is None else _int_list(fn, 3, "stride", stride, rank) or kernel
     pad = _int_list(fn, 4, "padding", padding, rank)
     dilate = _int_list(fn, 5, "dilation", dilation, rank)
     if ceil_mode is not True and ceil_mode is not False:
@@ -197,13 +197,10 @@ def _max_pool(
     shape = tuple(input.shape)
     if rank == 1 and not return_indices:
         output_size = _max_pool1d_output_size(shape, kernel, step, pad, dilate, ceil_mode)
-        step = step or kernel
     else:
-        if rank == 1:
-            step = step or kernel
-            lists = (("kernel_size", kernel), ("stride", step), ("padding", pad), ("dilation", dilate))
-            _check_lines("max_pool1d", shape, lists)
         lists = (("kernel_size", kernel), ("stride", step), ("padding", pad), ("dilation", dilate))
+        if rank == 1:
+            _check_lines("max_pool1d", shape, lists)
         kernel, step, pad, dilate = _per_dimension("max", rank, lists)
         dims = len(shape)
         if dims != rank + 1 and dims != rank + 2:
@@ -236,7 +233,7 @@ def _avg_pool(
 ) -> PoolArgs:
     fn = f"avg_pool{rank}d"
     kernel = _int_list(fn, 2, "kernel_size", kernel_size, rank)
-    step = () if stride is None else _int_list(fn, 3, "stride", stride, rank)
+    step = kernel if stride is None else _int_list(fn, 3, "stride", stride, rank) or kernel
     pad = _int_list(fn, 4, "padding", padding, rank)
     if ceil_mode is not True and ceil_mode is not False:
         raise TypeError(_text_argument_type(fn, 5, "ceil_mode", "bool", ceil_mode))
@@ -246,10 +243,9 @@ def _avg_pool(
         divisor_override = _int(fn, 7, "divisor_override", divisor_override)
 
     shape = tuple(input.shape)
-    if rank == 1:
-        step = step or kernel
-        _check_lines(fn, shape, (("kernel_size", kernel), ("stride", step), ("padding", pad)))
     lists = (("kernel_size", kernel), ("stride", step), ("padding", pad))
+    if rank == 1:
+        _check_lines(fn, shape, lists)
     kernel, step, pad = _per_dimension("avg", rank, lists)
     dilate = (1,) * rank
     if rank == 3 and len(shape) != 4 and len(shape) != 5:
@@ -270,9 +266,7 @@ def _per_dimension(kind: str, rank: int, lists: tuple[tuple[str, Ints], ...]) ->
     for name, values in lists:
         count = len(values)
         if count != rank and count != 1:
-            if name != "stride" or values:
-                raise RuntimeError(_text_list(kind, rank, name, values))
-            values, count = expanded[0], rank  # no stride: that of windows side by side
+            raise RuntimeError(_text_list(kind, rank, name, values))
         for value in values:
             if not _INT32_MIN <= value <= _INT32_MAX:
                 raise RuntimeError(_text_int32(name, values))
@@ -297,9 +291,9 @@ def _max_pool1d_output_size(
     if (len(shape) != 2 and len(shape) != 3) or 0 in shape[-2:]:
         raise RuntimeError(_text_max_pool1d_shape(shape))
     for name, values in (("kernel_size", kernel), ("stride", stride), ("padding", padding), ("dilation", dilation)):
-        if len(values) != 1 and (values or name != "stride"):
+        if len(values) != 1:
             raise RuntimeError(_text_max_pool1d_list(name, values))
-    taps, step, pad, dil = kernel[0], (stride or kernel)[0], padding[0], dilation[0]
+    taps, step, pad, dil = kernel[0], stride[0], padding[0], dilation[0]
     if taps <= 0:
         raise RuntimeError(f"max_pool1d() kernel_size must be greater than zero, but got {taps}")
     if step <= 0:
@@ -324,8 +318,8 @@ def _output_size(
 ) -> Ints:
     rank = len(kernel)
     if rank == 1:  # an image of one row
-        shape, kernel, stride, dilation = (*shape[:-1], 1, shape[-1]), (1, *kernel), (1, *stride), (1, *dilation)
-        padding = (0, *padding)
+        shape, padding = _as_rows(rank, shape), (0, *padding)
+        kernel, stride, dilation = (1, *kernel), (1, *stride), (1, *dilation)
     windows = zip(shape[-len(kernel) :], kernel, stride, padding, dilation, strict=True)
     output_size = tuple([pool_output_size(*window, ceil_mode) for window in windows])
     _check_windows(kind, shape, kernel, stride, padding, dilation, output_size)
