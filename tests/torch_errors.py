@@ -17,7 +17,7 @@ YARDSTICK = (
 )
 
 PLACES = ("cpu", "meta", "fake")
-NUMBERS = ("kernel_size", "stride", "padding", "output_padding", "dilation", "groups", "ceil_mode")
+NUMBERS = ("kernel_size", "stride", "padding", "output_padding", "dilation", "groups", "ceil_mode", "output_size")
 
 
 class Call(NamedTuple):
