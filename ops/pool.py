@@ -627,15 +627,15 @@ def _max_unpool(
     def limits() -> str | None:
         if places.dtype is not torch.int64 or (not torch.compiler.is_compiling() and places.device != input.device):
             return "indices are not int64 on the input's device"
+        if min(*args.kernel_size, *args.stride) < 1:
+            return "kernel_size or stride is below 1"
         return _limits(batched, args.output_size, _windows(args))
 
     def rule(device: DeviceSpec) -> tuple[bool, str]:
         return _measured(choices(device)) or _deterministic(op) or (False, _NO_PROMISE)
 
     if choose(op, (input,), rule, choices, limits) == "torch":
-        call = (args.kernel_size, args.stride, args.padding, args.output_size)
-        y: Tensor = getattr(F, op)(input, indices, *call)
-        return y
+        return _torch_unpool(input, indices, args.output_size, args.stride, args.padding)
     arguments = (batched, places, args.output_size, args.kernel_size, args.stride, args.padding, "triton")
     if torch.compiler.is_compiling():
         y = OP_UNPOOL(*arguments)
@@ -774,10 +774,13 @@ def _torch_adaptive(kind: str, rank: int) -> Callable[..., Any]:
     return function
 
 
-def _has_ceil_mode(space: Sequence[int], size: Sequence[int], *windows: Sequence[int]) -> bool:
+def _has_ceil_mode(
+    space: Sequence[int], size: Sequence[int], kernel_size: Sequence[int], stride: Sequence[int],
+    padding: Sequence[int], dilation: Sequence[int],
+) -> bool:  # fmt: skip
     """Is the result larger than without ``ceil_mode``?"""
-    floors = (pool_output_size(*sizes, False) for sizes in zip(space, *windows, strict=True))
-    return any(outs != floor for outs, floor in zip(size, floors, strict=True))
+    sizes = zip(space, kernel_size, stride, padding, dilation, strict=True)
+    return list(size) != [pool_output_size(full, k, s, p, d, False) for full, k, s, p, d in sizes]
 
 
 def _max_of_padded(
@@ -912,6 +915,19 @@ def _torch_mean_backward(
     ceil_mode = _has_ceil_mode(space, size, kernel_size, stride, padding, [1] * rank)
     function: Callable[..., Tensor] = getattr(torch.ops.aten, f"avg_pool{rank}d_backward")
     return function(dy, like, kernel_size, stride, padding, ceil_mode, include_pad, divisor or None)
+
+
+def _torch_unpool(input: Tensor, indices: Tensor, size: Any, stride: Any, padding: Any) -> Tensor:
+    """Batched or not."""
+    aten: Any = torch.ops.aten
+    y: Tensor
+    if len(size) == 1:
+        y = aten.max_unpool2d(input.unsqueeze(-2), indices.unsqueeze(-2), [1, *size]).squeeze(-2)
+    elif len(size) == 2:
+        y = aten.max_unpool2d(input, indices, size)
+    else:
+        y = aten.max_unpool3d(input, indices, size, stride, padding)
+    return y
 
 
 # --- operators: maximum ----------------------------------------------------------------------------------------------
@@ -1211,9 +1227,10 @@ def _lp_backward(
 ) -> Tensor:  # fmt: skip
     windows, channels_last = (kernel_size, stride, padding, dilation), is_channels_last(input)
     if not runs_kernels(backend, dy):
-        wide = (t.to(torch.promote_types(dy.dtype, torch.float32)) for t in (dy, input, output))
+        wide = torch.promote_types(dy.dtype, torch.float32)
         spread = lambda g: _torch_mean_backward(g, input.shape[2:], windows, True, 0)  # noqa: E731
-        return laid_out(_lp_gradient(*wide, kernel_size, norm, spread).to(dy.dtype), channels_last)
+        dx = _lp_gradient(dy.to(wide), input.to(wide), output.to(wide), kernel_size, norm, spread)
+        return laid_out(dx.to(dy.dtype), channels_last)
     from ..kernels.pool import run_backward
 
     dx = empty(input, input.shape, channels_last)
@@ -1293,16 +1310,12 @@ def _unpool(
         from ..kernels.pool import run_unpool
 
         y = empty(input, (*input.shape[:2], *size), channels_last)
+        if input.numel() == 0 or y.numel() == 0:
+            return y.zero_()
         window = kernel_window(size, input.shape[2:], (kernel_size, stride, padding, []))
         run_unpool(input, indices, y, window, is_channels_last=channels_last)
         return y
-    if len(size) == 3:
-        y = torch.ops.aten.max_unpool3d(input, indices, size, stride, padding)
-    elif len(size) == 2:
-        y = torch.ops.aten.max_unpool2d(input, indices, size)
-    else:
-        y = torch.ops.aten.max_unpool2d(input.unsqueeze(2), indices.unsqueeze(2), [1, *size]).squeeze(2)
-    return laid_out(y, channels_last)
+    return laid_out(_torch_unpool(input, indices, size, stride, padding), channels_last)
 
 
 class _MaxUnpool(torch.autograd.Function):

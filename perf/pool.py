@@ -126,8 +126,8 @@ def wgmma_rows(kernel: str, problem: Any) -> int:
 
 
 def due_load_bytes(kernel: str, problem: Any) -> int:
-    """16 bytes a load for 16-bit channels last with channels in eights; with taps of one byte, eight of them. The gather
-    and the elements that an unpooling gathers lie anywhere."""
+    """16 bytes a load for 16-bit channels last with channels in eights; with taps of one byte, eight of them. What is
+    gathered, and strays, lie anywhere."""
     if problem.dtype.itemsize != 2 or problem.layout != "nhwc" or problem.C % 8:
         return 0
     if kernel in ("pool_gather", "max_unpool"):
@@ -290,7 +290,7 @@ def kernel_tensors(one: Case, kind: str, device: str, seed: int) -> dict[str, Te
     layer, x = layer_of(one), tensors["input"]
     if layer.reduce != "max":
         return {**tensors, "output": OPERATORS[one.op].torch(x, **one.kwargs)}
-    y, places = _forward(layer, x, keeps=True)
+    _, places = _forward(layer, x, keeps=True)
     assert places is not None
     function = getattr(F, f"adaptive_max_pool{layer.rank}d" if layer.is_adaptive else one.op)
     kwargs = {"output_size": layer.size} if layer.is_adaptive else one.kwargs
@@ -336,8 +336,8 @@ def kernel_of(one: Case, kind: str, tensors: dict[str, Tensor]) -> Kernel:
 
     def backward(t: dict[str, Tensor]) -> Tensor:
         dx = torch.empty_like(t["input"])
-        saved = (t["output"], t["input"]) if layer.reduce == "norm2" else (None, None)
-        pool.run_backward(t["dy"], t.get("places"), *saved, dx, window, layer.reduce, is_channels_last=last)
+        y, x = (t["output"], t["input"]) if layer.reduce == "norm2" else (None, None)
+        pool.run_backward(t["dy"], t.get("places"), y, x, dx, window, layer.reduce, is_channels_last=last)
         return dx
 
     return Kernel(pool.BACKWARD, problem, backward, lambda t: _torch_backward(one, layer, t))

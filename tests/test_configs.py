@@ -22,7 +22,7 @@ def entry(size: int, block: int, us: float | None = None, **more: Any) -> store.
     return store.Entry({"C": size, "dtype": "bf16"}, Config(BLOCK=block), us=us, extra={"env": env}, **fields)
 
 
-def put(folder: Path, *entries: store.Entry, name: str = "nvidia_h200/max_pool2d.json") -> Path:
+def put(folder: Path, *entries: store.Entry, name: str = "nvidia_h200/pool.json") -> Path:
     store.write(folder / name, Path(name).stem, entries)
     return folder
 
@@ -104,7 +104,7 @@ class TestDiff:
         put(right, entry(8, 16), name="sm_90/rnn.json")
         lines = run("diff", left, right, code=1).splitlines()
         assert lines == [
-            "nvidia_h200/max_pool2d.json",
+            "nvidia_h200/pool.json",
             "  C=16 dtype=bf16",
             "    - BLOCK=16  model",
             "  C=32 dtype=bf16",
@@ -121,11 +121,11 @@ class TestDiff:
         assert [bool(one["old"]) + 2 * bool(one["new"]) for one in document] == [1, 2, 3, 2]
 
     def test_folders_and_files_of_other_names(self, run, tmp_path):
-        put(tmp_path / "a", entry(8, 16), name="sm_90/max_pool2d.json")
-        put(tmp_path / "a", entry(8, 32), name="sm_80/max_pool2d.json")
+        put(tmp_path / "a", entry(8, 16), name="sm_90/pool.json")
+        put(tmp_path / "a", entry(8, 32), name="sm_80/pool.json")
         assert "1 changed" in run("diff", tmp_path / "a/sm_90", tmp_path / "a/sm_80", code=1)
         one = put(tmp_path / "a", entry(8, 32), name="sm_80/other.json") / "sm_80/other.json"
-        assert "1 changed" in run("diff", tmp_path / "a/sm_90/max_pool2d.json", one, code=1)
+        assert "1 changed" in run("diff", tmp_path / "a/sm_90/pool.json", one, code=1)
 
     def test_what_cannot_be_read(self, run, tmp_path):
         left = put(tmp_path / "a", entry(8, 16))
@@ -153,9 +153,9 @@ class TestMerge:
             entry(5, 32, 4.0, version=2), entry(6, 32))  # fmt: skip
         text = run("merge", tmp_path / "a", tmp_path / "b", "-o", tmp_path / "c", "--keep", keep)
         assert "6 entries, 1 of them only on the right" in text and "5 conflicts: " in text
-        found = store.load(tmp_path / "c/nvidia_h200/max_pool2d.json")
+        found = store.load(tmp_path / "c/nvidia_h200/pool.json")
         assert [one.config["BLOCK"] for one in found] == [*blocks, 32]
-        assert sorted(path.name for path in (tmp_path / "c").rglob("*")) == ["max_pool2d.json", "nvidia_h200"]
+        assert sorted(path.name for path in (tmp_path / "c").rglob("*")) == ["pool.json", "nvidia_h200"]
 
     def test_into_the_left(self, run, tmp_path):
         left = put(tmp_path / "a", entry(1, 16))
@@ -164,22 +164,22 @@ class TestMerge:
         document = json.loads(run("merge", left, right, "-o", left, "--json"))
         assert document["conflicts"] == {"left": 0, "right": 0}
         store.clear()
-        assert len(store.load(left / "nvidia_h200/max_pool2d.json")) == 2
+        assert len(store.load(left / "nvidia_h200/pool.json")) == 2
         assert len(store.load(left / "sm_90/rnn.json")) == 1
 
     def test_files(self, run, tmp_path):
-        left = put(tmp_path / "a", entry(1, 16)) / "nvidia_h200/max_pool2d.json"
-        right = put(tmp_path / "b", entry(2, 32)) / "nvidia_h200/max_pool2d.json"
-        run("merge", left, right, "-o", tmp_path / "max_pool2d.json")
-        assert len(store.load(tmp_path / "max_pool2d.json")) == 2
-        assert json.loads((tmp_path / "max_pool2d.json").read_text())["kernel"] == "max_pool2d"
+        left = put(tmp_path / "a", entry(1, 16)) / "nvidia_h200/pool.json"
+        right = put(tmp_path / "b", entry(2, 32)) / "nvidia_h200/pool.json"
+        run("merge", left, right, "-o", tmp_path / "pool.json")
+        assert len(store.load(tmp_path / "pool.json")) == 2
+        assert json.loads((tmp_path / "pool.json").read_text())["kernel"] == "max_pool2d"
 
     def test_nothing_is_overwritten(self, run, tmp_path):
         left, right, other = (put(tmp_path / name, entry(1, 16)) for name in "abc")
-        before = (other / "nvidia_h200/max_pool2d.json").read_text()
+        before = (other / "nvidia_h200/pool.json").read_text()
         assert "exists" in run("merge", left, right, "-o", other, code=2)
-        assert (other / "nvidia_h200/max_pool2d.json").read_text() == before
-        assert "a file and a folder" in run("merge", left / "nvidia_h200/max_pool2d.json", right, "-o", tmp_path / "d",
+        assert (other / "nvidia_h200/pool.json").read_text() == before
+        assert "a file and a folder" in run("merge", left / "nvidia_h200/pool.json", right, "-o", tmp_path / "d",
                                             code=2)  # fmt: skip
 
 
@@ -196,7 +196,7 @@ class TestEntriesThatCountForNothing:
         put(tmp_path, one, one)
         monkeypatch.setenv("TRITUNE_CONFIG_PATH", str(tmp_path))
         _, problems, _ = doctor.examine()
-        (problem,) = (text for text in problems if "max_pool2d.json" in text)
+        (problem,) = (text for text in problems if "pool.json" in text)
         assert f"1 ignored, {reason}" in problem
 
     def test_a_kernel_that_is_gone(self, tmp_path, monkeypatch):

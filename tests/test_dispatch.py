@@ -231,7 +231,7 @@ class TestExplain:
         )
         for us, backend in ((5.0, "triton"), (50.0, "torch")):
             entry = store.Entry(pool.FORWARD.features(problem), pool.CONFIGS[0], "measured", us=us, torch_us=10.0)
-            store.write(tmp_path / "nvidia_h200" / "max_pool2d.json", "max_pool2d", [entry])
+            store.write(tmp_path / "nvidia_h200" / "pool.json", "max_pool2d", [entry])
             resolve.clear_memo()
             with FakeTensorMode(), _dispatch.record() as decisions, torch.no_grad():
                 x = torch.empty(8, 64, 32, 32, device="cuda", dtype=torch.float16)

@@ -107,8 +107,7 @@ class Function(NamedTuple):
 
 
 FUNCTIONS = tuple(Function(kind, rank) for kind, rank in itertools.product(KINDS, (1, 2, 3)))
-# To become ``getattr(tritune, f.name) for f in FUNCTIONS`` once all of them exist.
-PUBLIC = {f: function for f in FUNCTIONS if (function := getattr(tritune, f.name, None)) is not None}
+PUBLIC = {f: getattr(tritune, f.name) for f in FUNCTIONS}
 ENTRIES = {**{(f, "check"): f.check for f in FUNCTIONS}, **{(f, "public"): PUBLIC[f] for f in PUBLIC}}
 
 

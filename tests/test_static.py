@@ -389,7 +389,7 @@ class TestRanking:
         (path,) = (one for one in tmp_path.rglob("*") if one.is_file())
         entries = store.load(path)
         assert {one.source for one in entries} == {"model"} and all(one.us is None for one in entries)
-        shipped = {str(one.key): one.config for one in store.load(store.SHIPPED / "sm_90/max_pool2d.json")}
+        shipped = {str(one.key): one.config for one in store.load(store.SHIPPED / "sm_90/pool.json")}
         assert all(shipped[str(one.key)] == one.config for one in entries)
 
     def test_json_operators_and_a_dry_run(self, tmp_path, capsys):

@@ -377,7 +377,7 @@ class TestCommand:
     def test_the_users_store_is_the_default(self, capsys):
         text = self.tune(capsys)
         (path,) = store.cache_dir().rglob("*.json")
-        assert path == store.cache_dir() / "configs/nvidia_h200/max_pool2d.json"
+        assert path == store.cache_dir() / "configs/nvidia_h200/pool.json"
         assert f"written to {path.parent}" in text
         (entry,) = store.load(path)
         assert (entry.source, entry.us, entry.torch_us) == ("measured", 10, 15)
@@ -418,7 +418,7 @@ class TestCommand:
     def test_a_share_of_the_budget_is_for_the_final(self, capsys, monkeypatch):
         monkeypatch.setattr(Here, "seconds", 0.1)
         text = self.tune(capsys, "--budget", "0.5s")
-        (entry,) = store.load(store.cache_dir() / "configs/nvidia_h200/max_pool2d.json")
+        (entry,) = store.load(store.cache_dir() / "configs/nvidia_h200/pool.json")
         assert entry.extra["tested"] < entry.extra["candidates"] == 9
         assert "unfinished" not in entry.extra and "1 tuned" in text
 
