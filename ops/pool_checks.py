@@ -402,7 +402,7 @@ def _check_unpacks(fn: str, rank: int, kernel_size: Any) -> None:
 
 def _dtype_of_powers(dtype: torch.dtype, norm_type: Any, is_maximum: bool) -> torch.dtype:
     """torch itself says which powers and absolute values exist, and of what dtype: it is asked for those of nothing."""
-    nothing = torch.empty(0, dtype=dtype)
+    nothing = torch.empty(0, dtype=dtype, device="cpu")
     if not is_maximum:
         return nothing.pow(norm_type).dtype
     return nothing.abs().dtype if norm_type > 0 else (-nothing.abs()).dtype
@@ -558,7 +558,7 @@ def _kernel_name(name: str, rank: int, input: Tensor) -> str:
 
 
 def _text_dtype(kernel_name: str, fn: str, input: Tensor, dtype: torch.dtype) -> str:
-    name = _scalar_name(input if dtype == input.dtype else torch.empty(0, dtype=dtype))
+    name = _scalar_name(input if dtype == input.dtype else torch.empty(0, dtype=dtype, device="cpu"))
     return f"\"{kernel_name}\" not implemented for '{name}': {fn} does not take {dtype}"
 
 
