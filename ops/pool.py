@@ -533,7 +533,7 @@ def _lp_pool(
 ) -> Tensor:  # fmt: skip
     args = pool_checks.check_lp_pool(rank, input, norm_type, kernel_size, stride, ceil_mode)
     call = (args.kernel_size, args.stride)
-    if isinstance(norm_type, (int, float)) and math.isinf(norm_type):
+    if isinstance(norm_type, float) and math.isinf(norm_type):
         sign = 1 if norm_type > 0 else -1
         y: Tensor = _max_pool(rank, input.abs() * sign, *call, 0, 1, args.ceil_mode, False)
         return y * sign
