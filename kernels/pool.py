@@ -1206,10 +1206,11 @@ def _backward_span(p: PoolProblem, config: Config) -> Span:
 def _band(p: PoolProblem, columns: int, vec: int) -> int:
     """How many columns of y the windows over ``columns`` columns of x span, with what alignment adds."""
     (size, outs), window = (p.space[2], p.out[2]), p.window
+    least = max(8, columns // GATHER_RATIO)
     if size <= columns:
-        return max(8, _pow2(outs))
+        return max(least, _pow2(outs))
     step = cost.cdiv(columns * outs, size) if window.adaptive else cost.cdiv(columns, window.stride[2])
-    return max(8, _pow2(min(cost.cdiv(outs, vec) * vec, step + p.most_windows()[2] + vec)))
+    return max(least, _pow2(min(cost.cdiv(outs, vec) * vec, step + p.most_windows()[2] + vec)))
 
 
 def plan_forward(
@@ -1361,6 +1362,8 @@ def plane_stride(x: torch.Tensor) -> int:
 
 # --- configs ---------------------------------------------------------------------------------------------------------
 
+# ``tl.gather`` from fewer columns than threads on a row of the result fails in the compiler of Triton 3.6 and 3.7.
+GATHER_RATIO = 4
 SCALAR_LOADS = 4.0  # cost of a byte that is loaded element by element, in bytes loaded 16 at a time
 STRAYS = 64  # elements of an unpooling that one program looks at
 
@@ -1447,7 +1450,9 @@ def _row_width(p: PoolProblem) -> int:
 def _accepts(p: PoolProblem, config: Config, device: DeviceSpec) -> bool:
     if "BLOCK_W" not in config:
         return _accepts_pixels(p, config, device)
-    return _accepts_rows(p, config, device, _row_width(p)) and _forward_span(p, config, *_row_vectors(p)).written > 0
+    span = _forward_span(p, config, *_row_vectors(p))
+    fits = span.written > 0 and span.columns <= GATHER_RATIO * config.BLOCK_W
+    return fits and _accepts_rows(p, config, device, _row_width(p))
 
 
 def _accepts_backward(p: PoolProblem, config: Config, device: DeviceSpec) -> bool:
