@@ -1106,7 +1106,7 @@ def _next_power_of_2(n: int) -> int:
     return 1 << max(0, n - 1).bit_length()
 
 
-def _fits(p: ConvProblem, config: Config, device: DeviceSpec, rows: int, columns: int, reduction: int) -> bool:
+def fits(p: ConvProblem, config: Config, device: DeviceSpec, rows: int, columns: int, reduction: int) -> bool:
     """Is the tile no larger than the problem and than the machine?"""
     stages = config.num_stages - 1 if device.is_amd else config.num_stages
     smem = cost.gemm_smem_bytes(config.BLOCK_M, config.BLOCK_N, config.BLOCK_K, p.itemsize, max(1, stages))
@@ -1121,7 +1121,7 @@ def _fits(p: ConvProblem, config: Config, device: DeviceSpec, rows: int, columns
     )
 
 
-def _stores(p: ConvProblem, config: Config, device: DeviceSpec, run: int) -> bool:
+def stores(p: ConvProblem, config: Config, device: DeviceSpec, run: int) -> bool:
     """Into NCHW every element has an address of its own, two registers each, and larger tiles spill, unless the pixels
     follow one another in stretches of ``run`` that hold a whole number of 16 bytes."""
     runs = p.channels_last or run % (16 // p.itemsize) == 0
@@ -1148,8 +1148,8 @@ def _lines_accept(p: ConvProblem, config: Config, device: DeviceSpec, turned: bo
         and p.tail == 0
         and whole
         and (p.geometry.groups == 1 or reduction % config.BLOCK_K == 0)
-        and _stores(p, config, device, math.prod(p.image if turned else p.output))
-        and _fits(p, config, device, _line_sizes(p, turned)[1], columns, reduction)
+        and stores(p, config, device, math.prod(p.image if turned else p.output))
+        and fits(p, config, device, _line_sizes(p, turned)[1], columns, reduction)
     )
 
 
@@ -1161,8 +1161,8 @@ def _forward_accepts(p: ConvProblem, config: Config, device: DeviceSpec) -> bool
     enough = _splits(p, config, cost.cdiv(reduction, config.BLOCK_K), 4, outputs)
     if config.SWAP and (p.K > config.BLOCK_N or p.K <= config.BLOCK_N // 2 or p.precision == "ieee"):
         return False
-    stores = _stores(p, config, device, math.prod(p.output))
-    return enough and stores and _fits(p, config, device, p.pixels, p.K, reduction)
+    stores = stores(p, config, device, math.prod(p.output))
+    return enough and stores and fits(p, config, device, p.pixels, p.K, reduction)
 
 
 def _lines_estimate(p: ConvProblem, config: Config, device: DeviceSpec, turned: bool) -> Estimate:
@@ -1208,8 +1208,8 @@ def _transpose_accepts(p: ConvProblem, config: Config, device: DeviceSpec) -> bo
         return _lines_accept(p, config, device, turned=True)
     rows = cost.cdiv(p.image_pixels, p.geometry.parities)
     enough = _splits(p, config, _transpose_steps(p, config), 4, p.image_pixels * p.C * p.geometry.groups)
-    stores = _stores(p, config, device, math.prod(p.image) if p.geometry.parities == 1 else 1)
-    return enough and stores and _fits(p, config, device, rows, p.C, p.K)
+    stores = stores(p, config, device, math.prod(p.image) if p.geometry.parities == 1 else 1)
+    return enough and stores and fits(p, config, device, rows, p.C, p.K)
 
 
 def _transpose_estimate(p: ConvProblem, config: Config, device: DeviceSpec) -> Estimate:
@@ -1235,7 +1235,7 @@ def _transpose_estimate(p: ConvProblem, config: Config, device: DeviceSpec) -> E
 def _weight_grad_accepts(p: ConvProblem, config: Config, device: DeviceSpec) -> bool:
     merged = merged_groups(p)
     enough = _splits(p, config, cost.cdiv(p.pixels, config.BLOCK_K), 2, p.K * p.taps * p.C * p.geometry.groups)
-    return enough and _fits(p, config, device, p.K * merged, p.taps * p.C * merged, p.pixels)
+    return enough and fits(p, config, device, p.K * merged, p.taps * p.C * merged, p.pixels)
 
 
 def _weight_grad_estimate(p: ConvProblem, config: Config, device: DeviceSpec) -> Estimate:
