@@ -28,6 +28,9 @@ Z pixels of z computed in all, T_m and T_n tiles of lanes and filters, and e byt
 The image of a stem is re-laid as for the convolution, rows of its windows read as channels, up to a multiple of 32. The
 rest behind a window belongs to other windows and is masked, so 16-bit pixels come in pairs of 8 bytes. Those copies go
 through the L1 cache, which holds what the overlapping windows share; 16-byte copies would pass it by.
+
+y is written channels last, and re-laid where it is to be NCHW: 2|y|, a fraction of |z|. Stored so by the kernel, each
+element would have an address of its own, and those registers are taken.
 """
 
 from __future__ import annotations
@@ -43,7 +46,7 @@ from ..autotune import cost
 from ..autotune.config import Config, Estimate, Tunable, register
 from ..autotune.device import DeviceSpec
 from ._launch import Launch, launch, layout_strides
-from ._math import activate, dense_offsets, dot, narrow, position
+from ._math import activate, dot, narrow, position
 from .conv import (
     ConvProblem,
     Epilogue,
@@ -59,7 +62,6 @@ from .conv import (
     pad_weight,
     prepare,
     problem_of,
-    stores,
 )
 from .pool import Window
 
@@ -88,7 +90,7 @@ def _conv_max_pool_kernel(
     DIL_H: tl.constexpr, DIL_W: tl.constexpr,
     POOL_R: tl.constexpr, POOL_S: tl.constexpr, POOL_STRIDE_H: tl.constexpr, POOL_STRIDE_W: tl.constexpr,
     POOL_PAD_H: tl.constexpr, POOL_PAD_W: tl.constexpr,
-    X_VEC: tl.constexpr, CHANNELS_LAST: tl.constexpr, ACTIVATION: tl.constexpr, PRECISION: tl.constexpr,
+    X_VEC: tl.constexpr, ACTIVATION: tl.constexpr, PRECISION: tl.constexpr,
     TALL: tl.constexpr, WIDE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """M lanes: ``strips`` of TALL rows times ``blocks`` of WIDE columns in each of N images. P and Q are how many rows
@@ -103,7 +105,7 @@ def _conv_max_pool_kernel(
 
     pid = tl.program_id(0)
     tiles = tl.cdiv(M, BLOCK_M) * TILES_N
-    group = pid // tiles
+    group = pid // tiles % GROUPS  # known to be 0 without groups
     offs_m = pid % tiles // TILES_N * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_n = pid % TILES_N * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_k = tl.arange(0, BLOCK_K)
@@ -174,9 +176,10 @@ def _conv_max_pool_kernel(
         u = strip * TALL + down
         for right in tl.static_range(WIDE):
             v = block * WIDE + right
-            offsets = dense_offsets((n * U + u) * V + v, channel, U * V, K * GROUPS, CHANNELS_LAST, 1)
-            mask = (mask_m & (u < U) & (v < V))[:, None] & mask_n[None, :]
-            tl.store(out_ptr + offsets, narrow(best[right], out_ptr.dtype.element_ty), mask=mask)
+            y_row = ((n * U + u) * V + v).to(tl.int64) * (K * GROUPS)
+            mask_y = (mask_m & (u < U) & (v < V))[:, None] & mask_n[None, :]
+            y = narrow(best[right], out_ptr.dtype.element_ty)
+            tl.store(out_ptr + y_row[:, None] + channel[None, :], y, mask=mask_y)
         best = carried
         carried = (lowest,) * WIDE
 
@@ -230,13 +233,14 @@ def _covered(size: int, spans: int, step: int, pad: int, reach: int) -> int:
 
 
 def conv_pool_problem(conv: ConvProblem, window: Window, output: Sequence[int]) -> ConvPoolProblem:
+    """``conv`` is the call's own, not yet padded, but channels last whatever the result's layout is to be."""
     return ConvPoolProblem(pad_problem(conv), window, (output[0], output[1]))
 
 
 def plan(
     p: ConvPoolProblem, config: Config, x: torch.Tensor, w: torch.Tensor, y: torch.Tensor, epilogue: Epilogue
 ) -> list[Launch]:
-    """x channels last, w packed [K, R, S, C]; of the epilogue scale, bias and activation."""
+    """x and y channels last, w packed [K, R, S, C]; of the epilogue scale, bias and activation."""
     conv, window, (strips, blocks) = p.conv, p.window, p.lanes(config)
     geometry, lanes = conv.geometry, conv.N * strips * blocks
     x_vec, _, (xn, _, _, xh, xw) = layout_strides(x, conv.C)
@@ -254,8 +258,7 @@ def plan(
                 "GROUPS": geometry.groups,
                 **{name: value for name, value in geometry.constants().items() if not name.endswith("_D")},
                 **{f"POOL_{name}": value for name, value in window.constants().items() if not name.startswith("DIL")},
-                "X_VEC": x_vec, "CHANNELS_LAST": conv.channels_last, "ACTIVATION": epilogue.activation,
-                "PRECISION": dot_precision(conv), **config.constants(),
+                "X_VEC": x_vec, "ACTIVATION": epilogue.activation, "PRECISION": dot_precision(conv), **config.constants(),
             },
             config.num_warps,
             config.num_stages,
@@ -311,7 +314,6 @@ def _accepts(p: ConvPoolProblem, config: Config, device: DeviceSpec) -> bool:
         tall
         and wide
         and registers <= REGISTERS
-        and stores(conv, config, device, 1)
         and fits(conv, config, device, rows, conv.K, reduction)
     )
 
@@ -334,8 +336,7 @@ def _estimate(p: ConvPoolProblem, config: Config, device: DeviceSpec) -> Estimat
 
 def _launches(p: ConvPoolProblem, config: Config) -> list[Launch]:
     x, w, z = meta_tensors(p.conv)
-    y = empty_output(z, (*z.shape[:2], *p.output), p.conv.channels_last)
-    x = empty_output(x, x.shape, True)
+    y = empty_output(z, (*z.shape[:2], *p.output), True)
     return plan(p, config, x, w, y, Epilogue(bias=w.new_empty(y.shape[1]), activation="relu"))
 
 
@@ -352,11 +353,11 @@ def run(
 ) -> torch.Tensor:  # fmt: skip
     """y [N, K, U, V]; ``size`` is the convolution's P x Q, ``output`` U x V."""
     y, epilogue = prepare(
-        x, (x.shape[0], weight.shape[0], *output), is_channels_last, bias=bias, scale=scale, residual=None,
-        activation=activation, save_input=False,
+        x, (x.shape[0], weight.shape[0], *output), True, bias=bias, scale=scale, residual=None, activation=activation,
+        save_input=False,
     )  # fmt: skip
-    conv = problem_of(x.shape, weight.shape, size, geometry, x.dtype, precision, is_channels_last)
+    conv = problem_of(x.shape, weight.shape, size, geometry, x.dtype, precision, True)
     problem = conv_pool_problem(conv, window, output)
     x, weight = pad_image(x, conv, problem.conv), pad_weight(weight, conv, problem.conv)
     launch(CONV_MAX_POOL, plan, problem, x, weight, y, epilogue)
-    return y
+    return y if is_channels_last else y.contiguous()
