@@ -1121,7 +1121,7 @@ def fits(p: ConvProblem, config: Config, device: DeviceSpec, rows: int, columns:
     )
 
 
-def stores(p: ConvProblem, config: Config, device: DeviceSpec, run: int) -> bool:
+def _stores(p: ConvProblem, config: Config, device: DeviceSpec, run: int) -> bool:
     """Into NCHW every element has an address of its own, two registers each, and larger tiles spill, unless the pixels
     follow one another in stretches of ``run`` that hold a whole number of 16 bytes."""
     runs = p.channels_last or run % (16 // p.itemsize) == 0
@@ -1148,7 +1148,7 @@ def _lines_accept(p: ConvProblem, config: Config, device: DeviceSpec, turned: bo
         and p.tail == 0
         and whole
         and (p.geometry.groups == 1 or reduction % config.BLOCK_K == 0)
-        and stores(p, config, device, math.prod(p.image if turned else p.output))
+        and _stores(p, config, device, math.prod(p.image if turned else p.output))
         and fits(p, config, device, _line_sizes(p, turned)[1], columns, reduction)
     )
 
@@ -1161,7 +1161,7 @@ def _forward_accepts(p: ConvProblem, config: Config, device: DeviceSpec) -> bool
     enough = _splits(p, config, cost.cdiv(reduction, config.BLOCK_K), 4, outputs)
     if config.SWAP and (p.K > config.BLOCK_N or p.K <= config.BLOCK_N // 2 or p.precision == "ieee"):
         return False
-    stores = stores(p, config, device, math.prod(p.output))
+    stores = _stores(p, config, device, math.prod(p.output))
     return enough and stores and fits(p, config, device, p.pixels, p.K, reduction)
 
 
@@ -1208,7 +1208,7 @@ def _transpose_accepts(p: ConvProblem, config: Config, device: DeviceSpec) -> bo
         return _lines_accept(p, config, device, turned=True)
     rows = cost.cdiv(p.image_pixels, p.geometry.parities)
     enough = _splits(p, config, _transpose_steps(p, config), 4, p.image_pixels * p.C * p.geometry.groups)
-    stores = stores(p, config, device, math.prod(p.image) if p.geometry.parities == 1 else 1)
+    stores = _stores(p, config, device, math.prod(p.image) if p.geometry.parities == 1 else 1)
     return enough and stores and fits(p, config, device, rows, p.C, p.K)
 
 

@@ -36,7 +36,7 @@ element would have an address of its own, and those registers are taken.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
@@ -72,7 +72,7 @@ X_STRIDES = ["stride_xn", "stride_xh", "stride_xw"]
 @triton.jit
 def put(tiles, place: tl.constexpr, tile):
     """A tuple of tiles with another one at ``place``."""
-    return tiles[:place] + (tile,) + tiles[place + 1 :]
+    return tiles[:place] + (tile,) + tiles[place + 1 :]  # noqa: RUF005 (no starred expressions in Triton)
 
 
 @triton.jit
@@ -250,15 +250,17 @@ def plan(
             cost.cdiv(lanes, config.BLOCK_M) * cost.cdiv(conv.K, config.BLOCK_N) * geometry.groups,
             {
                 "x_ptr": x, "w_ptr": w, "scale_ptr": epilogue.scale, "bias_ptr": epilogue.bias, "out_ptr": y,
-                "M": lanes, "H": conv.image[1], "W": conv.image[2], **dict(zip("PQUV", (*p.seen, *p.output), strict=True)),
-                "strips": strips, "blocks": blocks, "stride_xn": xn, "stride_xh": xh, "stride_xw": xw,
+                "M": lanes, "H": conv.image[1], "W": conv.image[2],
+                **dict(zip("PQUV", (*p.seen, *p.output), strict=True)), "strips": strips, "blocks": blocks,
+                "stride_xn": xn, "stride_xh": xh, "stride_xw": xw,
             },
             {
                 "C": conv.C, "TAIL": conv.tail, "K": conv.K, "R": conv.window[1], "S": conv.window[2],
                 "GROUPS": geometry.groups,
                 **{name: value for name, value in geometry.constants().items() if not name.endswith("_D")},
                 **{f"POOL_{name}": value for name, value in window.constants().items() if not name.startswith("DIL")},
-                "X_VEC": x_vec, "ACTIVATION": epilogue.activation, "PRECISION": dot_precision(conv), **config.constants(),
+                "X_VEC": x_vec, "ACTIVATION": epilogue.activation, "PRECISION": dot_precision(conv),
+                **config.constants(),
             },
             config.num_warps,
             config.num_stages,
@@ -274,6 +276,8 @@ _TILES = (
     (128, 64, 32, 8, 3),
     (64, 64, 64, 4, 3),
     (64, 64, 32, 4, 3),
+    (64, 64, 32, 8, 3),
+    (64, 64, 64, 8, 3),
     (128, 128, 64, 8, 3),
     (64, 128, 64, 8, 3),
     (64, 128, 32, 8, 3),
@@ -310,12 +314,7 @@ def _accepts(p: ConvPoolProblem, config: Config, device: DeviceSpec) -> bool:
     tiles = 1 + config.WIDE * (1 + (config.TALL > 1))
     registers = tiles * config.BLOCK_M * config.BLOCK_N // (device.warp_size * config.num_warps)
     rows, reduction = conv.N * strips * blocks, conv.taps * conv.C
-    return (
-        tall
-        and wide
-        and registers <= REGISTERS
-        and fits(conv, config, device, rows, conv.K, reduction)
-    )
+    return tall and wide and registers <= REGISTERS and fits(conv, config, device, rows, conv.K, reduction)
 
 
 def _estimate(p: ConvPoolProblem, config: Config, device: DeviceSpec) -> Estimate:
