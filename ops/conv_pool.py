@@ -92,7 +92,7 @@ def conv2d_max_pool2d(
     else:
         with below_autograd():
             y = OP(*call)
-    return y if input.dim() == 4 else y.squeeze(0)
+    return y if input.dim() == 4 else y.squeeze(0).contiguous()  # of a single image torch pools to a contiguous one
 
 
 def _convolved(input: Tensor, weight: Tensor, args: ConvArgs) -> Tensor:
