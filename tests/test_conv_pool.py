@@ -381,7 +381,7 @@ class TestChoice:
         call = ["32x3x224x224", "64x3x7x7", "--stride", "2", "--padding", "3", *window]
         assert cli.main(["explain", "conv2d_max_pool2d", *call]) == 0
         text = capsys.readouterr().out
-        assert text.startswith("conv2d_max_pool2d: triton") and "conv_max_pool: TALL=" in text
+        assert text.startswith("conv2d_max_pool2d: triton") and "conv_max_pool: BLOCK_K=" in text
 
 
 @pytest.mark.gpu
