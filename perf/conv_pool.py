@@ -157,7 +157,7 @@ def _tiny(one: Case) -> Case:
     layer = layer_of(one)
     n, c, *space = layer.conv.input
     side = max(9, layer.conv.taps[0] + 4 * layer.conv.stride)
-    small = layer.conv._replace(input=(min(n, 2), min(c, 16), *(min(size, side) for size in space)), k=16)
+    small = layer.conv._replace(input=(min(n, 2), min(c, 16), *(min(size, side) for size in space)), k=8)
     steps = " ".join(one.epilogue.split("+"))
     tiny = case(
         one.name, steps, layer=layer._replace(conv=small), dtype=one.precision, layout=one.layout, rank=one.rank
