@@ -112,16 +112,16 @@ TRAFFIC: dict[str, Callable[[Any, Config], float]] = {"conv_max_pool": _bytes}
 
 
 def _torch(
-    input: Tensor, weight: Tensor, bias: Tensor | None = None, *, activation: str = "none",
+    input: Tensor, weight: Tensor, bias: Tensor | None = None, *, activation: str | None = None,
     precision: str | None = None, pool_kernel_size: int, pool_stride: int, pool_padding: int, **geometry: Any,
 ) -> Tensor:  # fmt: skip
     """The same by torch's operators, each step one of them."""
-    z = activate(F.conv2d(input, weight, bias, **geometry), activation)
+    z = activate(F.conv2d(input, weight, bias, **geometry), activation or "none")
     return F.max_pool2d(z, pool_kernel_size, pool_stride, pool_padding)
 
 
 def _bare(input: Tensor, weight: Tensor, bias: Tensor | None = None, **others: Any) -> Tensor:
-    return _torch(input, weight, **{**others, "activation": "none"})
+    return _torch(input, weight, **{**others, "activation": None})
 
 
 def case(
