@@ -21,7 +21,7 @@ from tritune.autotune import store  # noqa: E402
 from tritune.autotune.config import Config  # noqa: E402
 from tritune.autotune.device import TARGETS, named  # noqa: E402
 from tritune.autotune.resolve import ranked, resolve  # noqa: E402
-from tritune.kernels import attention, conv, pool, registered, rnn  # noqa: E402
+from tritune.kernels import attention, conv, conv_pool, pool, registered, rnn  # noqa: E402
 from tritune.kernels._launch import Launch  # noqa: E402
 from tritune.ops.conv import module_of, weight_grad_module_of  # noqa: E402
 from tritune.perf import conv as conv_layers  # noqa: E402
@@ -165,7 +165,14 @@ def sweep(kernel):
                         geometry = dense
                         if "direct" in kernel:
                             geometry, w = dense._replace(groups=channels), (channels, 1, 3, 3)
-                        yield conv.problem_of(x, w, (size, size), geometry, torch.bfloat16, "16", last)
+                        problem = conv.problem_of(x, w, (size, size), geometry, torch.bfloat16, "16", last)
+                        yield pooled(problem, 3 if last else 2) if kernel == "conv_max_pool" else problem
+
+
+def pooled(problem, window):
+    side = problem.output[2] // 2
+    pad = window // 3
+    return conv_pool.conv_pool_problem(problem, pool.Window(window, window, 2, 2, pad, pad, 1, 1), (side, side))
 
 
 def attended(kernel, heads, size, channels, causal):

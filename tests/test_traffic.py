@@ -10,7 +10,7 @@ import triton.language as tl  # noqa: E402
 from tritune.autotune.config import Config, Tunable  # noqa: E402
 from tritune.autotune.device import named  # noqa: E402
 from tritune.autotune.resolve import ranked  # noqa: E402
-from tritune.kernels import attention, conv, pool, registered, rnn  # noqa: E402
+from tritune.kernels import attention, conv, conv_pool, pool, registered, rnn  # noqa: E402
 from tritune.kernels._launch import Launch  # noqa: E402
 from tritune.perf import traffic  # noqa: E402
 from tritune.perf.families import TRAFFIC  # noqa: E402
@@ -30,6 +30,11 @@ def dense(x, w, stride=1, pad=0, dil=1, groups=1, dtype=torch.float16, last=True
 def pooling(x, window, stride, pad=0, dtype=torch.float16, index=1, last=True):
     pq = tuple((size + 2 * pad - window) // stride + 1 for size in x[2:])
     return pool.problem_of(x, pq, pool.Window(window, window, stride, stride, pad, pad, 1, 1), dtype, index, last)
+
+
+def pooled(problem, window, stride, pad=0):
+    output = [(size + 2 * pad - window) // stride + 1 for size in problem.output[1:]]
+    return conv_pool.conv_pool_problem(problem, pool.Window(window, window, stride, stride, pad, pad, 1, 1), output)
 
 
 CONVOLUTIONS = {
@@ -58,6 +63,15 @@ DIRECT = {
     "1d-causal-padded": dense((1, 16, 40), (16, 1, 4), pad=3, groups=16),
     "1d-causal-padded-nchw": dense((1, 4, 64), (4, 1, 4), pad=3, groups=4, last=False),
     "3d": dense((1, 8, 4, 6, 6), (8, 1, 2, 3, 3), groups=8),
+}
+POOLED_CONVOLUTIONS = {
+    "side-by-side": pooled(dense((2, 32, 10, 10), (48, 32, 3, 3)), 2, 2),
+    "overlapping": pooled(dense((2, 32, 16, 18), (16, 32, 3, 3)), 3, 2, 1),
+    "overlapping-by-two": pooled(dense((1, 16, 12, 12), (16, 16, 1, 1)), 3, 1),
+    "stem": pooled(dense((1, 3, 40, 40), (24, 3, 7, 7), stride=2), 3, 2, 1),
+    "stem-padded": pooled(dense((1, 3, 40, 40), (24, 3, 7, 7), stride=2, pad=3), 3, 2, 1),
+    "groups": pooled(dense((1, 32, 10, 10), (32, 16, 3, 3), groups=2), 2, 2),
+    "fp32": pooled(dense((1, 24, 9, 9), (20, 24, 3, 3), dtype=torch.float32), 2, 3),
 }
 SMALL_GROUPS = {
     "four": dense((1, 32, 8, 8), (32, 4, 3, 3), groups=8),
@@ -121,6 +135,8 @@ def problems_of(kernel):
         return EPILOGUES
     if kernel.startswith("max_pool2d"):
         return POOLS
+    if kernel == "conv_max_pool":
+        return POOLED_CONVOLUTIONS
     if kernel == "conv_direct_weight_grad":
         return DIRECT
     return {**DIRECT, **SMALL_GROUPS} if "direct" in kernel else CONVOLUTIONS
@@ -130,11 +146,12 @@ CASES = [(kernel, name) for kernel in TUNABLES for name in problems_of(kernel)]
 
 
 def configs(kernel, problem):
-    """The best by the model, of those that split the reduction in two or more, and of those that copy boxes."""
+    """The best by the model, and of those that split the reduction in two or more, copy boxes, pool single windows."""
     order = [config for config, _ in ranked(TUNABLES[kernel], problem, named("sm_90"))]
     split = [one for one in order if max(dict(one).get("SPLIT_K", 1), dict(one).get("SPLIT_M", 1)) > 1]
     boxes = [one for one in order if "TMA" in one]
-    return {order[0], *split[:1], *boxes[:1]}
+    single = [one for one in order if dict(one).get("TALL") == 1]
+    return {order[0], *split[:1], *boxes[:1], *single[:1]}
 
 
 @pytest.mark.parametrize("kernel, name", CASES)
