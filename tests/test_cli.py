@@ -91,7 +91,7 @@ class TestExplain:
         text = self.explain(capsys, "max_pool2d", "32x64x112x112", "--kernel", "3", "--stride", "2", "--json")
         document = json.loads(text)
         assert document["backend"] == "triton"
-        assert document["kernels"][0]["kernel"] == "max_pool2d"
+        assert document["kernels"][0]["kernel"] == "pool"
         assert document["kernels"][0]["config"]["BLOCK_C"] > 1
 
     def test_what_is_not_covered(self, capsys):

@@ -214,7 +214,7 @@ class TestExplain:
             tritune.conv2d(x, w, padding=1)
         conv, pool, auto = decisions
         assert conv.kernels[0][0] == "conv" and conv.kernels[0][1].config.BLOCK_M >= 64
-        assert pool.kernels[0][0] == "max_pool2d"
+        assert pool.kernels[0][0] == "pool"
         assert auto.backend == "torch" and "not measured" in auto.because
 
     def test_auto_follows_measurements(self, monkeypatch, tmp_path):
@@ -231,7 +231,7 @@ class TestExplain:
         )
         for us, backend in ((5.0, "triton"), (50.0, "torch")):
             entry = store.Entry(pool.FORWARD.features(problem), pool.CONFIGS[0], "measured", us=us, torch_us=10.0)
-            store.write(tmp_path / "nvidia_h200" / "pool.json", "max_pool2d", [entry])
+            store.write(tmp_path / "nvidia_h200" / "pool.json", "pool", [entry])
             resolve.clear_memo()
             with FakeTensorMode(), _dispatch.record() as decisions, torch.no_grad():
                 x = torch.empty(8, 64, 32, 32, device="cuda", dtype=torch.float16)
