@@ -1242,7 +1242,8 @@ def _lp_backward(
     if dx.numel():
         window = kernel_window(input.shape[2:], dy.shape[2:], windows)
         saved = output if is_channels_last(output) == channels_last else laid_out(output, channels_last)
-        run_backward(dy, None, saved, input, dx, window, f"norm{norm:.0f}", is_channels_last=channels_last)
+        factor = input if norm == 2 else None
+        run_backward(dy, None, saved, factor, dx, window, f"norm{norm:.0f}", is_channels_last=channels_last)
     return dx
 
 
