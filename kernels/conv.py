@@ -1106,7 +1106,7 @@ def _next_power_of_2(n: int) -> int:
     return 1 << max(0, n - 1).bit_length()
 
 
-def _fits(p: ConvProblem, config: Config, device: DeviceSpec, rows: int, columns: int, reduction: int) -> bool:
+def fits(p: ConvProblem, config: Config, device: DeviceSpec, rows: int, columns: int, reduction: int) -> bool:
     """Is the tile no larger than the problem and than the machine?"""
     stages = config.num_stages - 1 if device.is_amd else config.num_stages
     smem = cost.gemm_smem_bytes(config.BLOCK_M, config.BLOCK_N, config.BLOCK_K, p.itemsize, max(1, stages))
@@ -1149,7 +1149,7 @@ def _lines_accept(p: ConvProblem, config: Config, device: DeviceSpec, turned: bo
         and whole
         and (p.geometry.groups == 1 or reduction % config.BLOCK_K == 0)
         and _stores(p, config, device, math.prod(p.image if turned else p.output))
-        and _fits(p, config, device, _line_sizes(p, turned)[1], columns, reduction)
+        and fits(p, config, device, _line_sizes(p, turned)[1], columns, reduction)
     )
 
 
@@ -1162,7 +1162,7 @@ def _forward_accepts(p: ConvProblem, config: Config, device: DeviceSpec) -> bool
     if config.SWAP and (p.K > config.BLOCK_N or p.K <= config.BLOCK_N // 2 or p.precision == "ieee"):
         return False
     stores = _stores(p, config, device, math.prod(p.output))
-    return enough and stores and _fits(p, config, device, p.pixels, p.K, reduction)
+    return enough and stores and fits(p, config, device, p.pixels, p.K, reduction)
 
 
 def _lines_estimate(p: ConvProblem, config: Config, device: DeviceSpec, turned: bool) -> Estimate:
@@ -1209,7 +1209,7 @@ def _transpose_accepts(p: ConvProblem, config: Config, device: DeviceSpec) -> bo
     rows = cost.cdiv(p.image_pixels, p.geometry.parities)
     enough = _splits(p, config, _transpose_steps(p, config), 4, p.image_pixels * p.C * p.geometry.groups)
     stores = _stores(p, config, device, math.prod(p.image) if p.geometry.parities == 1 else 1)
-    return enough and stores and _fits(p, config, device, rows, p.C, p.K)
+    return enough and stores and fits(p, config, device, rows, p.C, p.K)
 
 
 def _transpose_estimate(p: ConvProblem, config: Config, device: DeviceSpec) -> Estimate:
@@ -1235,7 +1235,7 @@ def _transpose_estimate(p: ConvProblem, config: Config, device: DeviceSpec) -> E
 def _weight_grad_accepts(p: ConvProblem, config: Config, device: DeviceSpec) -> bool:
     merged = merged_groups(p)
     enough = _splits(p, config, cost.cdiv(p.pixels, config.BLOCK_K), 2, p.K * p.taps * p.C * p.geometry.groups)
-    return enough and _fits(p, config, device, p.K * merged, p.taps * p.C * merged, p.pixels)
+    return enough and fits(p, config, device, p.K * merged, p.taps * p.C * merged, p.pixels)
 
 
 def _weight_grad_estimate(p: ConvProblem, config: Config, device: DeviceSpec) -> Estimate:

@@ -29,7 +29,8 @@ and what load and store instructions move, where neighbouring windows hit the L1
     forward, pixels x channels     taps inside the image * e + (e + i) for each output
     forward, rows                  taps of a column (T*R) * e for each element of the bands, + (e + i) for each output
     backward, pixels x channels    taps inside the image * (e + i) for each output, + e for each input
-    backward, rows                 windows over a row * (e + i) for each element of the bands, + e for each input
+    backward, rows                 taps of a column (T*R) * (e + i) for each element of the bands, + e for each input
+                                   (where windows are adaptive: windows over a row, for each input row)
     whole planes                   |x| + |y| + i*N*C, and 8 to 12 bytes for each part of a plane that is split
 
 Two forms serve the two layouts. Channels last, a tile is pixels x channels, and a tap is one load of 16 bytes along the
@@ -167,6 +168,31 @@ def _share(dy, y, divisor, REDUCE: tl.constexpr, K: tl.constexpr):
 
 
 @triton.jit
+def _larger(a, b):
+    """The larger of two, or a NaN; a if they are equal."""
+    return tl.where((b > a) | (b != b), b, a)
+
+
+@triton.jit
+def _winner(a, tap_a, b, tap_b):
+    """The winner of two, in either order: of equals the smaller tap, of NaNs the larger; a tap below 0 is none."""
+    take = (tap_a < 0) | (b > a) | ((b == a) & (tap_b < tap_a)) | ((b != b) & ((a == a) | (tap_b > tap_a)))
+    take &= tap_b >= 0
+    return tl.where(take, b, a), tl.where(take, tap_b, tap_a)
+
+
+@triton.jit
+def _shifted(x, SHIFT: tl.constexpr):
+    """Column m + SHIFT of x [rows, columns] in column m; at the ends what is there already."""
+    if SHIFT == 0:
+        return x
+    else:
+        columns = tl.arange(0, x.shape[1]) + SHIFT
+        at = tl.minimum(tl.maximum(columns, 0), x.shape[1] - 1)
+        return tl.gather(x, tl.broadcast_to(at[None, :], x.shape), 1)
+
+
+@triton.jit
 def _store_winner(index_ptr, offsets, tap, flat, mask, NONE: tl.constexpr):
     """The winner's place in the image for int64 indices, else its tap (negative: there is none)."""
     if index_ptr.dtype.element_ty == tl.int64:
@@ -257,18 +283,25 @@ def _pool_rows_kernel(
     M, C, D, H, W, Z, P, Q, largest_d, largest_h, largest_w, span,
     stride_xn: tl.int64, stride_xc: tl.int64, stride_xd: tl.int64, stride_xh: tl.int64,
     T: tl.constexpr, R: tl.constexpr, S: tl.constexpr,
-    STRIDE_D: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr, PAD_D: tl.constexpr, PAD_H: tl.constexpr,
-    PAD_W: tl.constexpr,
-    DIL_D: tl.constexpr, DIL_H: tl.constexpr, DIL_W: tl.constexpr, RANK: tl.constexpr, ADAPTIVE: tl.constexpr,
-    REDUCE: tl.constexpr, INCLUDE_PAD: tl.constexpr, DIVISOR: tl.constexpr, NONE: tl.constexpr, X_VEC: tl.constexpr,
-    Y_VEC: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_Q: tl.constexpr,
+    STRIDE_D: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
+    PAD_D: tl.constexpr, PAD_H: tl.constexpr, PAD_W: tl.constexpr,
+    DIL_D: tl.constexpr, DIL_H: tl.constexpr, DIL_W: tl.constexpr,
+    RANK: tl.constexpr, ADAPTIVE: tl.constexpr, REDUCE: tl.constexpr, INCLUDE_PAD: tl.constexpr,
+    DIVISOR: tl.constexpr, NONE: tl.constexpr, X_VEC: tl.constexpr, Y_VEC: tl.constexpr,
+    PHASES: tl.constexpr, LEAD: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_Q: tl.constexpr,
 ):  # fmt: skip
     """Rows of x are neighbours in memory; y and the winners are dense NCHW. A program takes BLOCK_R of the M rows of
-    the output, in each ``span`` units of Y_VEC columns, whose windows lie in a band of BLOCK_W columns of x."""
+    the output, in each ``span`` columns, whose windows lie in a band of BLOCK_W columns of x, and reduces the band over
+    the rows of the windows first.
+
+    Then over their columns. With PHASES = STRIDE_W output q lies over columns q*PHASES + phase of the band, so taps at
+    one distance of q, in PHASES, are reduced where they are (neighbours in one thread), and only each distance is
+    shifted to its q. With PHASES = 0 windows may begin anywhere, and each of their columns is fetched by itself.
+    """
     taps_d = largest_d if ADAPTIVE and RANK == 3 else T
     taps_h = largest_h if ADAPTIVE else R
     taps_w = largest_w if ADAPTIVE else S
-    tiles_q = tl.cdiv(Q // Y_VEC, span)
+    tiles_q = tl.cdiv(Q, span)
     row = tl.program_id(0) // tiles_q * BLOCK_R + tl.arange(0, BLOCK_R)
     mask_row = row < M
     plane, z, p = row // (Z * P), row // P % Z, row % P
@@ -276,11 +309,18 @@ def _pool_rows_kernel(
     d0, size_d = _window(z, D, Z, STRIDE_D, PAD_D, T, ADAPTIVE)
     h0, size_h = _window(p, H, P, STRIDE_H, PAD_H, R, ADAPTIVE)
 
-    q0 = tl.program_id(0) % tiles_q * span * Y_VEC
-    band, _ = _window(q0, W, Q, STRIDE_W, PAD_W, S, ADAPTIVE)
-    band = tl.maximum(band, 0) // X_VEC * X_VEC
+    q0 = tl.program_id(0) % tiles_q * (span // Y_VEC) * Y_VEC
+    lane = tl.arange(0, BLOCK_Q) - LEAD
+    q = q0 + lane
+    if PHASES > 0:
+        band = q0 * PHASES // X_VEC * X_VEC - LEAD * PHASES
+    else:
+        band, _ = _window(q0, W, Q, STRIDE_W, PAD_W, S, ADAPTIVE)
+        band = tl.maximum(band, 0) // X_VEC * X_VEC
     col = band + tl.arange(0, BLOCK_W)
     mask_col = below(col, W, X_VEC)
+    if LEAD > 0:
+        mask_col &= col >= 0
     LOWEST: tl.constexpr = float("-inf") if REDUCE == "max" else 0.0
     column = tl.full((BLOCK_R, BLOCK_W), LOWEST, dtype=tl.float32)
     row_tap = tl.full((BLOCK_R, BLOCK_W), -1, dtype=tl.int32)
@@ -303,28 +343,35 @@ def _pool_rows_kernel(
             else:
                 column += _power(x, REDUCE)
 
-    q = q0 + tl.arange(0, BLOCK_Q)
-    w0, size_w = _window(q, W, Q, STRIDE_W, PAD_W, S, ADAPTIVE)
     acc = tl.full((BLOCK_R, BLOCK_Q), LOWEST, dtype=tl.float32)
     winner = tl.full((BLOCK_R, BLOCK_Q), -1, dtype=tl.int32)
-    for s in range(taps_w):
-        w, in_w = _tap(w0, size_w, s, W, DIL_W, ADAPTIVE)
-        at = tl.minimum(tl.maximum(w - band, 0), BLOCK_W - 1)
-        at = tl.broadcast_to(at[None, :], (BLOCK_R, BLOCK_Q))
-        x = tl.gather(column, at, 1)
-        if REDUCE != "max":
-            acc += tl.where(in_w[None, :], x, 0.0)
-        elif index_ptr is None:
-            acc = tl.where(in_w[None, :] & ((x > acc) | (x != x)), x, acc)
-        else:
-            # Rows first, columns second is not the order of the taps, so equals and NaNs are told apart by their tap.
-            row_of = tl.gather(row_tap, at, 1)
-            tap = row_of * taps_w + s
-            take = (winner < 0) | (x > acc) | ((x == acc) & (tap < winner))
-            take |= (x != x) & ((acc == acc) | (tap > winner))
-            take &= in_w[None, :] & (row_of >= 0)
-            acc = tl.where(take, x, acc)
-            winner = tl.where(take, tap, winner)
+    w0, size_w = _window(q, W, Q, STRIDE_W, PAD_W, S, ADAPTIVE)
+    if PHASES > 0:
+        FIRST: tl.constexpr = -PAD_W // PHASES
+        DISTANCES: tl.constexpr = ((S - 1) * DIL_W - PAD_W) // PHASES - FIRST + 1
+        for i in tl.static_range(DISTANCES):
+            offset = (FIRST + i) * PHASES + tl.arange(0, BLOCK_W) % PHASES + PAD_W
+            s = offset // DIL_W
+            is_tap = (mask_col & (offset >= 0) & (offset % DIL_W == 0) & (s < S))[None, :]
+            x = tl.where(is_tap, column, LOWEST)
+            tap = tl.where(is_tap & (row_tap >= 0), row_tap * S + s[None, :], -1)
+            x, tap = _fold(x, tap, PHASES, index_ptr is not None, REDUCE)
+            in_band = ((lane + LEAD + FIRST + i >= 0) & (lane + LEAD + FIRST + i < BLOCK_Q))[None, :]
+            x = tl.where(in_band, _shifted(x, FIRST + i), LOWEST)
+            if index_ptr is not None:
+                tap = tl.where(in_band, _shifted(tap, FIRST + i), -1)
+            acc, winner = _merge(acc, winner, x, tap, index_ptr is not None, REDUCE)
+    else:
+        for s in range(taps_w):
+            w, in_w = _tap(w0, size_w, s, W, DIL_W, ADAPTIVE)
+            at = tl.minimum(tl.maximum(w - band, 0), BLOCK_W - 1)
+            at = tl.broadcast_to(at[None, :], (BLOCK_R, BLOCK_Q))
+            x = tl.where(in_w[None, :], tl.gather(column, at, 1), LOWEST)
+            tap = winner
+            if index_ptr is not None:
+                row_of = tl.gather(row_tap, at, 1)
+                tap = tl.where(in_w[None, :] & (row_of >= 0), row_of * taps_w + s, -1)
+            acc, winner = _merge(acc, winner, x, tap, index_ptr is not None, REDUCE)
     if REDUCE != "max":
         count_d = _counted(d0, size_d, D, PAD_D, INCLUDE_PAD, ADAPTIVE)
         count_h = _counted(h0, size_h, H, PAD_H, INCLUDE_PAD, ADAPTIVE)
@@ -333,12 +380,35 @@ def _pool_rows_kernel(
             count_h = count_h * count_d
         acc = _finish(acc, _divisor(1, count_h[:, None], count_w[None, :], DIVISOR), REDUCE, T * R * S)
     y_off = (row.to(tl.int64) * (Q // Y_VEC) * Y_VEC)[:, None] + q[None, :]
-    in_span = tl.arange(0, BLOCK_Q) // Y_VEC < span
-    mask = mask_row[:, None] & (below(q, Q, Y_VEC) & in_span)[None, :]
+    mask = mask_row[:, None] & ((lane >= 0) & below(lane, span, Y_VEC) & below(q, Q, Y_VEC))[None, :]
     tl.store(y_ptr + y_off, narrow(acc, y_ptr.dtype.element_ty), mask=mask)
     if index_ptr is not None:
         flat = _flat(winner, d0[:, None], h0[:, None], w0[None, :], H, W, taps_h, taps_w, DIL_D, DIL_H, DIL_W)
         _store_winner(index_ptr, y_off, winner, flat, mask, NONE)
+
+
+@triton.jit
+def _merge(a, tap_a, b, tap_b, INDEX: tl.constexpr, REDUCE: tl.constexpr):
+    """Two reductions as one. Rows first, columns second is not the order of the taps, so with an index equals and NaNs
+    are told apart by their tap; of equals without one, zeros alone can differ, in their sign."""
+    if REDUCE != "max":
+        return a + b, tap_a
+    elif INDEX:
+        return _winner(a, tap_a, b, tap_b)
+    else:
+        return _larger(a, b), tap_a
+
+
+@triton.jit
+def _fold(x, tap, PHASES: tl.constexpr, INDEX: tl.constexpr, REDUCE: tl.constexpr):
+    """x [rows, columns * PHASES] reduced to [rows, columns]; neighbours lie in one thread."""
+    if PHASES > 1:
+        a, b = tl.split(tl.reshape(x, (x.shape[0], x.shape[1] // 2, 2)))
+        tap_a, tap_b = tl.split(tl.reshape(tap, (tap.shape[0], tap.shape[1] // 2, 2)))
+        x, tap = _merge(a, tap_a, b, tap_b, INDEX, REDUCE)
+        return _fold(x, tap, PHASES // 2, INDEX, REDUCE)
+    else:
+        return x, tap
 
 
 # --- whole planes ----------------------------------------------------------------------------------------------------
@@ -456,6 +526,29 @@ def _collect(acc, found, dy, covers, REDUCE: tl.constexpr):
         return acc + tl.where(covers, dy, 0.0), found
 
 
+@triton.jit
+def _given(dy_ptr, index_ptr, y_ptr, y_off, i_off, b_off, here, divisor, mask, REDUCE: tl.constexpr, K: tl.constexpr):
+    """What windows give to the elements at ``here``, and whether they do: all to the winner, or a share to each."""
+    dy = tl.load(dy_ptr + y_off, mask=mask, other=0.0).to(tl.float32)
+    if index_ptr is not None:
+        index = tl.load(index_ptr + i_off, mask=mask, other=0)
+        return dy, mask & (index.to(here.dtype) == here[:, None])
+    else:
+        y = dy
+        if y_ptr is not None:
+            y = tl.load(y_ptr + b_off, mask=mask, other=1.0).to(tl.float32)
+        return _share(dy, y, divisor[:, None], REDUCE, K), mask
+
+
+@triton.jit
+def _here(t, r, s, d, h, w, H, W, R, S, FLAT: tl.constexpr):
+    """What an index holds that names the element: its place in the image, or the tap of the window."""
+    if FLAT:
+        return (d.to(tl.int64) * H + h) * W + w
+    else:
+        return tl.zeros_like(w) + ((t * R + r) * S + s)
+
+
 @triton.jit(do_not_specialize=[*SIZES, *STRIDES])
 def _pool_backward_kernel(
     dy_ptr, index_ptr, y_ptr, x_ptr, dx_ptr,
@@ -466,12 +559,15 @@ def _pool_backward_kernel(
     stride_an: tl.int64, stride_ac: tl.int64, stride_ad: tl.int64, stride_ah: tl.int64, stride_aw: tl.int64,
     stride_bn: tl.int64, stride_bc: tl.int64, stride_bz: tl.int64, stride_bp: tl.int64, stride_bq: tl.int64,
     C: tl.constexpr, T: tl.constexpr, R: tl.constexpr, S: tl.constexpr,
-    STRIDE_D: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr, PAD_D: tl.constexpr, PAD_H: tl.constexpr,
-    PAD_W: tl.constexpr,
-    DIL_D: tl.constexpr, DIL_H: tl.constexpr, DIL_W: tl.constexpr, RANK: tl.constexpr, ADAPTIVE: tl.constexpr,
-    REDUCE: tl.constexpr, INCLUDE_PAD: tl.constexpr, DIVISOR: tl.constexpr, Y_VEC: tl.constexpr, Y_UNIT_C: tl.constexpr,
-    I_VEC: tl.constexpr, I_UNIT_C: tl.constexpr, X_VEC: tl.constexpr, X_UNIT_C: tl.constexpr, A_VEC: tl.constexpr,
-    A_UNIT_C: tl.constexpr, B_VEC: tl.constexpr, B_UNIT_C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
+    STRIDE_D: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
+    PAD_D: tl.constexpr, PAD_H: tl.constexpr, PAD_W: tl.constexpr,
+    DIL_D: tl.constexpr, DIL_H: tl.constexpr, DIL_W: tl.constexpr,
+    RANK: tl.constexpr, ADAPTIVE: tl.constexpr, REDUCE: tl.constexpr, INCLUDE_PAD: tl.constexpr,
+    DIVISOR: tl.constexpr,
+    Y_VEC: tl.constexpr, Y_UNIT_C: tl.constexpr, I_VEC: tl.constexpr, I_UNIT_C: tl.constexpr,
+    X_VEC: tl.constexpr, X_UNIT_C: tl.constexpr, A_VEC: tl.constexpr, A_UNIT_C: tl.constexpr,
+    B_VEC: tl.constexpr, B_UNIT_C: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """dx[n,c,d,h,w] = sum of dy over the windows that cover (d, h, w) and that it won (max) or shares in; M counts
     input pixels. A norm also reads x (strides a) and y (strides b). REDUCE "last" is the unpooling: dy is what is
@@ -482,6 +578,7 @@ def _pool_backward_kernel(
     windows_w = most_w if ADAPTIVE else ((S - 1) * DIL_W + STRIDE_W) // STRIDE_W
     taps_h = largest_h if ADAPTIVE else R
     taps_w = largest_w if ADAPTIVE else S
+    FLAT: tl.constexpr = index_ptr is not None and index_ptr.dtype.element_ty == tl.int64
     pid = tl.program_id(0)
     offs_m = pid // TILES_C * BLOCK_M + tl.arange(0, BLOCK_M)
     c = pid % TILES_C * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -504,36 +601,26 @@ def _pool_backward_kernel(
                 covers = mask_m & in_p & in_q
                 if RANK == 3:
                     covers &= in_z
-                mask = covers[:, None] & mask_c[None, :]
                 y_off = tile_offsets(
                     n, z, p, q, c, stride_yn, stride_yc, stride_yz, stride_yp, stride_yq, Y_VEC, Y_UNIT_C
                 )
-                dy = tl.load(dy_ptr + y_off, mask=mask, other=0.0).to(tl.float32)
-                if index_ptr is not None:
-                    i_off = tile_offsets(
-                        n, z, p, q, c, stride_in, stride_ic, stride_iz, stride_ip, stride_iq, I_VEC, I_UNIT_C
-                    )
-                    index = tl.load(index_ptr + i_off, mask=mask, other=0)
-                    if index_ptr.dtype.element_ty == tl.int64:
-                        here = (d.to(tl.int64) * H + h) * W + w
-                    else:
-                        here = (t * taps_h + r) * taps_w + s
-                    mask &= index.to(here.dtype) == here[:, None]
-                else:
-                    d0, size_d = _window(z, D, Z, STRIDE_D, PAD_D, T, ADAPTIVE)
-                    h0, size_h = _window(p, H, P, STRIDE_H, PAD_H, R, ADAPTIVE)
-                    w0, size_w = _window(q, W, Q, STRIDE_W, PAD_W, S, ADAPTIVE)
-                    count_d = _counted(d0, size_d, D, PAD_D, INCLUDE_PAD, ADAPTIVE)
-                    count_h = _counted(h0, size_h, H, PAD_H, INCLUDE_PAD, ADAPTIVE)
-                    count_w = _counted(w0, size_w, W, PAD_W, INCLUDE_PAD, ADAPTIVE)
-                    divisor = _divisor(count_d, count_h, count_w, DIVISOR)[:, None]
-                    y = dy
-                    if y_ptr is not None:
-                        b_off = tile_offsets(
-                            n, z, p, q, c, stride_bn, stride_bc, stride_bz, stride_bp, stride_bq, B_VEC, B_UNIT_C
-                        )
-                        y = tl.load(y_ptr + b_off, mask=mask, other=1.0).to(tl.float32)
-                    dy = _share(dy, y, divisor, REDUCE, T * R * S)
+                i_off = tile_offsets(
+                    n, z, p, q, c, stride_in, stride_ic, stride_iz, stride_ip, stride_iq, I_VEC, I_UNIT_C
+                )
+                b_off = tile_offsets(
+                    n, z, p, q, c, stride_bn, stride_bc, stride_bz, stride_bp, stride_bq, B_VEC, B_UNIT_C
+                )
+                here = _here(t, r, s, d, h, w, H, W, taps_h, taps_w, FLAT)
+                d0, size_d = _window(z, D, Z, STRIDE_D, PAD_D, T, ADAPTIVE)
+                h0, size_h = _window(p, H, P, STRIDE_H, PAD_H, R, ADAPTIVE)
+                w0, size_w = _window(q, W, Q, STRIDE_W, PAD_W, S, ADAPTIVE)
+                count_d = _counted(d0, size_d, D, PAD_D, INCLUDE_PAD, ADAPTIVE)
+                count_h = _counted(h0, size_h, H, PAD_H, INCLUDE_PAD, ADAPTIVE)
+                count_w = _counted(w0, size_w, W, PAD_W, INCLUDE_PAD, ADAPTIVE)
+                dy, mask = _given(
+                    dy_ptr, index_ptr, y_ptr, y_off, i_off, b_off, here, _divisor(count_d, count_h, count_w, DIVISOR),
+                    covers[:, None] & mask_c[None, :], REDUCE, T * R * S,
+                )  # fmt: skip
                 acc, found = _collect(acc, found, dy, mask, REDUCE)
     mask = mask_m[:, None] & mask_c[None, :]
     if x_ptr is not None:
@@ -541,6 +628,88 @@ def _pool_backward_kernel(
         acc *= tl.load(x_ptr + a_off, mask=mask, other=0.0).to(tl.float32)
     x_off = tile_offsets(n, d, h, w, c, stride_xn, stride_xc, stride_xd, stride_xh, stride_xw, X_VEC, X_UNIT_C)
     tl.store(dx_ptr + x_off, narrow(acc, dx_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=[*SIZES, *STRIDES])
+def _pool_backward_cells_kernel(
+    dy_ptr, index_ptr, y_ptr, x_ptr, dx_ptr,
+    M, D, H, W, Z, P, Q,
+    stride_yn: tl.int64, stride_yc: tl.int64, stride_yz: tl.int64, stride_yp: tl.int64, stride_yq: tl.int64,
+    stride_in: tl.int64, stride_ic: tl.int64, stride_iz: tl.int64, stride_ip: tl.int64, stride_iq: tl.int64,
+    stride_xn: tl.int64, stride_xc: tl.int64, stride_xd: tl.int64, stride_xh: tl.int64, stride_xw: tl.int64,
+    stride_an: tl.int64, stride_ac: tl.int64, stride_ad: tl.int64, stride_ah: tl.int64, stride_aw: tl.int64,
+    stride_bn: tl.int64, stride_bc: tl.int64, stride_bz: tl.int64, stride_bp: tl.int64, stride_bq: tl.int64,
+    C: tl.constexpr, T: tl.constexpr, R: tl.constexpr, S: tl.constexpr,
+    STRIDE_D: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
+    PAD_D: tl.constexpr, PAD_H: tl.constexpr, PAD_W: tl.constexpr,
+    DIL_D: tl.constexpr, DIL_H: tl.constexpr, DIL_W: tl.constexpr,
+    RANK: tl.constexpr, REDUCE: tl.constexpr, INCLUDE_PAD: tl.constexpr, DIVISOR: tl.constexpr,
+    Y_VEC: tl.constexpr, Y_UNIT_C: tl.constexpr, I_VEC: tl.constexpr, I_UNIT_C: tl.constexpr,
+    X_VEC: tl.constexpr, X_UNIT_C: tl.constexpr, A_VEC: tl.constexpr, A_UNIT_C: tl.constexpr,
+    B_VEC: tl.constexpr, B_UNIT_C: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """The same for fixed windows with small strides, by cells of STRIDE_D x STRIDE_H x STRIDE_W pixels, of which M
+    counts all. Pixels at one place of their cells have the same taps, so these are constants, windows that do not
+    reach the place are left out, and a third of the instructions remains."""
+    TILES_C: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
+    WINDOWS_D: tl.constexpr = ((T - 1) * DIL_D + STRIDE_D) // STRIDE_D
+    WINDOWS_H: tl.constexpr = ((R - 1) * DIL_H + STRIDE_H) // STRIDE_H
+    WINDOWS_W: tl.constexpr = ((S - 1) * DIL_W + STRIDE_W) // STRIDE_W
+    FLAT: tl.constexpr = index_ptr is not None and index_ptr.dtype.element_ty == tl.int64
+    pid = tl.program_id(0)
+    offs_m = pid // TILES_C * BLOCK_M + tl.arange(0, BLOCK_M)
+    c = pid % TILES_C * BLOCK_C + tl.arange(0, BLOCK_C)
+    mask_m = offs_m < M
+    mask_c = c < C
+    n, cell_d, cell_h, cell_w = position(offs_m, tl.cdiv(D, STRIDE_D), tl.cdiv(H, STRIDE_H), tl.cdiv(W, STRIDE_W), RANK)
+    for a in tl.static_range(STRIDE_D * STRIDE_H * STRIDE_W):
+        in_d = a // (STRIDE_H * STRIDE_W)
+        in_h = a // STRIDE_W % STRIDE_H
+        in_w = a % STRIDE_W
+        d, h, w = cell_d * STRIDE_D + in_d, cell_h * STRIDE_H + in_h, cell_w * STRIDE_W + in_w
+        mask_p = mask_m & (h < H) & (w < W)
+        if RANK == 3:
+            mask_p &= d < D
+        acc = tl.zeros((BLOCK_M, BLOCK_C), dtype=tl.float32)
+        found = tl.zeros((BLOCK_M, BLOCK_C), dtype=tl.int32)
+        for i in tl.static_range(WINDOWS_D * WINDOWS_H * WINDOWS_W):
+            # From the last window backwards, and how far its first tap lies before the pixel.
+            off_d = (in_d + PAD_D) % STRIDE_D + i // (WINDOWS_H * WINDOWS_W) * STRIDE_D
+            off_h = (in_h + PAD_H) % STRIDE_H + i // WINDOWS_W % WINDOWS_H * STRIDE_H
+            off_w = (in_w + PAD_W) % STRIDE_W + i % WINDOWS_W * STRIDE_W
+            reaches = (off_d % DIL_D == 0) & (off_h % DIL_H == 0) & (off_w % DIL_W == 0)
+            if reaches & (off_d // DIL_D < T) & (off_h // DIL_H < R) & (off_w // DIL_W < S):
+                z = cell_d + (in_d + PAD_D) // STRIDE_D - i // (WINDOWS_H * WINDOWS_W)
+                p = cell_h + (in_h + PAD_H) // STRIDE_H - i // WINDOWS_W % WINDOWS_H
+                q = cell_w + (in_w + PAD_W) // STRIDE_W - i % WINDOWS_W
+                covers = mask_p & (p >= 0) & (p < P) & (q >= 0) & (q < Q)
+                if RANK == 3:
+                    covers &= (z >= 0) & (z < Z)
+                y_off = tile_offsets(
+                    n, z, p, q, c, stride_yn, stride_yc, stride_yz, stride_yp, stride_yq, Y_VEC, Y_UNIT_C
+                )
+                i_off = tile_offsets(
+                    n, z, p, q, c, stride_in, stride_ic, stride_iz, stride_ip, stride_iq, I_VEC, I_UNIT_C
+                )
+                b_off = tile_offsets(
+                    n, z, p, q, c, stride_bn, stride_bc, stride_bz, stride_bp, stride_bq, B_VEC, B_UNIT_C
+                )
+                here = _here(off_d // DIL_D, off_h // DIL_H, off_w // DIL_W, d, h, w, H, W, R, S, FLAT)
+                count_d = _counted(z * STRIDE_D - PAD_D, T, D, PAD_D, INCLUDE_PAD, False)
+                count_h = _counted(p * STRIDE_H - PAD_H, R, H, PAD_H, INCLUDE_PAD, False)
+                count_w = _counted(q * STRIDE_W - PAD_W, S, W, PAD_W, INCLUDE_PAD, False)
+                dy, mask = _given(
+                    dy_ptr, index_ptr, y_ptr, y_off, i_off, b_off, here, _divisor(count_d, count_h, count_w, DIVISOR),
+                    covers[:, None] & mask_c[None, :], REDUCE, T * R * S,
+                )  # fmt: skip
+                acc, found = _collect(acc, found, dy, mask, REDUCE)
+        mask = mask_p[:, None] & mask_c[None, :]
+        if x_ptr is not None:
+            a_off = tile_offsets(n, d, h, w, c, stride_an, stride_ac, stride_ad, stride_ah, stride_aw, A_VEC, A_UNIT_C)
+            acc *= tl.load(x_ptr + a_off, mask=mask, other=0.0).to(tl.float32)
+        x_off = tile_offsets(n, d, h, w, c, stride_xn, stride_xc, stride_xd, stride_xh, stride_xw, X_VEC, X_UNIT_C)
+        tl.store(dx_ptr + x_off, narrow(acc, dx_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["C", *SIZES, *STRIDES])
@@ -633,6 +802,110 @@ def _pool_backward_rows_kernel(
     x_off = (row.to(tl.int64) * (W // X_VEC) * X_VEC)[:, None] + w[None, :]
     mask = mask_row[:, None] & below(w, W, X_VEC)[None, :]
     tl.store(dx_ptr + x_off, narrow(acc, dx_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["C", *SIZES, *STRIDES])
+def _pool_backward_cell_rows_kernel(
+    dy_ptr, index_ptr, y_ptr, x_ptr, dx_ptr,
+    M, C, D, H, W, Z, P, Q, span,
+    stride_yn: tl.int64, stride_yc: tl.int64, stride_yz: tl.int64, stride_yp: tl.int64,
+    stride_an: tl.int64, stride_ac: tl.int64, stride_ad: tl.int64, stride_ah: tl.int64,
+    T: tl.constexpr, R: tl.constexpr, S: tl.constexpr,
+    STRIDE_D: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
+    PAD_D: tl.constexpr, PAD_H: tl.constexpr, PAD_W: tl.constexpr,
+    DIL_D: tl.constexpr, DIL_H: tl.constexpr, DIL_W: tl.constexpr,
+    RANK: tl.constexpr, REDUCE: tl.constexpr, INCLUDE_PAD: tl.constexpr, DIVISOR: tl.constexpr,
+    Y_VEC: tl.constexpr, I_VEC: tl.constexpr, X_VEC: tl.constexpr, A_VEC: tl.constexpr,
+    LEAD: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_W: tl.constexpr,
+):  # fmt: skip
+    """The same by cells of STRIDE_W columns, a power of two: column m of the tile is the window at q and the cell that
+    begins at column q*STRIDE_W of x. A window at another distance of the cell is shifted to it; its taps on the columns
+    of a cell are constants. M counts rows of cells, ``span`` the cells of a row that a program writes."""
+    WINDOWS_D: tl.constexpr = ((T - 1) * DIL_D + STRIDE_D) // STRIDE_D
+    WINDOWS_H: tl.constexpr = ((R - 1) * DIL_H + STRIDE_H) // STRIDE_H
+    LAST: tl.constexpr = (STRIDE_W - 1 + PAD_W) // STRIDE_W
+    DISTANCES: tl.constexpr = LAST - (PAD_W - (S - 1) * DIL_W + STRIDE_W - 1) // STRIDE_W + 1
+    BLOCK_V: tl.constexpr = BLOCK_W // STRIDE_W
+    cells_d, cells_h = tl.cdiv(D, STRIDE_D), tl.cdiv(H, STRIDE_H)
+    tiles = tl.cdiv(tl.cdiv(W, STRIDE_W), span)
+    row = tl.program_id(0) // tiles * BLOCK_R + tl.arange(0, BLOCK_R)
+    mask_row = row < M
+    plane, cell_d, cell_h = row // (cells_d * cells_h), row // cells_h % cells_d, row % cells_h
+    n, c = plane // C, plane % C
+
+    first = tl.program_id(0) % tiles * (span // 16) * 16  # of several tiles; one begins at 0
+    lane = tl.arange(0, BLOCK_V) - LEAD
+    q = first + lane
+    w_lane = tl.arange(0, BLOCK_W) - LEAD * STRIDE_W
+    w = first * STRIDE_W + w_lane
+    in_cell = tl.arange(0, STRIDE_W)
+    count_w = _counted(q * STRIDE_W - PAD_W, S, W, PAD_W, INCLUDE_PAD, False)
+    y_cols, i_cols = below(q, Q, Y_VEC), below(q, Q, I_VEC)
+    x_cols = below(w, W, X_VEC) & below(w_lane, span * STRIDE_W, X_VEC)
+    if LEAD > 0:
+        y_cols, i_cols, x_cols = y_cols & (q >= 0), i_cols & (q >= 0), x_cols & (w_lane >= 0)
+
+    for a in tl.static_range(STRIDE_D * STRIDE_H):
+        in_d = a // STRIDE_H
+        in_h = a % STRIDE_H
+        d, h = cell_d * STRIDE_D + in_d, cell_h * STRIDE_H + in_h
+        mask_h = mask_row & (h < H)
+        if RANK == 3:
+            mask_h &= d < D
+        acc = tl.zeros((BLOCK_R, BLOCK_V, STRIDE_W), dtype=tl.float32)
+        found = tl.zeros((BLOCK_R, BLOCK_V, STRIDE_W), dtype=tl.int32)
+        for i in tl.static_range(WINDOWS_D * WINDOWS_H):
+            off_d = (in_d + PAD_D) % STRIDE_D + i // WINDOWS_H * STRIDE_D
+            off_h = (in_h + PAD_H) % STRIDE_H + i % WINDOWS_H * STRIDE_H
+            t, r = off_d // DIL_D, off_h // DIL_H
+            if (off_d % DIL_D == 0) & (off_h % DIL_H == 0) & (t < T) & (r < R):
+                z = cell_d + (in_d + PAD_D) // STRIDE_D - i // WINDOWS_H
+                p = cell_h + (in_h + PAD_H) // STRIDE_H - i % WINDOWS_H
+                in_row = mask_h & (p >= 0) & (p < P)
+                if RANK == 3:
+                    in_row &= (z >= 0) & (z < Z)
+                y_row = n.to(tl.int64) * stride_yn + c.to(tl.int64) * stride_yc + z * stride_yz + p * stride_yp
+                y_off = (y_row * Y_VEC)[:, None] + q[None, :]
+                dy = tl.load(dy_ptr + y_off, mask=in_row[:, None] & y_cols[None, :], other=0.0).to(tl.float32)
+                dense = (((plane.to(tl.int64) * Z + z) * P + p) * (Q // I_VEC) * I_VEC)[:, None] + q[None, :]
+                index = tl.zeros((BLOCK_R, BLOCK_V), dtype=tl.int32)
+                if index_ptr is not None:
+                    index = tl.load(index_ptr + dense, mask=in_row[:, None] & i_cols[None, :], other=0)
+                    if index_ptr.dtype.element_ty != tl.int64:
+                        index = index.to(tl.int32)
+                else:
+                    count_h = _counted(p * STRIDE_H - PAD_H, R, H, PAD_H, INCLUDE_PAD, False)
+                    if RANK == 3:
+                        count_h = count_h * _counted(z * STRIDE_D - PAD_D, T, D, PAD_D, INCLUDE_PAD, False)
+                    y = dy
+                    if y_ptr is not None:
+                        y = tl.load(y_ptr + dense, mask=in_row[:, None] & i_cols[None, :], other=1.0).to(tl.float32)
+                    divisor = _divisor(1, count_h[:, None], count_w[None, :], DIVISOR)
+                    dy = _share(dy, y, divisor, REDUCE, T * R * S)
+                for k in tl.static_range(DISTANCES):
+                    off_w = in_cell + (PAD_W - (LAST - k) * STRIDE_W)
+                    s = off_w // DIL_W
+                    is_tap = (off_w >= 0) & (off_w % DIL_W == 0) & (s < S)
+                    moved, column = q + (LAST - k), tl.arange(0, BLOCK_V) + (LAST - k)
+                    in_band = (moved >= 0) & (moved < Q) & (column >= 0) & (column < BLOCK_V)
+                    covers = (in_row[:, None] & in_band[None, :])[:, :, None] & is_tap[None, None, :]
+                    given = tl.expand_dims(_shifted(dy, LAST - k), 2)
+                    if index_ptr is not None:
+                        if index_ptr.dtype.element_ty == tl.int64:
+                            row_here = (d.to(tl.int64) * H + h) * W
+                            here = row_here[:, None, None] + (q[:, None] * STRIDE_W + in_cell[None, :])[None, :, :]
+                        else:
+                            here = ((t * R + r) * S + s)[None, None, :]
+                        covers &= tl.expand_dims(_shifted(index, LAST - k), 2) == here
+                    acc, found = _collect(acc, found, given, covers, REDUCE)
+        dx = tl.reshape(acc, (BLOCK_R, BLOCK_W))
+        if x_ptr is not None:
+            a_row = n.to(tl.int64) * stride_an + c.to(tl.int64) * stride_ac + d * stride_ad + h * stride_ah
+            mask = mask_h[:, None] & ((w >= 0) & below(w, W, A_VEC))[None, :]
+            dx *= tl.load(x_ptr + (a_row * A_VEC)[:, None] + w[None, :], mask=mask, other=0.0).to(tl.float32)
+        x_row = ((plane.to(tl.int64) * D + d) * H + h) * (W // X_VEC) * X_VEC
+        mask = mask_h[:, None] & x_cols[None, :]
+        tl.store(dx_ptr + x_row[:, None] + w[None, :], narrow(dx, dx_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["C", "Z", "P", "Q", "D", "H", "W", *X_STRIDES, *Y_STRIDES, *I_STRIDES])
@@ -871,25 +1144,73 @@ def _row_strides(names: list[str], t: torch.Tensor | None) -> tuple[dict[str, in
     return dict(zip(names[:4], (stride // vec for stride in raw_strides(t)[:4]), strict=True)), vec
 
 
-def _span(p: PoolProblem, band: int, x_vec: int, y_vec: int) -> int:
-    """How many units of y_vec outputs have their windows in a band of x; 0: not one."""
-    (size, outs), window = (p.space[2], p.out[2]), p.window
-    if size <= band:
-        return cost.cdiv(outs, y_vec)
-    usable = band - (x_vec - 1)
-    if window.adaptive:
-        return max(0, (usable - 2) * outs // size // y_vec)
-    reach = (window.kernel[2] - 1) * window.dilation[2] + 1
-    return max(0, ((usable - reach) // window.stride[2] + 1) // y_vec) if usable >= reach else 0
+def _phases(p: PoolProblem) -> int:
+    """The stride along rows, where it lets kernels keep the columns of a window where they are; else 0."""
+    window = p.window
+    stride, reach = window.stride[2], (window.kernel[2] - 1) * window.dilation[2]
+    usable = not window.adaptive and stride in (1, 2, 4, 8) and reach // stride < 16
+    return stride if usable else 0
+
+
+def _has_cells(p: PoolProblem, rows: bool) -> bool:
+    """Can the backward be unrolled over the pixels of a cell and the windows over it?"""
+    dims = 2 if rows else 3
+    size = math.prod(p.window.stride[:dims]) * math.prod(p.most_windows()[:dims])
+    return not p.window.adaptive and size <= 64 and (not rows or _phases(p) > 0)
+
+
+class Span(NamedTuple):
+    """How a row is cut: columns of a tile (windows and, in the backward, cells), how many of them come before the
+    first that is written, and how many are."""
+
+    columns: int
+    lead: int
+    written: int
+
+    @classmethod
+    def of(cls, block: int, size: int, before: int, behind: int) -> Span:
+        """A tile as wide as the row needs no neighbours; one of several has those that windows reach."""
+        if size <= block:
+            return cls(block, 0, size)
+        lead = cost.cdiv(max(0, before), 16) * 16
+        return cls(block, lead, max(0, block - lead - max(0, behind)) // 16 * 16)
+
+
+def _forward_span(p: PoolProblem, config: Config, x_vec: int, y_vec: int) -> Span:
+    """In outputs."""
+    (size, outs), window, phases = (p.space[2], p.out[2]), p.window, _phases(p)
+    reach = (window.kernel[2] - 1) * window.dilation[2]
+    if phases:
+        whole = size <= config.BLOCK_W and outs * phases <= config.BLOCK_W
+        first, last = -window.padding[2] // phases, (reach - window.padding[2]) // phases
+        return Span.of(config.BLOCK_W // phases, outs if whole else 2**30, -first, last)._replace(
+            **({"written": outs} if whole else {})
+        )
+    if size <= config.BLOCK_W:
+        return Span(max(8, _pow2(outs)), 0, outs)
+    usable = config.BLOCK_W - (x_vec - 1)
+    count = (usable - 2) * outs // size if window.adaptive else (usable - reach - 1) // window.stride[2] + 1
+    written = max(0, count) // y_vec * y_vec
+    return Span(max(8, _pow2(written)), 0, written)
+
+
+def _backward_span(p: PoolProblem, config: Config) -> Span:
+    """In cells."""
+    (size, outs), window, phases = (p.space[2], p.out[2]), p.window, _phases(p)
+    whole = size <= config.BLOCK_W and outs * phases <= config.BLOCK_W
+    last = (phases - 1 + window.padding[2]) // phases
+    first = (window.padding[2] - (window.kernel[2] - 1) * window.dilation[2] + phases - 1) // phases
+    return Span.of(config.BLOCK_W // phases, cost.cdiv(size, phases) if whole else 2**30, -first, last)
 
 
 def _band(p: PoolProblem, columns: int, vec: int) -> int:
     """How many columns of y the windows over ``columns`` columns of x span, with what alignment adds."""
     (size, outs), window = (p.space[2], p.out[2]), p.window
+    least = max(8, columns // GATHER_RATIO)
     if size <= columns:
-        return max(8, _pow2(outs))
+        return max(least, _pow2(outs))
     step = cost.cdiv(columns * outs, size) if window.adaptive else cost.cdiv(columns, window.stride[2])
-    return max(8, _pow2(min(cost.cdiv(outs, vec) * vec, step + p.most_windows()[2] + vec)))
+    return max(least, _pow2(min(cost.cdiv(outs, vec) * vec, step + p.most_windows()[2] + vec)))
 
 
 def plan_forward(
@@ -902,11 +1223,13 @@ def plan_forward(
     if "BLOCK_W" in config:
         x_strides, x_vec = _row_strides(X_STRIDES, x)
         y_vec = row_alignment(y)
-        rows, span = p.N * p.C * p.out[0] * p.out[1], _span(p, config.BLOCK_W, x_vec, y_vec)
-        blocks = {"BLOCK_Q": max(8, _pow2(min(span * y_vec, p.out[2]))), **config.constants()}
-        grid = cost.cdiv(rows, config.BLOCK_R) * cost.cdiv(p.out[2] // y_vec, span)
-        args = {**tensors, "M": rows, "C": p.C, **_sizes(p), **largest, "span": span, **x_strides}
-        constants = {**_mode(p), "NONE": _none(p), "X_VEC": x_vec, "Y_VEC": y_vec, **blocks}
+        rows, span = p.N * p.C * p.out[0] * p.out[1], _forward_span(p, config, x_vec, y_vec)
+        grid = cost.cdiv(rows, config.BLOCK_R) * cost.cdiv(p.out[2], span.written)
+        args = {**tensors, "M": rows, "C": p.C, **_sizes(p), **largest, "span": span.written, **x_strides}
+        constants = {
+            **_mode(p), "NONE": _none(p), "X_VEC": x_vec, "Y_VEC": y_vec, "PHASES": _phases(p), "LEAD": span.lead,
+            "BLOCK_Q": span.columns, **config.constants(),
+        }  # fmt: skip
         return [Launch(_pool_rows_kernel, grid, args, constants, *options)]
     x_strides, x_constants = _pixels(X_STRIDES, x, "X")
     y_strides, y_constants = _pixels(Y_STRIDES, y, "Y")
@@ -924,29 +1247,43 @@ def plan_backward(
     """y and x for norms only; y, index and dx are dense."""
     x = x if p.reduce == "norm2" else None
     tensors = {"dy_ptr": dy, "index_ptr": index, "y_ptr": y, "x_ptr": x, "dx_ptr": dx}
-    sizes = {**_sizes(p), **_largest(p, ("largest_h", "largest_w")), **_most(p)}
     options = (config.num_warps, config.num_stages)
+    by_cells = _has_cells(p, rows="BLOCK_W" in config)
+    # Pixels and rows are counted, or the cells of them.
+    steps = p.window.stride if by_cells else (1, 1, 1)
+    counts = [cost.cdiv(size, step) for size, step in zip(p.space, steps, strict=True)]
+    sizes, mode = _sizes(p), _mode(p)
+    if by_cells:
+        del mode["ADAPTIVE"]
+    else:
+        sizes |= {**_largest(p, ("largest_h", "largest_w")), **_most(p)}
     if "BLOCK_W" in config:
         y_strides, y_vec = _row_strides(Y_STRIDES, dy)
         a_strides, a_vec = _row_strides(A_STRIDES, x)
         saved = index if index is not None else y
         i_vec = 1 if saved is None else row_alignment(saved)
-        rows = p.N * p.C * p.space[0] * p.space[1]
-        grid = cost.cdiv(rows, config.BLOCK_R) * cost.cdiv(p.space[2], config.BLOCK_W)
+        rows = p.N * p.C * counts[0] * counts[1]
         args = {**tensors, "M": rows, "C": p.C, **sizes, **y_strides, **a_strides}
         constants = {
-            **_mode(p), "Y_VEC": y_vec, "I_VEC": i_vec, "X_VEC": row_alignment(dx), "A_VEC": a_vec,
-            "BLOCK_Q": _band(p, config.BLOCK_W, max(y_vec, i_vec)), **config.constants(),
+            **mode, "Y_VEC": y_vec, "I_VEC": i_vec, "X_VEC": row_alignment(dx), "A_VEC": a_vec, **config.constants()
         }  # fmt: skip
+        if by_cells:
+            span = _backward_span(p, config)
+            args["span"], constants["LEAD"] = span.written, span.lead
+            grid = cost.cdiv(rows, config.BLOCK_R) * cost.cdiv(counts[2], span.written)
+            return [Launch(_pool_backward_cell_rows_kernel, grid, args, constants, *options)]
+        constants["BLOCK_Q"] = _band(p, config.BLOCK_W, max(y_vec, i_vec))
+        grid = cost.cdiv(rows, config.BLOCK_R) * cost.cdiv(p.space[2], config.BLOCK_W)
         return [Launch(_pool_backward_rows_kernel, grid, args, constants, *options)]
-    args, constants = {**tensors, "M": p.N * math.prod(p.space), **sizes}, {"C": p.C, **_mode(p)}
+    args, constants = {**tensors, "M": p.N * math.prod(counts), **sizes}, {"C": p.C, **mode}
     for names, t, letter in (
         (Y_STRIDES, dy, "Y"), (I_STRIDES, index, "I"), (X_STRIDES, dx, "X"), (A_STRIDES, x, "A"), (B_STRIDES, y, "B")
     ):  # fmt: skip
         strides, vectors = _pixels(names, t, letter)
         args, constants = args | strides, constants | vectors
     grid = cost.cdiv(args["M"], config.BLOCK_M) * cost.cdiv(p.C, config.BLOCK_C)
-    return [Launch(_pool_backward_kernel, grid, args, {**constants, **config.constants()}, *options)]
+    kernel = _pool_backward_cells_kernel if by_cells else _pool_backward_kernel
+    return [Launch(kernel, grid, args, {**constants, **config.constants()}, *options)]
 
 
 def plan_unpool(
@@ -1025,36 +1362,36 @@ def plane_stride(x: torch.Tensor) -> int:
 
 # --- configs ---------------------------------------------------------------------------------------------------------
 
+# ``tl.gather`` from fewer columns than threads on a row of the result fails in the compiler of Triton 3.6 and 3.7.
+GATHER_RATIO = 4
 SCALAR_LOADS = 4.0  # cost of a byte that is loaded element by element, in bytes loaded 16 at a time
 STRAYS = 64  # elements of an unpooling that one program looks at
-PIXELS = tuple(
-    Config(BLOCK_M=m, BLOCK_C=c, num_warps=warps, num_stages=1)
-    for m, c, warps in (
-        # channels last: 8 to 128 channels side by side
-        (16, 64, 4),
-        (32, 64, 4),
-        (8, 128, 4),
-        (32, 32, 4),
-        (64, 32, 4),
-        (64, 16, 4),
-        (128, 8, 4),
-        (8, 64, 2),
-        (8, 128, 2),
-        (64, 16, 2),
-        (128, 8, 2),
-        # any strides: pixels side by side
-        (128, 1, 4),
-        (256, 1, 4),
-        (64, 1, 2),
-    )
-)
-# NCHW: rows, by the columns of a band of x.
-ROWS = tuple(
-    Config(BLOCK_R=elements // columns, BLOCK_W=columns, num_warps=warps, num_stages=1)
-    for elements, warps in ((1024, 4), (2048, 4), (512, 2), (1024, 2), (4096, 8))
-    for columns in (8, 16, 32, 64, 128, 256)
-)
-CONFIGS = PIXELS + ROWS
+
+
+def _pixel_tiles(*sizes: tuple[int, int, int]) -> tuple[Config, ...]:
+    return tuple(Config(BLOCK_M=m, BLOCK_C=c, num_warps=warps, num_stages=1) for m, c, warps in sizes)
+
+
+def _row_tiles(elements: int, warps: int) -> tuple[Config, ...]:
+    """By the columns of a band of x."""
+    columns = (8, 16, 32, 64, 128, 256)
+    return tuple(
+        Config(BLOCK_R=elements // one, BLOCK_W=one, num_warps=warps, num_stages=1) for one in columns
+    )  # fmt: skip
+
+
+# A forward shares the work of a pixel's address among more elements of a thread; a backward by cells has several
+# pixels a thread as it is.
+LARGE = (*_pixel_tiles((32, 64, 4), (16, 128, 4), (64, 32, 4), (128, 16, 4), (256, 8, 4)), *_row_tiles(2048, 4))
+SMALL = (*_pixel_tiles((16, 64, 4), (8, 128, 4), (32, 32, 4), (64, 16, 4), (128, 8, 4)), *_row_tiles(1024, 4))
+OTHERS = (
+    *_pixel_tiles((8, 64, 2), (8, 128, 2), (64, 16, 2), (128, 8, 2)), *_row_tiles(512, 2), *_row_tiles(1024, 2),
+    *_row_tiles(4096, 8),
+)  # fmt: skip
+STRIDED = _pixel_tiles((128, 1, 4), (256, 1, 4), (64, 1, 2))
+FORWARD_CONFIGS = LARGE + SMALL + OTHERS + STRIDED
+BACKWARD_CONFIGS = SMALL + LARGE + OTHERS + STRIDED
+GATHER_CONFIGS = tuple(config for config in BACKWARD_CONFIGS if "BLOCK_M" in config)
 GLOBAL_CONFIGS = tuple(
     Config(BLOCK_L=l, BLOCK_C=c, SPLIT=split, num_warps=warps, num_stages=1)
     for l, c, warps in (
@@ -1093,23 +1430,37 @@ def _accepts_pixels(p: PoolProblem, config: Config, device: DeviceSpec) -> bool:
 def _accepts_rows(p: PoolProblem, config: Config, device: DeviceSpec, width: int) -> bool:
     """Bands as wide as the rows, or the widest; each thread loads 16 bytes, as far as rows allow it."""
     vec = unit_divisor(16 // p.dtype.itemsize, width)
-    fits = config.BLOCK_W == min(256, max(8, _pow2(width)))
+    fits = config.BLOCK_W == min(256, max(8, 2 * _phases(p), _pow2(width)))
     fills = config.BLOCK_R * config.BLOCK_W >= vec * device.warp_size * config.num_warps
     rows = p.N * p.C * max(math.prod(p.space[:2]), math.prod(p.out[:2]))
     return p.layout == "nchw" and fits and fills and rows < 2**31
 
 
+def _row_vectors(p: PoolProblem) -> tuple[int, int]:
+    """Elements of a load along the rows of dense x and y."""
+    x, y = (unit_divisor(16 // p.dtype.itemsize, size) for size in (p.space[2], p.out[2]))
+    return x, y
+
+
+def _row_width(p: PoolProblem) -> int:
+    """Columns of x that a row needs, counted for the outputs over them too."""
+    return max(p.space[2], p.out[2] * _phases(p))
+
+
 def _accepts(p: PoolProblem, config: Config, device: DeviceSpec) -> bool:
     if "BLOCK_W" not in config:
         return _accepts_pixels(p, config, device)
-    vecs = [unit_divisor(16 // p.dtype.itemsize, size) for size in (p.space[2], p.out[2])]
-    return _accepts_rows(p, config, device, p.space[2]) and _span(p, config.BLOCK_W, *vecs) > 0
+    span = _forward_span(p, config, *_row_vectors(p))
+    fits = span.written > 0 and span.columns <= GATHER_RATIO * config.BLOCK_W
+    return fits and _accepts_rows(p, config, device, _row_width(p))
 
 
 def _accepts_backward(p: PoolProblem, config: Config, device: DeviceSpec) -> bool:
     if "BLOCK_W" not in config:
         return _accepts_pixels(p, config, device)
-    return _accepts_rows(p, config, device, p.space[2]) and config.BLOCK_R * _band(p, config.BLOCK_W, 16) <= 8192
+    if not _has_cells(p, rows=True):
+        return _accepts_rows(p, config, device, p.space[2]) and config.BLOCK_R * _band(p, config.BLOCK_W, 16) <= 8192
+    return _accepts_rows(p, config, device, _row_width(p)) and _backward_span(p, config).written > 0
 
 
 def _accepts_global(p: PoolProblem, config: Config, device: DeviceSpec) -> bool:
@@ -1152,8 +1503,7 @@ def issued_forward(p: PoolProblem, config: Config) -> float:
     stored = y * (p.dtype.itemsize + p.index_bytes)
     if "BLOCK_W" not in config:
         return float(y * p.window.taps * p.dtype.itemsize + stored)
-    x_vec, y_vec = (unit_divisor(16 // p.dtype.itemsize, size) for size in (p.space[2], p.out[2]))
-    tiles = cost.cdiv(p.out[2] // y_vec, _span(p, config.BLOCK_W, x_vec, y_vec))
+    tiles = cost.cdiv(p.out[2], _forward_span(p, config, *_row_vectors(p)).written)
     band = p.space[2] if tiles == 1 else tiles * config.BLOCK_W
     rows = p.N * p.C * p.out[0] * p.out[1] * p.window.kernel[0] * p.window.kernel[1]
     return float(rows * band * p.dtype.itemsize + stored)
@@ -1167,10 +1517,14 @@ def issued_backward(p: PoolProblem, config: Config) -> float:
     stored = x * e * (1 + (p.reduce == "norm2"))
     if "BLOCK_W" not in config:
         return float(y * p.window.taps * (e + saved) + stored)
-    tiles = cost.cdiv(p.space[2], config.BLOCK_W)
-    band = p.out[2] if tiles == 1 else tiles * _band(p, config.BLOCK_W, 16)
-    rows = p.N * p.C * p.space[0] * p.space[1] * most[0] * most[1]
-    return float(rows * band * (e + saved) + stored)
+    if _has_cells(p, rows=True):
+        span = _backward_span(p, config)
+        tiles = cost.cdiv(cost.cdiv(p.space[2], p.window.stride[2]), span.written)
+        band, rows = (tiles * span.columns), p.N * p.C * p.out[0] * p.out[1] * p.window.kernel[0] * p.window.kernel[1]
+    else:
+        tiles = cost.cdiv(p.space[2], config.BLOCK_W)
+        band, rows = tiles * _band(p, config.BLOCK_W, 16), p.N * p.C * p.space[0] * p.space[1] * most[0] * most[1]
+    return float(rows * (p.out[2] if tiles == 1 else band) * (e + saved) + stored)
 
 
 def _forward_estimate(p: PoolProblem, config: Config, device: DeviceSpec) -> Estimate:
@@ -1247,15 +1601,19 @@ def _gather_launches(p: PoolProblem, config: Config) -> list[Launch]:
     return plan_gather(p, config, x, index, y)
 
 
-FORWARD = register(Tunable("pool", CONFIGS, _features, _accepts, _forward_estimate, _forward_launches))
+FORWARD = register(Tunable("pool", FORWARD_CONFIGS, _features, _accepts, _forward_estimate, _forward_launches))
 GLOBAL = register(
     Tunable("global_pool", GLOBAL_CONFIGS, _features, _accepts_global, _global_estimate, _global_launches)
 )
 BACKWARD = register(
-    Tunable("pool_backward", CONFIGS, _features, _accepts_backward, _backward_estimate, _backward_launches)
+    Tunable("pool_backward", BACKWARD_CONFIGS, _features, _accepts_backward, _backward_estimate, _backward_launches)
 )
-UNPOOL = register(Tunable("max_unpool", CONFIGS, _features, _accepts_backward, _backward_estimate, _unpool_launches))
-GATHER = register(Tunable("pool_gather", PIXELS, _features, _accepts_pixels, _gather_estimate, _gather_launches))
+UNPOOL = register(
+    Tunable("max_unpool", BACKWARD_CONFIGS, _features, _accepts_backward, _backward_estimate, _unpool_launches)
+)
+GATHER = register(
+    Tunable("pool_gather", GATHER_CONFIGS, _features, _accepts_pixels, _gather_estimate, _gather_launches)
+)
 
 
 # --- calls -----------------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from ._dispatch import Decision, UnsupportedError, explain, record, use_backend
 from .attention import attention, attention_pool, scaled_dot_product_attention
 from .conv import conv1d, conv2d, conv3d, conv_transpose1d, conv_transpose2d, conv_transpose3d
+from .conv_pool import conv2d_max_pool2d
 from .pool import (
     adaptive_avg_pool1d,
     adaptive_avg_pool2d,
@@ -43,6 +44,7 @@ __all__ = [
     "avg_pool3d",
     "conv1d",
     "conv2d",
+    "conv2d_max_pool2d",
     "conv3d",
     "conv_transpose1d",
     "conv_transpose2d",

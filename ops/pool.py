@@ -690,6 +690,10 @@ def kernel_window(space: Sequence[int], size: Sequence[int], windows: Sequence[S
     kernel_size, stride, padding, dilation = windows
     if not stride:
         kernel_size = [largest_window(full, outs) for full, outs in zip(space, size, strict=True)]
+        beside = all(full == taps * outs for full, taps, outs in zip(space, kernel_size, size, strict=True))
+        if beside and math.prod(size) > 1 and max(kernel_size) <= 8:
+            # Windows of one size beside each other; only small ones, so that few binaries are made.
+            stride, padding = kernel_size, [0] * len(kernel_size)
     return Window.of(kernel_size, stride, padding, dilation or [1] * len(stride))
 
 

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from ..autotune.config import TUNABLES, Config
-from . import attention, conv, pool, rnn
+from . import attention, conv, conv_pool, pool, rnn
 from .case import Case, Kernel, Layers, Operator
 
 
@@ -48,7 +48,9 @@ class Family(Protocol):
     def kernel_of(self, one: Case, kind: str, tensors: dict[str, Tensor]) -> Kernel: ...
 
 
-FAMILIES: dict[str, Family] = {"conv": conv, "pool": pool, "rnn": rnn, "attention": attention}  # type: ignore[dict-item]  # modules as instances
+FAMILIES: dict[str, Family] = {
+    "conv": conv, "pool": pool, "conv_pool": conv_pool, "rnn": rnn, "attention": attention,  # type: ignore[dict-item]
+}  # modules as instances  # fmt: skip
 # Most important first, whatever the family.
 CASES = tuple(sorted((case for family in FAMILIES.values() for case in family.CASES), key=lambda case: case.rank))
 TRAFFIC = {kernel: formula for family in FAMILIES.values() for kernel, formula in family.TRAFFIC.items()}

@@ -324,10 +324,10 @@ class TestOperators:
                       if schema.name.startswith("tritune::")}  # fmt: skip
         assert registered == {
             "conv", "conv_saving_input", "conv_transpose", "conv_transpose_saving_input", "conv_epilogue_grad",
-            "conv_bias_grad", "conv_weight_grad", "max_pool", "max_pool_with_offsets", "max_pool_with_indices",
-            "max_pool_backward", "pool_gather", "avg_pool", "avg_pool_backward", "lp_pool", "lp_pool_backward",
-            "max_unpool", "rnn", "rnn_backward", "attention", "attention_backward", "attention_normalize",
-            "attention_normalize_backward",
+            "conv2d_max_pool2d", "conv_bias_grad", "conv_weight_grad", "max_pool", "max_pool_with_offsets",
+            "max_pool_with_indices", "max_pool_backward", "pool_gather", "avg_pool", "avg_pool_backward", "lp_pool",
+            "lp_pool_backward", "max_unpool", "rnn", "rnn_backward", "attention", "attention_backward",
+            "attention_normalize", "attention_normalize_backward",
         }  # fmt: skip
         assert names <= registered
 

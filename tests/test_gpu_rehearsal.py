@@ -78,8 +78,8 @@ def test_a_short_rehearsal(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     files = {path.name for path in (tmp_path / "out").iterdir()}
     assert {"conv.json", "gpu_tests.json", "gpu_tests.txt", "summary.md"} <= files <= {
-        "conv.json", "pool.json", "rnn.json", "attention.json", "gpu_tests.json", "gpu_tests.txt", "summary.md",
-        "measured_configs.json",
+        "conv.json", "pool.json", "conv_pool.json", "rnn.json", "attention.json", "gpu_tests.json", "gpu_tests.txt",
+        "summary.md", "measured_configs.json",
     }  # fmt: skip
 
     cases = records(tmp_path / "out", "conv")

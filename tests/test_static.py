@@ -21,7 +21,7 @@ from tritune.autotune import store  # noqa: E402
 from tritune.autotune.config import Config  # noqa: E402
 from tritune.autotune.device import TARGETS, named  # noqa: E402
 from tritune.autotune.resolve import ranked, resolve  # noqa: E402
-from tritune.kernels import attention, conv, pool, registered, rnn  # noqa: E402
+from tritune.kernels import attention, conv, conv_pool, pool, registered, rnn  # noqa: E402
 from tritune.kernels._launch import Launch  # noqa: E402
 from tritune.ops.conv import module_of, weight_grad_module_of  # noqa: E402
 from tritune.perf import conv as conv_layers  # noqa: E402
@@ -158,16 +158,23 @@ def sweep(kernel):
                     elif kernel.startswith("rnn"):
                         cell, batch = "lstm" if last else "tanh", n * size
                         yield rnn.RnnProblem(cell, 64, batch, min(channels, 128), 1, torch.bfloat16, "16", True)
-                    elif "pool" in kernel:
-                        yield pooled(kernel, x, last)
+                    elif "pool" in kernel and not kernel.startswith("conv"):
+                        yield planes(kernel, x, last)
                     else:
                         geometry = dense
                         if "direct" in kernel:
                             geometry, w = dense._replace(groups=channels), (channels, 1, 3, 3)
-                        yield conv.problem_of(x, w, (size, size), geometry, torch.bfloat16, "16", last)
+                        problem = conv.problem_of(x, w, (size, size), geometry, torch.bfloat16, "16", last)
+                        yield pooled(problem, 3 if last else 2) if kernel == "conv_max_pool" else problem
 
 
-def pooled(kernel, shape, last):
+def pooled(problem, window):
+    side = problem.output[2] // 2
+    pad = window // 3
+    return conv_pool.conv_pool_problem(problem, conv_pool.PoolWindow(window, window, 2, 2, pad, pad), (side, side))
+
+
+def planes(kernel, shape, last):
     """Windows of 2x2, or the whole plane."""
     size = shape[2]
     taps, out = ((size, size), (1, 1)) if kernel == "global_pool" else ((2, 2), (size // 2, size // 2))

@@ -10,7 +10,7 @@ import triton.language as tl  # noqa: E402
 from tritune.autotune.config import Config, Tunable  # noqa: E402
 from tritune.autotune.device import named  # noqa: E402
 from tritune.autotune.resolve import ranked  # noqa: E402
-from tritune.kernels import attention, conv, pool, registered, rnn  # noqa: E402
+from tritune.kernels import attention, conv, conv_pool, pool, registered, rnn  # noqa: E402
 from tritune.kernels._launch import Launch  # noqa: E402
 from tritune.ops.pool import kernel_window  # noqa: E402
 from tritune.perf import traffic  # noqa: E402
@@ -39,6 +39,11 @@ def pooling(x, window=0, stride=0, pad=0, out=(), *, reduce="max", dtype=torch.f
     return pool.problem_of(image, out, taken, reduce, index_bytes=index, layout="nhwc" if last else "nchw")
 
 
+def pooled(problem, window, stride, pad=0):
+    output = [(size + 2 * pad - window) // stride + 1 for size in problem.output[1:]]
+    return conv_pool.conv_pool_problem(problem, conv_pool.PoolWindow(window, window, stride, stride, pad, pad), output)
+
+
 CONVOLUTIONS = {
     "3x3": dense((2, 32, 10, 10), (48, 32, 3, 3)),
     "3x3-padded": dense((2, 32, 10, 10), (48, 32, 3, 3), pad=1),
@@ -65,6 +70,15 @@ DIRECT = {
     "1d-causal-padded": dense((1, 16, 40), (16, 1, 4), pad=3, groups=16),
     "1d-causal-padded-nchw": dense((1, 4, 64), (4, 1, 4), pad=3, groups=4, last=False),
     "3d": dense((1, 8, 4, 6, 6), (8, 1, 2, 3, 3), groups=8),
+}
+POOLED_CONVOLUTIONS = {
+    "side-by-side": pooled(dense((2, 32, 10, 10), (48, 32, 3, 3)), 2, 2),
+    "overlapping": pooled(dense((2, 32, 16, 18), (16, 32, 3, 3)), 3, 2, 1),
+    "overlapping-by-two": pooled(dense((1, 16, 12, 12), (16, 16, 1, 1)), 3, 1),
+    "stem": pooled(dense((1, 3, 40, 40), (24, 3, 7, 7), stride=2), 3, 2, 1),
+    "stem-padded": pooled(dense((1, 3, 40, 40), (24, 3, 7, 7), stride=2, pad=3), 3, 2, 1),
+    "groups": pooled(dense((1, 32, 10, 10), (32, 16, 3, 3), groups=2), 2, 2),
+    "fp32": pooled(dense((1, 24, 9, 9), (20, 24, 3, 3), dtype=torch.float32), 2, 3),
 }
 SMALL_GROUPS = {
     "four": dense((1, 32, 8, 8), (32, 4, 3, 3), groups=8),
@@ -153,6 +167,8 @@ def problems_of(kernel):
         return SEQUENCES
     if kernel == "conv_epilogue_grad":
         return EPILOGUES
+    if kernel == "conv_max_pool":
+        return POOLED_CONVOLUTIONS
     if kernel in ("global_pool", "max_unpool"):
         return PLANES if kernel == "global_pool" else UNPOOLS
     if "pool" in kernel:  # what is gathered is what a maximum has won
@@ -166,13 +182,14 @@ CASES = [(kernel, name) for kernel in TUNABLES for name in problems_of(kernel)]
 
 
 def configs(kernel, problem):
-    """The best by the model, of those that split the reduction in two or more, of those that copy boxes, and of those
-    that walk rows or not."""
+    """The best by the model, of those that split the reduction in two or more, of those that copy boxes, of those that
+    pool single windows, and of those that walk rows or not."""
     order = [config for config, _ in ranked(TUNABLES[kernel], problem, named("sm_90"))]
     split = [one for one in order if max(dict(one).get(name, 1) for name in SPLITS) > 1]
     boxes = [one for one in order if "TMA" in one]
+    single = [one for one in order if dict(one).get("TALL") == 1]
     rows = [one for one in order if ("BLOCK_W" in one) != ("BLOCK_W" in order[0])]
-    return {order[0], *split[:1], *boxes[:1], *rows[:1]}
+    return {order[0], *split[:1], *boxes[:1], *rows[:1], *single[:1]}
 
 
 def places(problem):

@@ -524,6 +524,11 @@ class TestUsage:
         pool = self.targets("max_pool2d", "--shapes", "2x8x9x9,kernel=3", "--dtype", "ieee", "--direction", "fwd,bwd")
         assert [target.identity()[0].name for target in pool] == ["pool", "pool_backward"]
         assert pool[0].case.dtype == "fp32" and "precision" not in pool[0].case.kwargs
+        shapes = "2x16x9x9,16x16x3x3,padding=1,kernel=3,pool_stride=2"
+        (fused,) = self.targets("conv2d_max_pool2d", "--shapes", shapes, "--direction", "fwd,bwd")
+        tunable, problem = fused.identity()
+        key = tunable.features(problem)
+        assert (tunable.name, key["pixels"], key["window"], key["step"]) == ("conv_max_pool", 2 * 16, "3x3", "2x2")
 
     def test_a_case_survives_json(self):
         from tritune.perf.case import Case

@@ -25,6 +25,7 @@ from .ops import (
     attention_pool,
     conv1d,
     conv2d,
+    conv2d_max_pool2d,
     conv3d,
     conv_transpose1d,
     conv_transpose2d,
@@ -80,6 +81,12 @@ def _unpool(tensors: list[Tensor], o: argparse.Namespace) -> tuple[Sequence[Any]
     return [x, torch.empty_like(x, dtype=torch.int64)], _pool([], o)[1]
 
 
+def _conv_pool(tensors: list[Tensor], o: argparse.Namespace) -> tuple[Sequence[Any], dict[str, Any]]:
+    _, keywords = _conv(tensors, o)
+    pooling = {"pool_kernel_size": o.kernel, "pool_stride": o.pool_stride, "pool_padding": o.pool_padding}
+    return tensors, {**keywords, **pooling}
+
+
 def _recurrent(gates: int) -> Callable[[list[Tensor], argparse.Namespace], tuple[Sequence[Any], dict[str, Any]]]:
     def arguments(tensors: list[Tensor], o: argparse.Namespace) -> tuple[Sequence[Any], dict[str, Any]]:
         (x,) = tensors
@@ -127,6 +134,10 @@ _NORM: Options = {
 }
 _UNPOOL: Options = {name: option for name, option in _AVERAGE.items() if name != "--ceil-mode"}
 _ADAPTIVE: Options = {"--size": {"type": int, "default": 7, "help": "of the result; default: 7"}, **_LAYOUT}
+_CONV_POOL: Options = {
+    **_CONV, "--kernel": {"type": int, "default": 2, "help": "of the pooling; default: 2"},
+    "--pool-stride": {"type": int}, "--pool-padding": {"type": int, "default": 0},
+}  # fmt: skip
 _HIDDEN: Options = {"--hidden": {"type": int, "required": True, "help": "units of the state"}}
 _LAYER: Options = {
     **_HIDDEN, "--bidirectional": {"action": "store_true"}, "--batch-first": {"action": "store_true"}, **_PRECISION,
@@ -150,6 +161,7 @@ OPS = {
     "attention_pool": Op(attention_pool, "query key value", "16x1x64 8x16x197x64 8x16x197x64", _POOLED, _attention),
     "conv1d": Op(conv1d, "input weight [bias]", "8x64x4096 64x64x3", _CONV, _conv),
     "conv2d": Op(conv2d, "input weight [bias]", "32x64x56x56 64x64x3x3", _CONV, _conv),
+    "conv2d_max_pool2d": Op(conv2d_max_pool2d, "input weight [bias]", "32x3x224x224 64x3x7x7", _CONV_POOL, _conv_pool),
     "conv3d": Op(conv3d, "input weight [bias]", "1x128x9x128x128 128x128x3x3x3", _CONV, _conv),
     "conv_transpose1d": Op(conv_transpose1d, "input weight [bias]", "8x64x1024 64x32x4", _CONV_TRANSPOSE, _conv),
     "conv_transpose2d": Op(
