@@ -234,7 +234,8 @@ class TestExplain:
         window = pool.Window.of((2, 2), (2, 2), (0, 0), (1, 1))
         problem = pool.problem_of(image, (16, 16), window, "max", layout="nhwc")
         for us, backend in ((5.0, "triton"), (50.0, "torch")):
-            entry = store.Entry(pool.FORWARD.features(problem), pool.CONFIGS[0], "measured", us=us, torch_us=10.0)
+            key, config = pool.FORWARD.features(problem), pool.FORWARD.configs[0]
+            entry = store.Entry(key, config, "measured", us=us, torch_us=10.0)
             store.write(tmp_path / "nvidia_h200" / "pool.json", "pool", [entry])
             resolve.clear_memo()
             with FakeTensorMode(), _dispatch.record() as decisions, torch.no_grad():
