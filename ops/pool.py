@@ -28,7 +28,7 @@ from ._register import below_autograd, register
 from .pool_checks import Ints, PoolArgs, pool_output_size
 
 Size = int | Sequence[int]
-FUSED_NORMS = (1.0, 2.0)
+FUSED_NORMS = (1, 2)
 
 # What torch does in an order that changes from run to run on a GPU: the backward of these, and the forward of the last.
 NONDETERMINISTIC = (
@@ -483,8 +483,9 @@ def _max_pool(
         rank, input, kernel_size, stride, padding, dilation, ceil_mode, return_indices
     )  # fmt: skip
 
+    windows = _windows(args)
+
     def composite() -> Any:
-        windows = _windows(args)
         if args.has_empty_window:
             batched = input if input.dim() == rank + 2 else input.unsqueeze(0)
             pair = _max_of_padded(batched, args.output_size, *windows)
@@ -493,7 +494,7 @@ def _max_pool(
             return (y, indices) if return_indices else y
         return getattr(F, f"max_pool{rank}d")(input, *windows, args.ceil_mode, return_indices)
 
-    return _serve_max(f"max_pool{rank}d", rank, input, args.output_size, _windows(args), return_indices, composite)
+    return _serve_max(f"max_pool{rank}d", rank, input, args.output_size, windows, return_indices, composite)
 
 
 def _adaptive_max_pool(rank: int, input: Tensor, output_size: Any, return_indices: bool) -> Any:
@@ -547,8 +548,7 @@ def _lp_pool(
 
     return _serve(
         f"lp_pool{rank}d", rank, input, args.output_size, _windows(args), f"norm{norm_type:.0f}", 0,
-        OP_LP, (float(norm_type),),
-        composite,
+        OP_LP, (float(norm_type),), _needs_grad(input), composite,
     )  # fmt: skip
 
 
@@ -561,43 +561,48 @@ def _serve_mean(
     op: str, rank: int, input: Tensor, size: Ints, windows: Windows, include_pad: bool, divisor: int,
     composite: Callable[[], Tensor],
 ) -> Tensor:  # fmt: skip
-    return _serve(
-        op, rank, input, size, windows, "mean", 0, OP_AVG, (include_pad, divisor), composite
-    )  # fmt: skip
+    options = (include_pad, divisor)
+    return _serve(op, rank, input, size, windows, "mean", 0, OP_AVG, options, _needs_grad(input), composite)
 
 
 def _serve_max(
     op: str, rank: int, input: Tensor, size: Ints, windows: Windows, return_indices: bool, composite: Callable[[], Any]
 ) -> Any:
-    needs_grad = torch.is_grad_enabled() and input.requires_grad
+    needs_grad = _needs_grad(input)
     index_bytes = 8 if return_indices else 0
     if needs_grad and not return_indices:
         index_bytes = _offset_dtype(input.shape[-rank:], size, windows[0]).itemsize
     operator = OP_MAX_WITH_INDICES if return_indices else OP_MAX
-    return _serve(op, rank, input, size, windows, "max", index_bytes, operator, (), composite)
+    return _serve(op, rank, input, size, windows, "max", index_bytes, operator, (), needs_grad, composite)
+
+
+def _needs_grad(input: Tensor) -> bool:
+    return input.requires_grad and torch.is_grad_enabled()
 
 
 def _serve(
     op: str, rank: int, input: Tensor, size: Ints, windows: Windows, reduce: str, index_bytes: int, operator: Any,
-    options: tuple[Any, ...], composite: Callable[[], Any],
+    options: tuple[Any, ...], needs_grad: bool, composite: Callable[[], Any],
 ) -> Any:  # fmt: skip
-    """Chooses the backend of a legal call and runs it."""
-    batched = input if input.dim() == rank + 2 else input.unsqueeze(0)
-    needs_grad = torch.is_grad_enabled() and input.requires_grad
-    mean = {"include_pad": options[0], "divisor": options[1]} if reduce == "mean" else {}
+    """Chooses the backend of a legal call and runs it. What only the kernels ask for is in functions."""
+
+    def batch() -> Tensor:
+        return input if input.dim() == rank + 2 else input.unsqueeze(0)
+
+    def problem() -> Any:
+        mean = {"include_pad": options[0], "divisor": options[1]} if reduce == "mean" else {}
+        return _problem(batch(), size, windows, reduce, index_bytes, **mean)
 
     def choices(device: DeviceSpec) -> tuple[tuple[str, Choice], ...]:
-        problem = _problem(batched, size, windows, reduce, index_bytes, **mean)
-        return _kernel_choices(batched, problem, device, needs_grad)
+        return _kernel_choices(batch(), problem(), device, needs_grad)
 
     def rule(device: DeviceSpec) -> tuple[bool, str]:
-        problem = _problem(batched, size, windows, reduce, index_bytes, **mean)
-        return _auto_rule(op, problem, choices(device), needs_grad)
+        return _auto_rule(op, problem(), choices(device), needs_grad)
 
-    backend = choose(op, (input,), rule, choices, lambda: _limits(batched, size, windows))
+    backend = choose(op, (input,), rule, choices, lambda: _limits(batch(), size, windows))
     if backend == "torch":
         return composite()
-    call = (batched, size, *windows, *options, "triton")
+    call = (batch(), size, *windows, *options, "triton")
     if torch.compiler.is_compiling():
         result = operator(*call)
     elif needs_grad:
@@ -1241,7 +1246,8 @@ def _lp_backward(
     if dx.numel():
         window = kernel_window(input.shape[2:], dy.shape[2:], windows)
         saved = output if is_channels_last(output) == channels_last else laid_out(output, channels_last)
-        run_backward(dy, None, saved, input, dx, window, f"norm{norm:.0f}", is_channels_last=channels_last)
+        factor = input if norm == 2 else None
+        run_backward(dy, None, saved, factor, dx, window, f"norm{norm:.0f}", is_channels_last=channels_last)
     return dx
 
 

@@ -7,7 +7,7 @@ makes the count smaller.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -61,8 +61,10 @@ def counted() -> Iterator[Traffic]:
         yield traffic
 
 
-def measure(tunable: Tunable, problem: Any, config: Config) -> Traffic:
-    """Runs the launches of one problem on random tensors and counts."""
+def measure(
+    tunable: Tunable, problem: Any, config: Config, values: Mapping[str, torch.Tensor] | None = None
+) -> Traffic:
+    """Runs the launches of one problem and counts; arguments are random, but for ``values``, by name."""
     from triton.tools.tensor_descriptor import TensorDescriptor
 
     tensors: dict[int, torch.Tensor] = {}
@@ -82,7 +84,10 @@ def measure(tunable: Tunable, problem: Any, config: Config) -> Traffic:
 
     with counted() as traffic:
         for launch in tunable.launches(problem, config):
-            launch._replace(args={name: real(value) for name, value in launch.args.items()}).run()
+            args = {name: real(value) for name, value in launch.args.items()}
+            for name, value in (values or {}).items():
+                args[name].copy_(value)
+            launch._replace(args=args).run()
     return traffic
 
 

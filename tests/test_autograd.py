@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import copy
 import io
+import re
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from harness import backend_of
+from harness import backend_of, lay_out
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
 from torch.library import opcheck
 from torch.nn.utils import prune
@@ -20,9 +21,28 @@ ops = torch.ops.tritune
 ACTIVATIONS = ("none", "relu", "relu6", "leaky_relu", "silu", "gelu", "gelu_tanh", "hardswish", "hardsigmoid",
                "sigmoid", "tanh")  # fmt: skip
 GEOMETRY = ((2, 1), (1, 1), (1, 1), 2)
-WINDOWS = [((3, 2), (2, 1), (1, 1), (1, 1), False), ((2, 2), (2, 2), (0, 0), (1, 1), True)]
-EMPTY_WINDOW = ((2, 2), (1, 1), (1, 1), (8, 8), False)
 CELLS = {"tanh": 1, "relu": 1, "gru": 3, "lstm": 4}
+
+
+# Shape; size of the result, kernel_size, stride, padding, dilation.
+FIXED: dict[str, Any] = {
+    "1d": ((2, 3, 9), ([5], [3], [2], [1], [1])),
+    "2d": ((2, 3, 6, 5), ([3, 6], [3, 2], [2, 1], [1, 1], [1, 1])),
+    "2d-ceil": ((1, 2, 5, 5), ([3, 3], [2, 2], [2, 2], [0, 0], [1, 1])),
+    "3d": ((1, 2, 4, 3, 5), ([2, 2, 3], [2, 2, 3], [2, 1, 2], [0, 0, 1], [1, 1, 1])),
+}
+ADAPTIVE: dict[str, Any] = {
+    "adaptive-1d": ((2, 3, 7), ([3], [], [], [], [])),
+    "adaptive-2d": ((1, 2, 5, 4), ([3, 6], [], [], [], [])),
+    "adaptive-3d": ((1, 2, 4, 3, 5), ([2, 4, 2], [], [], [], [])),
+}
+DILATED: dict[str, Any] = {
+    "dilated": ((2, 3, 8, 8), ([6, 5], [2, 2], [1, 1], [0, 0], [2, 3])),
+    "in-the-padding": ((2, 3, 8, 8), ([2, 2], [2, 2], [1, 1], [1, 1], [8, 8])),
+}
+MEANS = {**FIXED, **ADAPTIVE}
+MAXIMA = {**MEANS, **DILATED}
+DIVISORS = ((True, 0), (False, 0), (True, -3))  # include_pad, divisor; neither is asked of adaptive windows
 
 
 # input, weight, bias, scale, residual; stride, padding, dilation, groups.
@@ -50,6 +70,35 @@ def sequence(cell: str, directions: int, dtype: torch.dtype, device: str = "cpu"
     rows, states = (directions, CELLS[cell] * h), (directions, b, h)
     shapes = ((t, b, i), (*rows, i), (*rows, h), rows, rows, states, states if cell == "lstm" else None)
     return [None if s is None else torch.randn(s, dtype=dtype, device=device, requires_grad=True) for s in shapes]
+
+
+def distinct(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """No two elements are near each other, so that a small step changes no maximum."""
+    count = torch.Size(shape).numel()
+    return (torch.randperm(count, dtype=dtype) / count).view(shape).requires_grad_()
+
+
+def unpadded(row: Any) -> Any:
+    """The same windows for a norm, which knows no padding."""
+    shape, (_, kernel_size, stride, _, dilation) = row
+    size = [(full - taps) // step + 1 for full, taps, step in zip(shape[2:], kernel_size, stride, strict=True)]
+    return shape, (size, kernel_size, stride, [0] * len(size), dilation)
+
+
+def unpooling(name: str, dtype: torch.dtype, places: str) -> tuple[torch.Tensor, torch.Tensor, Any, Any]:
+    """Input, indices, size of the result, and windows; ``shuffled`` indices lie anywhere, each once."""
+    shape, (size, kernel_size, stride, padding, _) = FIXED[name]
+    if places == "pooled":  # windows that share no element name none twice
+        kernel_size, padding = [min(pair) for pair in zip(kernel_size, stride, strict=True)], [0] * len(stride)
+        size = [(full - taps) // step + 1 for full, taps, step in zip(shape[2:], kernel_size, stride, strict=True)]
+        call = (size, kernel_size, stride, padding, [1] * len(size), "auto")
+        indices = ops.max_pool_with_indices(torch.randn(shape), *call)[1]
+    else:
+        full, count = torch.Size(shape[2:]).numel(), torch.Size(size).numel()
+        indices = torch.stack([torch.randperm(full)[:count] for _ in range(shape[0] * shape[1])])
+        indices = indices.view(*shape[:2], *size)
+    x = torch.randn(indices.shape, dtype=dtype, requires_grad=True)
+    return x, indices, list(shape[2:]), (kernel_size, stride, padding)
 
 
 ATTENTIONS: list[dict[str, Any]] = [
@@ -86,12 +135,44 @@ class TestOperators:
         assert gradcheck(conv, args, fast_mode=True)
         assert gradgradcheck(conv, args, fast_mode=True)
 
-    @pytest.mark.parametrize("window", [*WINDOWS, EMPTY_WINDOW], ids=str)
-    def test_gradients_of_max_pool2d(self, window):
-        x = torch.randn(2, 3, 8, 8, dtype=torch.float64, requires_grad=True)
-        for op in (ops.max_pool2d, lambda *args: ops.max_pool2d_with_offsets(*args)[0]):
-            assert gradcheck(lambda x, op=op: op(x, *window, "auto"), x)
-            assert gradgradcheck(lambda x, op=op: op(x, *window, "auto"), x)
+    @pytest.mark.parametrize("name", MAXIMA)
+    def test_gradients_of_max_pool(self, name):
+        shape, call = MAXIMA[name]
+        x = distinct(shape, torch.float64)
+        for op in (ops.max_pool, ops.max_pool_with_offsets, ops.max_pool_with_indices):
+            if name == "in-the-padding" and op is ops.max_pool_with_indices:
+                continue  # there is none
+
+            def maximum(x: Any, op: Any = op) -> Any:
+                result = op(x, *call, "auto")
+                return result if op is ops.max_pool else result[0]
+
+            assert gradcheck(maximum, x, fast_mode=True)
+            assert gradgradcheck(maximum, x, fast_mode=True)
+
+    @pytest.mark.parametrize("include_pad, divisor", DIVISORS)
+    @pytest.mark.parametrize("name", MEANS)
+    def test_gradients_of_avg_pool(self, name, include_pad, divisor):
+        shape, call = MEANS[name]
+        options = (include_pad, divisor) if name in FIXED else (True, 0)
+        x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+        assert gradcheck(lambda x: ops.avg_pool(x, *call, *options, "auto"), x, fast_mode=True)
+        assert gradgradcheck(lambda x: ops.avg_pool(x, *call, *options, "auto"), x, fast_mode=True)
+
+    @pytest.mark.parametrize("norm", [1.0, 2.0])
+    @pytest.mark.parametrize("name", FIXED)
+    def test_gradients_of_lp_pool(self, name, norm):
+        shape, call = unpadded(FIXED[name])
+        x = (torch.rand(shape, dtype=torch.float64) + 0.5).requires_grad_()
+        assert gradcheck(lambda x: ops.lp_pool(x, *call, norm, "auto"), x, fast_mode=True)
+        assert gradgradcheck(lambda x: ops.lp_pool(x, *call, norm, "auto"), x, fast_mode=True)
+
+    @pytest.mark.parametrize("places", ["pooled", "shuffled"])
+    @pytest.mark.parametrize("name", FIXED)
+    def test_gradients_of_max_unpool(self, name, places):
+        x, indices, size, windows = unpooling(name, torch.float64, places)
+        assert gradcheck(lambda x: ops.max_unpool(x, indices, size, *windows, "auto"), x, fast_mode=True)
+        assert gradgradcheck(lambda x: ops.max_unpool(x, indices, size, *windows, "auto"), x, fast_mode=True)
 
     @pytest.mark.parametrize("last", [False, True])
     @pytest.mark.parametrize("activation", ["none", "relu", "silu"])
@@ -118,14 +199,45 @@ class TestOperators:
                 call = (g, saved, activation, need_bias, channels_last, "auto")
                 opcheck(ops.conv_epilogue_grad.default, call)
 
-    @pytest.mark.parametrize("window", [*WINDOWS, EMPTY_WINDOW], ids=str)
-    def test_opcheck_max_pool2d(self, window):
-        x = torch.randn(2, 3, 8, 8, requires_grad=True)
-        for op in (ops.max_pool2d, ops.max_pool2d_with_offsets, ops.max_pool2d_with_indices):
-            opcheck(op.default, (x, *window, "auto"))
-        y, offsets = ops.max_pool2d_with_offsets(x, *window, "auto")
-        dy = torch.randn_like(y).requires_grad_()
-        opcheck(ops.max_pool2d_backward.default, (dy, offsets.detach(), 8, 8, False, *window[:4], "auto"))
+    @pytest.mark.parametrize("last", [False, True])
+    @pytest.mark.parametrize("name", MAXIMA)
+    def test_opcheck_max_pool(self, name, last):
+        shape, (size, *windows) = MAXIMA[name]
+        x = lay_out(distinct(shape, torch.float32).detach(), "nhwc" if last else "nchw").requires_grad_()
+        for op in (ops.max_pool, ops.max_pool_with_offsets, ops.max_pool_with_indices):
+            opcheck(op.default, (x, size, *windows, "auto"))
+        for op in (ops.max_pool_with_offsets, ops.max_pool_with_indices):
+            y, winners = op(x, size, *windows, "auto")
+            dy = torch.randn_like(y).requires_grad_()
+            opcheck(ops.max_pool_backward.default, (dy, winners, shape[2:], last, *windows, "auto"))
+            opcheck(ops.pool_gather.default, (x, winners, *windows, "auto"))
+
+    @pytest.mark.parametrize("last", [False, True])
+    @pytest.mark.parametrize("name", MEANS)
+    def test_opcheck_avg_pool(self, name, last):
+        shape, (size, *windows) = MEANS[name]
+        x = lay_out(torch.randn(shape), "nhwc" if last else "nchw").requires_grad_()
+        for options in DIVISORS[: 3 if name in FIXED else 1]:
+            opcheck(ops.avg_pool.default, (x, size, *windows, *options, "auto"))
+            dy = torch.randn(*shape[:2], *size, requires_grad=True)
+            opcheck(ops.avg_pool_backward.default, (dy, shape[2:], last, *windows, *options, "auto"))
+
+    @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # opcheck looks at them
+    @pytest.mark.parametrize("norm", [1.0, 2.0])
+    @pytest.mark.parametrize("name", FIXED)
+    def test_opcheck_lp_pool(self, name, norm):
+        shape, (size, *windows) = unpadded(FIXED[name])
+        x = torch.rand(shape, requires_grad=True)
+        opcheck(ops.lp_pool.default, (x, size, *windows, norm, "auto"))
+        y = ops.lp_pool(x, size, *windows, norm, "auto").detach().requires_grad_()
+        opcheck(ops.lp_pool_backward.default, (torch.randn_like(y), x, y, *windows, norm, "auto"))
+
+    @pytest.mark.parametrize("name", FIXED)
+    def test_opcheck_max_unpool(self, name):
+        x, indices, size, windows = unpooling(name, torch.float32, "pooled")
+        opcheck(ops.max_unpool.default, (x, indices, size, *windows, "auto"))
+        y = torch.randn(*x.shape[:2], *size, requires_grad=True)
+        opcheck(ops.pool_gather.default, (y, indices, [], [], [], [], "auto"))
 
     @pytest.mark.parametrize("directions, reverse", [(1, False), (1, True), (2, False)])
     @pytest.mark.parametrize("cell", CELLS)
@@ -205,16 +317,35 @@ class TestOperators:
 
     def test_every_operator_is_checked(self):
         """A new operator must join the tests above."""
-        names = {name for name in dir(ops) if name.startswith(("conv", "max_pool2d", "rnn", "attention"))}
+        names = {
+            name for name in dir(ops) if name.startswith(("conv", "max_", "avg_", "lp_", "pool", "rnn", "attention"))
+        }
         registered = {schema.name.split("::")[1] for schema in torch._C._jit_get_all_schemas()
                       if schema.name.startswith("tritune::")}  # fmt: skip
         assert registered == {
             "conv", "conv_saving_input", "conv_transpose", "conv_transpose_saving_input", "conv_epilogue_grad",
-            "conv2d_max_pool2d", "conv_bias_grad", "conv_weight_grad", "max_pool2d", "max_pool2d_with_offsets",
-            "max_pool2d_with_indices", "max_pool2d_backward", "rnn", "rnn_backward", "attention",
-            "attention_backward", "attention_normalize", "attention_normalize_backward",
+            "conv2d_max_pool2d", "conv_bias_grad", "conv_weight_grad", "max_pool", "max_pool_with_offsets",
+            "max_pool_with_indices", "max_pool_backward", "pool_gather", "avg_pool", "avg_pool_backward", "lp_pool",
+            "lp_pool_backward", "max_unpool", "rnn", "rnn_backward", "attention", "attention_backward",
+            "attention_normalize", "attention_normalize_backward",
         }  # fmt: skip
         assert names <= registered
+
+
+# Pooling: function, shape, the other arguments (of an unpooling: kernel_size, and the sides of the result).
+SECOND: list[Any] = [
+    ("max_pool2d", (1, 4, 7, 7), (3, 2, 1)),
+    ("max_pool2d", (1, 4, 7, 7), (3, 2, 1, 1, False, True)),
+    ("max_pool3d", (1, 2, 4, 4, 5), (2, 1)),
+    ("adaptive_max_pool2d", (1, 3, 5, 7), ((2, 4),)),
+    ("avg_pool1d", (2, 3, 12), (3, 2, 1, True, False)),
+    ("avg_pool2d", (1, 4, 7, 7), (3, 2, 1)),
+    ("adaptive_avg_pool2d", (1, 3, 5, 7), ((2, 9),)),
+    ("global_avg_pool", (2, 3, 5, 4), ()),
+    ("lp_pool2d", (1, 3, 6, 7), (1, 2)),
+    ("lp_pool2d", (1, 3, 6, 7), (2.0, 3, 2)),
+    ("max_unpool2d", (1, 3, 3, 3), (2, 6)),
+]
 
 
 @pytest.mark.interpret
@@ -244,14 +375,30 @@ class TestSecondDerivativeOfKernels:
             error = (got.double().cpu() - wanted).abs().max() / wanted.abs().max()
             assert error < 1e-5
 
-    def test_max_pool2d(self, device):
-        x = torch.randn(1, 4, 7, 7, device=device, requires_grad=True)
-        results = []
-        for fn in (tritune.max_pool2d, F.max_pool2d):
-            with tritune.use_backend("triton"):
-                (first,) = torch.autograd.grad((fn(x, 3, 2, 1) ** 3).sum(), x, create_graph=True)
-            results.append(torch.autograd.grad((first**2).sum(), x)[0])
-        torch.testing.assert_close(*results)
+    @pytest.mark.parametrize("name, shape, args", SECOND, ids=lambda value: value if isinstance(value, str) else "")
+    @pytest.mark.parametrize("layout", ["nchw", "nhwc"])
+    def test_pooling(self, name, shape, args, layout, device):
+        theirs = "adaptive_avg_pool2d" if name == "global_avg_pool" else name
+
+        def second(op: str, x: torch.Tensor, *args: Any) -> list[torch.Tensor]:
+            with tritune.use_backend("triton" if op == name and x.dtype is torch.float32 else "torch"):
+                y = getattr(tritune, op)(x, *args)
+            y = y[0] if isinstance(y, tuple) else y
+            (first,) = torch.autograd.grad((y**3).sum(), x, create_graph=True)
+            return [first, *torch.autograd.grad((first**2).sum(), x)]
+
+        x = lay_out(distinct(shape, torch.float32).detach() + 0.1, layout).to(device)
+        exact = x.double().cpu().requires_grad_()
+        if "unpool" in name:
+            places = torch.randint(0, args[1] ** 2, shape)
+            got = second(name, x.requires_grad_(), places.to(device), args[0], None, 0, (args[1],) * 2)
+            wanted = second(name, exact, places, args[0], None, 0, (args[1],) * 2)
+        else:
+            got = second(name, x.requires_grad_(), *args)
+            wanted = second(theirs, exact, *(args if theirs == name else (1,)))
+        for one, right in zip(got, wanted, strict=True):
+            error = (one.double().cpu() - right).abs().max() / right.abs().max()
+            assert error < 1e-5
 
     @pytest.mark.parametrize("cell", CELLS)
     def test_rnn(self, cell, device):
@@ -316,10 +463,15 @@ def calls(device: str) -> list[Any]:
     x, w = torch.randn(2, 4, 6, 6, device=device), torch.randn(4, 4, 3, 3, device=device)
     w_ih, w_hh = torch.randn(12, 4, device=device), torch.randn(12, 3, device=device)
     k = torch.randn(1, 1, 6, 4, device=device)
+    _, places = F.max_pool2d(torch.randn(1, 4, 12, 12, device=device).expand(2, -1, -1, -1), 2, return_indices=True)
     return [
         (lambda x: tritune.conv2d(x, w, padding=1, activation="gelu"),
          lambda x: F.gelu(F.conv2d(x, w, padding=1)), x),
         (lambda x: tritune.max_pool2d(x, 2), lambda x: F.max_pool2d(x, 2), x),
+        (lambda x: tritune.avg_pool2d(x, 3, 2, 1), lambda x: F.avg_pool2d(x, 3, 2, 1), x),
+        (lambda x: tritune.adaptive_avg_pool2d(x, 4), lambda x: F.adaptive_avg_pool2d(x, 4), x),
+        (lambda x: tritune.lp_pool2d(x, 2, 2), lambda x: F.lp_pool2d(x, 2, 2), x),
+        (lambda x: tritune.max_unpool2d(x, places[: len(x)], 2), lambda x: F.max_unpool2d(x, places[: len(x)], 2), x),
         (lambda x: tritune.lstm(x, w_ih, w_hh, batch_first=True)[0],
          lambda x: lstm_by_steps(x, w_ih, w_hh), torch.randn(2, 5, 4, device=device)),
         (lambda x: tritune.attention(x, x, x, is_causal=True),
@@ -358,6 +510,7 @@ class TestTransforms:
             got = torch.func.grad(lambda x, fn=ours: fn(x).square().sum())(x)
             torch.testing.assert_close(got, torch.func.grad(lambda x, fn=theirs: fn(x).square().sum())(x))
 
+    @pytest.mark.filterwarnings("ignore:There is a performance drop")  # torch has no batching rule for unpooling
     def test_per_sample_gradients(self, device):
         for ours, theirs, x in calls(device):
 
@@ -406,15 +559,21 @@ class TestEverydayTorch:
         with torch.autocast(device, dtype=dtype):
             y = tritune.conv2d(x, w, b, activation="relu")
             wanted = F.conv2d(x, w, b).relu()
-            pooled = tritune.max_pool2d(x, 2)
-        assert y.dtype == dtype and pooled.dtype == F.max_pool2d(x, 2).dtype == torch.float32
+            for name, args in (("max_pool2d", (2,)), ("avg_pool2d", (2,)), ("lp_pool2d", (2, 2)),
+                               ("adaptive_avg_pool2d", (2,))):  # fmt: skip
+                for pooled in (x, y.detach()):
+                    results = [getattr(namespace, name)(pooled, *args).dtype for namespace in (tritune, F)]
+                    assert results[0] == results[1], name
+        assert y.dtype == dtype
         y.float().sum().backward()
         assert x.grad.dtype == w.grad.dtype == b.grad.dtype == torch.float32
         tolerance = 4 * torch.finfo(dtype).eps
         torch.testing.assert_close(y, wanted, rtol=tolerance, atol=tolerance * wanted.abs().max().item())
 
-    def test_deterministic_mode(self, device):
-        torch.use_deterministic_algorithms(True)
+    @pytest.mark.filterwarnings("ignore:max_unpooling2d_forward_out does not have a deterministic")
+    def test_deterministic_mode(self, device, tier):
+        """torch refuses to unpool then, on the CPU too, unless it may just warn."""
+        torch.use_deterministic_algorithms(True, warn_only=tier == "torch")
         try:
             for ours, _, x in calls(device):
                 x = x.requires_grad_()
@@ -460,11 +619,20 @@ class TestModules:
     CONV_TRANSPOSE = (
         {}, {"stride": 2, "padding": 1, "output_padding": 1, "bias": False}, {"groups": 2, "dilation": 2},
     )  # fmt: skip
-    POOL = ({}, {"stride": 2, "padding": 1}, {"ceil_mode": True, "return_indices": True})
+    MAX_POOL = ({}, {"stride": 2, "padding": 1}, {"ceil_mode": True, "return_indices": True})
+    AVG_POOL = ({}, {"stride": 2, "padding": 1, "ceil_mode": True, "count_include_pad": False})
     ROWS = (
         *((f"{name}{rank}d", (4, 6, 3), options) for name, table in (("Conv", CONV), ("ConvTranspose", CONV_TRANSPOSE))
           for rank in (1, 2, 3) for options in table),
-        *(("MaxPool2d", (3,), options) for options in POOL),
+        *((f"{name}{rank}d", sizes, options)
+          for name, sizes, table in (
+              ("MaxPool", (3,), MAX_POOL), ("AvgPool", (3,), AVG_POOL), ("LPPool", (2, 3), ({}, {"ceil_mode": True})),
+              ("AdaptiveAvgPool", (3,), ({},)), ("AdaptiveMaxPool", (9,), ({}, {"return_indices": True})),
+              ("MaxUnpool", (2,), ({}, {"stride": 3}))
+          )
+          for rank in (1, 2, 3) for options in table),
+        ("AvgPool2d", (3,), {"divisor_override": 5}),
+        ("AdaptiveMaxPool3d", ((None, 2, 3),), {}),
     )  # fmt: skip
 
     @pytest.mark.parametrize("name, sizes, options", ROWS)
@@ -473,11 +641,20 @@ class TestModules:
         assert list(ours.state_dict()) == list(theirs.state_dict())
         ours.load_state_dict(theirs.state_dict())
         theirs.load_state_dict(ours.state_dict())
-        x = torch.randn(2, 4, *(7,) * int(name[-2]))
-        torch.testing.assert_close(ours(x), theirs(x))
-        for clone in (copy.deepcopy(ours), round_trip(ours)):
-            torch.testing.assert_close(clone(x), theirs(x))
+        x = torch.randn(2, 4, *(7,) * int(name[-2]), requires_grad=True)
+        places = torch.arange(7 ** int(name[-2])).expand(2, 4, -1).view(x.shape) + 1
+        wanted, *rest = values(theirs(*(x, places)[: 1 + ("Unpool" in name)]))
+        for module in (ours, copy.deepcopy(ours), round_trip(ours)):
+            y, *others = values(module(*(x, places)[: 1 + ("Unpool" in name)]))
+            torch.testing.assert_close([y, *others], [wanted, *rest])
+            dy = torch.randn_like(y)
+            gradients = [torch.autograd.grad(one, x, dy, retain_graph=True) for one in (y, wanted)]
+            torch.testing.assert_close(*gradients)
         assert repr(ours) == repr(theirs)
+
+    def test_every_pooling_module_is_checked(self):
+        named = {name for name in vars(tritune.nn) if re.fullmatch(r"\w*(Pool|Unpool)\dd", name)}
+        assert len(named) == 18 and named <= {name for name, _, _ in self.ROWS}
 
     @pytest.mark.parametrize("name", ["Conv1d", "Conv2d", "Conv3d"])
     def test_fused_options(self, name):
@@ -569,6 +746,10 @@ class TestFoldBn:
             tritune.fold_bn(conv, bn)
 
 
+def values(result: Any) -> tuple[torch.Tensor, ...]:
+    return result if isinstance(result, tuple) else (result,)
+
+
 def round_trip(module: torch.nn.Module) -> torch.nn.Module:
     buffer = io.BytesIO()
     torch.save(module, buffer)
@@ -580,9 +761,9 @@ def round_trip(module: torch.nn.Module) -> torch.nn.Module:
 @pytest.mark.interpret
 @pytest.mark.gpu
 class TestTorchsOwnSamples:
-    """The operator samples that torch tests itself with."""
+    """The operator samples that torch tests itself with; those of convolution and pooling have files of their own."""
 
-    @pytest.mark.parametrize("name", ["nn.functional.max_pool2d", "nn.functional.scaled_dot_product_attention"])
+    @pytest.mark.parametrize("name", ["nn.functional.scaled_dot_product_attention"])
     @pytest.mark.parametrize("requires_grad", [False, True])
     @pytest.mark.filterwarnings("ignore")
     def test_samples(self, name, requires_grad, device, tier):
@@ -592,11 +773,8 @@ class TestTorchsOwnSamples:
         (info,) = (info for info in op_db if info.name == name and not info.variant_test_name)
         ours = getattr(tritune, name.rsplit(".", 1)[1])
         samples = list(info.sample_inputs(device, torch.float32, requires_grad=requires_grad))
-        # max_pool2d has more than a thousand; the interpreter takes its time.
-        step = {"torch": 1, "gpu": 5, "interpret": 41}[tier] if len(samples) > 100 else 1
-        chosen = samples[::step]
-        assert len(chosen) > 5
-        for sample in chosen:
+        assert len(samples) > 5
+        for sample in samples:
             if tier != "torch" and sample.kwargs.get("dropout_p"):
                 with tritune.use_backend("triton"), pytest.raises(tritune.UnsupportedError, match="dropout_p"):
                     ours(sample.input, *sample.args, **sample.kwargs)

@@ -91,8 +91,39 @@ class TestExplain:
         text = self.explain(capsys, "max_pool2d", "32x64x112x112", "--kernel", "3", "--stride", "2", "--json")
         document = json.loads(text)
         assert document["backend"] == "triton"
-        assert document["kernels"][0]["kernel"] == "max_pool2d"
+        assert document["kernels"][0]["kernel"] == "pool"
         assert document["kernels"][0]["config"]["BLOCK_C"] > 1
+
+    @pytest.mark.parametrize("layout", ["nhwc", "nchw"])
+    @pytest.mark.parametrize(
+        "op, shape, options, kernel",
+        [
+            ("max_pool1d", "32x128x16000", "--kernel 4 --stride 3 --dilation 2 --ceil-mode", "pool"),
+            ("max_pool3d", "4x64x16x56x56", "--kernel 3 --stride 2 --padding 1", "pool"),
+            ("max_pool2d", "4x64x7x7", "--kernel 7", "global_pool"),
+            ("avg_pool1d", "32x128x16000", "--ceil-mode", "pool"),
+            ("avg_pool2d", "32x288x35x35", "--kernel 3 --stride 1 --padding 1", "pool"),
+            ("avg_pool3d", "4x256x8x28x28", "", "pool"),
+            ("adaptive_max_pool1d", "32x128x16000", "", "pool"),
+            ("adaptive_max_pool2d", "256x256x28x28", "--size 7", "pool"),
+            ("adaptive_max_pool3d", "4x64x16x56x56", "--size 1", "global_pool"),
+            ("adaptive_avg_pool1d", "32x128x16000", "--size 5", "pool"),
+            ("adaptive_avg_pool2d", "8x2048x60x60", "--size 6", "pool"),
+            ("adaptive_avg_pool3d", "4x64x16x56x56", "", "pool"),
+            ("lp_pool1d", "32x128x16000", "--norm 1", "pool"),
+            ("lp_pool2d", "32x128x56x56", "--kernel 56", "global_pool"),
+            ("lp_pool3d", "4x64x16x56x56", "--stride 1", "pool"),
+            ("max_unpool1d", "32x128x8000", "", "max_unpool"),
+            ("max_unpool2d", "32x64x56x56", "--kernel 3 --stride 2 --padding 1", "max_unpool"),
+            ("max_unpool3d", "4x64x8x28x28", "", "max_unpool"),
+            ("global_avg_pool", "32x2048x7x7", "", "global_pool"),
+            ("global_max_pool", "1x64x512x512", "", "global_pool"),
+        ],
+    )
+    def test_pooling(self, op, shape, options, kernel, layout, capsys):
+        document = json.loads(self.explain(capsys, op, shape, *options.split(), "--layout", layout, "--json"))
+        assert (document["op"], document["backend"]) == (op, "triton")
+        assert [one["kernel"] for one in document["kernels"]] == [kernel]
 
     def test_what_is_not_covered(self, capsys):
         text = self.explain(capsys, "conv2d", "1x8x8x8", "8x8x3x3", "--dtype", "fp64", "--backend", "auto")

@@ -81,7 +81,7 @@ class TestCompile:
             assert ours >= {
                 "tritune.conv.default", "tritune.conv_saving_input.default", "tritune.conv_weight_grad.default",
                 "tritune.conv_transpose.default", "tritune.conv_epilogue_grad.default",
-                "tritune.max_pool2d_with_offsets.default", "tritune.max_pool2d_backward.default",
+                "tritune.max_pool_with_offsets.default", "tritune.max_pool_backward.default",
             }  # fmt: skip
             assert "aten.convolution.default" not in recorder.ops
 
@@ -136,6 +136,69 @@ class TestCompile:
         compiled = torch.compile(lambda x, w: tritune.conv2d(x, w, padding=-1), fullgraph=True, backend="eager")
         with pytest.raises(Exception, match="negative padding"):
             compiled(torch.randn(1, 2, 4, 4, device=device), torch.randn(2, 2, 3, 3, device=device))
+
+
+def unpooled(x: torch.Tensor) -> torch.Tensor:
+    y, places = tritune.max_pool2d(x, 2, return_indices=True)
+    return tritune.max_unpool2d(y, places, 2, output_size=x.shape)
+
+
+# What is called, the operators of a training step with kernels, and one of torch's with its own.
+POOLINGS: dict[str, Any] = {
+    "avg_pool2d": (
+        lambda x: tritune.avg_pool2d(x, 3, 2, 1, True, False), {"avg_pool", "avg_pool_backward"}, "avg_pool2d"
+    ),
+    "adaptive_avg_pool2d": (
+        lambda x: tritune.adaptive_avg_pool2d(x, (3, 9)), {"avg_pool", "avg_pool_backward"}, "_adaptive_avg_pool2d"
+    ),
+    "adaptive_max_pool2d": (
+        lambda x: tritune.adaptive_max_pool2d(x, (3, 9)), {"max_pool_with_offsets", "max_pool_backward"},
+        "adaptive_max_pool2d",
+    ),
+    "lp_pool2d": (lambda x: tritune.lp_pool2d(x, 2, 3, 2), {"lp_pool", "lp_pool_backward"}, "avg_pool2d"),
+    "max_unpool2d": (
+        unpooled, {"max_pool_with_indices", "max_pool_backward", "max_unpool", "pool_gather"}, "max_unpool2d"
+    ),
+    "global_avg_pool": (
+        lambda x: tritune.global_avg_pool(x, keepdim=False), {"avg_pool", "avg_pool_backward"}, "mean"
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*lru_cache:UserWarning")
+@pytest.mark.parametrize("name", POOLINGS)
+class TestCompiledPooling:
+    pytestmark = tiers
+
+    def test_training_in_one_graph(self, name, device, tier):
+        function, operators, aten = POOLINGS[name]
+        recorder = Recorder()
+        compiled = torch.compile(function, fullgraph=True, backend=recorder)
+        x = torch.randn(2, 3, 8, 6, device=device, requires_grad=True)
+        with tritune.use_backend(backend_of(tier)):
+            results = []
+            for run in (function, compiled):
+                y = run(x)
+                results.append((y, *torch.autograd.grad(y.pow(3).sum(), x)))
+        torch.testing.assert_close(*results)
+        ours = {op.split(".")[1] for op in recorder.ops if op.startswith("tritune")}
+        assert ours == (set() if tier == "torch" else operators)
+        assert any(op.startswith(f"aten.{aten}.") for op in recorder.ops) == (tier == "torch")
+
+    def test_changing_sizes_compile_once(self, name, device, tier):
+        recorder = Recorder()
+        function, *_ = POOLINGS[name]
+        compiled = torch.compile(function, fullgraph=True, dynamic=True, backend=recorder)
+        with tritune.use_backend(backend_of(tier)):
+            for n, h, w in ((5, 8, 12), (3, 10, 6), (2, 6, 14)):
+                x = torch.randn(n, 3, h, w, device=device, requires_grad=True)
+                results = []
+                for run in (function, compiled):
+                    y = run(x)
+                    results.append((y, *torch.autograd.grad(y.square().sum(), x)))
+                torch.testing.assert_close(*results)
+        assert recorder.graphs == 1
 
 
 class Sequences(torch.nn.Module):
@@ -309,5 +372,6 @@ class TestFake:
         assert tritune.nn.GRU(3, 4, device="meta")(torch.empty(5, 2, 3, device="meta"))[0].shape == (5, 2, 4)
         q = torch.empty(2, 4, 9, 8, device="meta")
         assert tritune.attention(q, q[:, :2], q[:, :2], enable_gqa=True, is_causal=True).shape == q.shape
-        _, offsets = torch.ops.tritune.max_pool2d_with_offsets(x, [3, 3], [2, 2], [1, 1], [1, 1], False, "auto")
+        call = ([5, 4], [3, 3], [2, 2], [1, 1], [1, 1], "auto")
+        _, offsets = torch.ops.tritune.max_pool_with_offsets(x, *call)
         assert offsets.dtype == torch.uint8

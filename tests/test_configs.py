@@ -74,21 +74,21 @@ class TestList:
 class TestShow:
     def test_a_table(self, run, tmp_path):
         put(tmp_path, entry(8, 16, 3.25, torch_us=4.0), entry(16, 32))
-        lines = run("show", "max_pool2d", "--store", tmp_path).splitlines()
-        assert lines[0].startswith("max_pool2d for nvidia_h200, ") and lines[0].endswith(": 2 entries")
+        lines = run("show", "pool", "--store", tmp_path).splitlines()
+        assert lines[0].startswith("pool for nvidia_h200, ") and lines[0].endswith(": 2 entries")
         assert lines[2].split() == ["-", "-", "model", "C=16", "dtype=bf16", "->", "BLOCK=32"]
         assert lines[3].split() == ["3.2", "4.0", "measured", "C=8", "dtype=bf16", "->", "BLOCK=16"]
 
     @pytest.mark.parametrize("device, found", [("h200", True), ("NVIDIA-H200", True), ("sm_90", False)])
     def test_device(self, run, tmp_path, device, found):
         put(tmp_path, entry(8, 16))
-        text = run("show", "max_pool2d", "--store", tmp_path, "--device", device, code=0 if found else 1)
+        text = run("show", "pool", "--store", tmp_path, "--device", device, code=0 if found else 1)
         assert ("BLOCK=16" in text) is found
         if not found:
-            assert text == "tritune configs show: no entries of max_pool2d for sm_90\n"
+            assert text == "tritune configs show: no entries of pool for sm_90\n"
 
     def test_json(self, run):
-        (found,) = json.loads(run("show", "max_pool2d", "--device", "sm_90", "--json"))
+        (found,) = json.loads(run("show", "pool", "--device", "sm_90", "--json"))
         assert found["store"] == "shipped" and found["entries"][0]["source"] == "model"
 
 
@@ -155,7 +155,7 @@ class TestMerge:
         assert "6 entries, 1 of them only on the right" in text and "5 conflicts: " in text
         found = store.load(tmp_path / "c/nvidia_h200/pool.json")
         assert [one.config["BLOCK"] for one in found] == [*blocks, 32]
-        assert sorted(path.name for path in (tmp_path / "c").rglob("*")) == ["pool.json", "nvidia_h200"]
+        assert sorted(path.name for path in (tmp_path / "c").rglob("*")) == ["nvidia_h200", "pool.json"]
 
     def test_into_the_left(self, run, tmp_path):
         left = put(tmp_path / "a", entry(1, 16))
@@ -172,7 +172,7 @@ class TestMerge:
         right = put(tmp_path / "b", entry(2, 32)) / "nvidia_h200/pool.json"
         run("merge", left, right, "-o", tmp_path / "pool.json")
         assert len(store.load(tmp_path / "pool.json")) == 2
-        assert json.loads((tmp_path / "pool.json").read_text())["kernel"] == "max_pool2d"
+        assert json.loads((tmp_path / "pool.json").read_text())["kernel"] == "pool"
 
     def test_nothing_is_overwritten(self, run, tmp_path):
         left, right, other = (put(tmp_path / name, entry(1, 16)) for name in "abc")

@@ -406,13 +406,14 @@ class TestLarge:
 class TestCompiled:
     def test_changing_sizes_compile_once(self):
         from tritune.kernels import conv, conv_pool
-        from tritune.kernels.pool import Window
 
         binaries = set()
         geometry = conv.Geometry.of((1, 1), (1, 1), (1, 1), 1)
         for n, h, w in ((1, 2, 2), (2, 7, 9), (16, 32, 48), (1, 16, 2), (3, 2, 17), (64, 64, 64)):
             one = conv.problem_of((n, 24, h, w), (32, 24, 3, 3), (h, w), geometry, torch.bfloat16, "16", True)
-            problem = conv_pool.conv_pool_problem(one, Window(3, 3, 2, 2, 1, 1, 1, 1), ((h + 1) // 2, (w + 1) // 2))
+            problem = conv_pool.conv_pool_problem(
+                one, conv_pool.PoolWindow(3, 3, 2, 2, 1, 1), ((h + 1) // 2, (w + 1) // 2)
+            )
             (launch,) = conv_pool.CONV_MAX_POOL.launches(problem, conv_pool.CONFIGS[0])
             source = launch.source()
             key = (source.signature, source.constants, source.attrs)

@@ -18,7 +18,7 @@ OPS = {"cnn": ["conv2d", "conv2d", "max_pool2d"], "rnn": ["rnn"], "attention": [
 KERNELS = {
     "cnn": {
         "conv", "conv_epilogue_grad", "conv_transpose", "conv_weight_grad",
-        "max_pool2d", "max_pool2d_backward",
+        "pool", "pool_backward",
     },
     "rnn": {"rnn", "rnn_backward"},
     "attention": {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import logging
 import os
 import subprocess
@@ -10,15 +11,18 @@ import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 import test_conv
 import test_pool
 import torch
 import torch.nn.functional as F
+from harness import Case, lay_out
 
 import tritune
 from tritune.ops import _dispatch
+from tritune.ops import _layout as ops_layout
 
 
 @pytest.mark.torch
@@ -214,7 +218,7 @@ class TestExplain:
             tritune.conv2d(x, w, padding=1)
         conv, pool, auto = decisions
         assert conv.kernels[0][0] == "conv" and conv.kernels[0][1].config.BLOCK_M >= 64
-        assert pool.kernels[0][0] == "max_pool2d"
+        assert pool.kernels[0][0] == "pool"
         assert auto.backend == "torch" and "not measured" in auto.because
 
     def test_auto_follows_measurements(self, monkeypatch, tmp_path):
@@ -226,17 +230,64 @@ class TestExplain:
 
         monkeypatch.setenv("TRITUNE_DEVICE", "h200")
         monkeypatch.setenv("TRITUNE_CONFIG_PATH", str(tmp_path))
-        problem = pool.problem_of(
-            (8, 64, 32, 32), (16, 16), pool.Window(2, 2, 2, 2, 0, 0, 1, 1), torch.float16, 0, True
-        )
+        image = torch.empty(8, 64, 32, 32, device="meta", dtype=torch.float16)
+        window = pool.Window.of((2, 2), (2, 2), (0, 0), (1, 1))
+        problem = pool.problem_of(image, (16, 16), window, "max", layout="nhwc")
         for us, backend in ((5.0, "triton"), (50.0, "torch")):
-            entry = store.Entry(pool.FORWARD.features(problem), pool.CONFIGS[0], "measured", us=us, torch_us=10.0)
-            store.write(tmp_path / "nvidia_h200" / "pool.json", "max_pool2d", [entry])
+            key, config = pool.FORWARD.features(problem), pool.FORWARD.configs[0]
+            entry = store.Entry(key, config, "measured", us=us, torch_us=10.0)
+            store.write(tmp_path / "nvidia_h200" / "pool.json", "pool", [entry])
             resolve.clear_memo()
             with FakeTensorMode(), _dispatch.record() as decisions, torch.no_grad():
                 x = torch.empty(8, 64, 32, 32, device="cuda", dtype=torch.float16)
                 tritune.max_pool2d(x.to(memory_format=torch.channels_last), 2)
             assert decisions[0].backend == backend and "measured" in decisions[0].because
+
+    @pytest.mark.parametrize(
+        "op, shape, args",
+        [
+            ("max_pool3d", (2, 8, 4, 8, 8), (2,)), ("avg_pool3d", (2, 8, 4, 8, 8), (2,)),
+            ("adaptive_avg_pool1d", (2, 8, 64), (7,)), ("adaptive_avg_pool2d", (2, 8, 16, 16), (7,)),
+            ("adaptive_avg_pool3d", (2, 8, 4, 8, 8), (3,)), ("adaptive_max_pool1d", (2, 8, 64), (7,)),
+            ("adaptive_max_pool2d", (2, 8, 16, 16), (7,)), ("lp_pool3d", (2, 8, 4, 8, 8), (2, 2)),
+            ("max_unpool1d", (2, 8, 32), (2,)), ("max_unpool2d", (2, 8, 8, 8), (2,)),
+            ("max_unpool3d", (2, 8, 2, 4, 4), (2,)),
+        ],
+    )  # fmt: skip
+    def test_deterministic_where_torch_is_not(self, op, shape, args, monkeypatch):
+        """What torch's documentation of use_deterministic_algorithms lists, most often for the backward alone."""
+        from torch._subclasses.fake_tensor import FakeTensorMode
+
+        from tritune.ops import pool as ops_pool
+
+        monkeypatch.setenv("TRITUNE_DEVICE", "h200")
+        reasons = []
+        for deterministic in (False, True):
+            torch.use_deterministic_algorithms(deterministic)
+            try:
+                with FakeTensorMode(), _dispatch.record() as decisions, torch.no_grad():
+                    x = torch.empty(shape, device="cuda")
+                    # Recording a gradient of a fake CUDA tensor ends the process in a CPU build of torch.
+                    monkeypatch.setattr(ops_pool, "_needs_grad", lambda _: True)
+                    more = (torch.empty(shape, device="cuda", dtype=torch.int64),) if "unpool" in op else ()
+                    getattr(tritune, op)(x, *more, *args)
+            finally:
+                torch.use_deterministic_algorithms(False)
+            reasons.append(decisions[0])
+        assert "deterministic" not in reasons[0].because
+        assert reasons[1].backend == "triton" and "deterministic" in reasons[1].because
+
+    def test_deterministic_is_no_reason_without_a_gradient(self, monkeypatch):
+        from torch._subclasses.fake_tensor import FakeTensorMode
+
+        monkeypatch.setenv("TRITUNE_DEVICE", "h200")
+        torch.use_deterministic_algorithms(True)
+        try:
+            with FakeTensorMode(), _dispatch.record() as decisions, torch.no_grad():
+                tritune.adaptive_avg_pool2d(torch.empty(2, 8, 16, 16, device="cuda"), 7)
+        finally:
+            torch.use_deterministic_algorithms(False)
+        assert decisions[0].backend == "torch"
 
     def test_fallback_is_logged_once(self, caplog):
         _dispatch._logged.clear()
@@ -260,14 +311,50 @@ def test_a_copy_under_another_name_registers_beside(tmp_path):
     spec.loader.exec_module(module)
     x = torch.randn(1, 2, 4, 4)
     assert torch.equal(module.max_pool2d(x, 2), tritune.max_pool2d(x, 2))
-    mine = torch.ops.tritune.max_pool2d(x, [2, 2], [2, 2], [0, 0], [1, 1], False, "auto")
-    assert torch.equal(torch.ops.tritune_base.max_pool2d(x, [2, 2], [2, 2], [0, 0], [1, 1], False, "auto"), mine)
+    call = (x, [2, 2], [2, 2], [2, 2], [0, 0], [1, 1], "auto")
+    assert torch.equal(torch.ops.tritune_base.max_pool(*call), torch.ops.tritune.max_pool(*call))
     assert module.conv2d is not tritune.conv2d
 
 
+def unpooled(rank: int, indices: str) -> Case:
+    """Indices of a pooling, or such of another layout than the input's."""
+    sizes = {1: (30,), 2: (8, 12), 3: (4, 6, 4)}[rank]
+
+    def unpool(input: torch.Tensor) -> torch.Tensor:
+        places = torch.arange(input[0, 0].numel()).expand(*input.shape[:2], -1).reshape(input.shape)
+        last = ops_layout.is_channels_last(input) != (indices == "other")
+        function = getattr(tritune, f"max_unpool{rank}d")
+        result: torch.Tensor = function(input, lay_out(places, "nhwc" if last else "nchw"), 2)
+        return result
+
+    return Case(f"max_unpool{rank}d-{indices}", unpool, unpool, {"input": (2, 8, *sizes)})
+
+
+def winners(case: Case) -> Case:
+    def values(**arguments: Any) -> torch.Tensor:
+        result: torch.Tensor = case.op(**arguments, return_indices=True)[0]
+        return result
+
+    return Case(f"{case.id}-indices", values, values, case.shapes, case.kwargs)
+
+
+POOLINGS = [
+    *test_pool.CASES,
+    *(winners(case) for case in test_pool.MAXIMA if "global" not in case.id),
+    *(unpooled(rank, indices) for rank in (1, 2, 3) for indices in ("same", "other")),
+]
+EXPLAINED = [
+    *itertools.product(test_conv.CASES, ("nchw", "nhwc", "nhwc-weights-nchw")),
+    *(
+        (case, layout)
+        for case, layout in itertools.product(POOLINGS, ("nchw", "nhwc", "strided"))
+        if "unbatched" not in case.id or layout != "nhwc"
+    ),
+]
+
+
 @pytest.mark.interpret
-@pytest.mark.parametrize("layout", ["nchw", "nhwc", "nhwc-weights-nchw"])
-@pytest.mark.parametrize("case", test_conv.CASES + test_pool.CASES, ids=lambda case: case.id)
+@pytest.mark.parametrize("case, layout", EXPLAINED, ids=lambda value: getattr(value, "id", value))
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even")
 def test_explains_what_runs(case, layout, monkeypatch):
     """Every kernel of a call and of its backward is listed beforehand, for the problem that it will get, and no other.
@@ -291,7 +378,7 @@ def test_explains_what_runs(case, layout, monkeypatch):
     for module, name in ((ops_conv, "explained"), (ops_pool, "explained"), (_launch, "launched")):
         monkeypatch.setattr(module, "resolve", recording(name, module.resolve))
     with tritune.use_backend("triton"), _dispatch.record() as decisions:
-        leaves = case.inputs(torch.float16, layout[:4], "cpu")
+        leaves = case.inputs(torch.float16, layout.split("-")[0], "cpu")
         if layout == "nhwc-weights-nchw" and "weight" in leaves:
             leaves["weight"] = leaves["weight"].contiguous()
         leaves = {name: t.requires_grad_() for name, t in leaves.items()}

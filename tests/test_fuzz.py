@@ -8,8 +8,8 @@ from contextlib import nullcontext
 from typing import Any
 
 import pytest
+import test_pool
 import torch
-import torch.nn.functional as F
 from harness import (
     TORCH_SAMPLES,
     Case,
@@ -81,22 +81,77 @@ def draw_conv(rng: random.Random) -> Case:
     return Case(op, getattr(tritune, op), reference_of(op), shapes, kwargs)
 
 
-def draw_max_pool2d(rng: random.Random) -> Case:
-    r, s = rng.choice((1, 2, 2, 3, 3, 5)), rng.choice((1, 2, 2, 3, 4))
-    dilation = (rng.choice((1, 1, 2)), rng.choice((1, 1, 3)))
-    padding = (rng.randint(0, r // 2), rng.randint(0, s // 2))
-    reach = [(taps - 1) * dil + 1 for taps, dil in zip((r, s), dilation, strict=True)]
-    h, w = (max(dil, low) + rng.randint(0, 7) for low, dil in zip(reach, dilation, strict=True))
+def draw_windows(rng: random.Random, rank: int, dilated: bool) -> tuple[dict[str, Any], tuple[int, ...]]:
+    """Arguments, and an image that has a window at least. In three dimensions all is smaller."""
+    taps = [rng.choice((1, 2, 3) if rank == 3 else (1, 2, 2, 3, 3, 5)) for _ in range(rank)]
+    dilation = [rng.choice((1, 1, 1, 2, 3)) if dilated else 1 for _ in range(rank)]
+    stride = rng.choice((None, *(tuple(rng.choice((1, 2, 3)) for _ in range(rank)) for _ in range(2))))
     kwargs = {
-        "kernel_size": (r, s), "stride": rng.choice((None, (1, 1), (2, 2), (3, 1))), "padding": padding,
-        "dilation": dilation, "ceil_mode": rng.random() < 0.4,
+        "kernel_size": tuple(taps), "stride": stride, "padding": tuple(rng.randint(0, t // 2) for t in taps),
+        "ceil_mode": rng.random() < 0.4,
     }  # fmt: skip
-    shape = (rng.choice((1, 2, 3)), rng.choice((1, 2, 3, 8, 17)), h, w)
-    return Case("max_pool2d", tritune.max_pool2d, F.max_pool2d, {"input": shape}, kwargs)
+    reach = [(t - 1) * dil + 1 for t, dil in zip(taps, dilation, strict=True)]
+    more = {1: 40, 2: 7, 3: 3}[rank]
+    sizes = tuple(max(dil, low) + rng.randint(0, more) for low, dil in zip(reach, dilation, strict=True))
+    return kwargs | ({"dilation": tuple(dilation)} if dilated else {}), sizes
 
 
-@pytest.mark.parametrize("draw", [draw_conv, draw_max_pool2d], ids=["conv", "max_pool2d"])
-@pytest.mark.parametrize("seed", range(DRAWS))
+def draw_planes(rng: random.Random) -> tuple[int, int]:
+    return rng.choice((1, 2, 3)), rng.choice((1, 2, 3, 8, 17))
+
+
+def draw_max_pool(rng: random.Random) -> Case:
+    rank = rng.choice((1, 2, 2, 3))
+    kwargs, sizes = draw_windows(rng, rank, dilated=True)
+    return pooling(f"max_pool{rank}d", (*draw_planes(rng), *sizes), kwargs)
+
+
+def draw_avg_pool(rng: random.Random) -> Case:
+    rank = rng.choice((1, 2, 2, 3))
+    kwargs, sizes = draw_windows(rng, rank, dilated=False)
+    kwargs["count_include_pad"] = rng.random() < 0.5
+    if rank > 1:
+        kwargs["divisor_override"] = rng.choice((None, None, 3, -2))
+    return pooling(f"avg_pool{rank}d", (*draw_planes(rng), *sizes), kwargs)
+
+
+def draw_lp_pool(rng: random.Random) -> Case:
+    rank = rng.choice((1, 2, 2, 3))
+    kwargs, sizes = draw_windows(rng, rank, dilated=False)
+    kwargs |= {"norm_type": rng.choice((1, 2, 2.0))}
+    del kwargs["padding"]
+    if rank == 1:  # a tuple is torch's TypeError
+        kwargs["kernel_size"] = kwargs["kernel_size"][0]
+    return pooling(f"lp_pool{rank}d", (*draw_planes(rng), *sizes), kwargs)
+
+
+def draw_adaptive_pool(rng: random.Random) -> Case:
+    """To fewer elements or to more, or to one."""
+    rank, kind = rng.choice((1, 2, 2, 3)), rng.choice(("avg", "max"))
+    largest = {1: 40, 2: 12, 3: 5}[rank]
+    sizes, outs = (tuple(rng.randint(1, largest) for _ in range(rank)) for _ in range(2))
+    shape = (*draw_planes(rng), *sizes)
+    if rng.random() < 0.25:
+        return pooling(f"global_{kind}_pool", shape, {"keepdim": rng.random() < 0.5})
+    kept = tuple(None if rng.random() < 0.2 else out for out in outs) if rank > 1 else outs
+    return pooling(f"adaptive_{kind}_pool{rank}d", shape, {"output_size": kept})
+
+
+def pooling(op: str, shape: tuple[int, ...], kwargs: dict[str, Any]) -> Case:
+    return Case(op, getattr(tritune, op), test_pool.reference_of(op), {"input": shape}, kwargs)
+
+
+DRAWN = {
+    draw_conv: DRAWS, draw_max_pool: DRAWS, draw_avg_pool: DRAWS, draw_lp_pool: DRAWS // 2, draw_adaptive_pool: DRAWS
+}  # fmt: skip
+ROWS = [
+    pytest.param(draw, seed, id=f"{draw.__name__.removeprefix('draw_')}-{seed}")
+    for draw, count in DRAWN.items()
+    for seed in range(count)
+]
+
+
+@pytest.mark.parametrize("draw, seed", ROWS)
 def test_same_as_torch(draw, seed, device, tier):
     rng = random.Random(seed)
     case = draw(rng)

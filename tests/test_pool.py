@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import inspect
 import itertools
+import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -221,6 +223,115 @@ class TestRules:
         assert y.shape == (0, 3, 2, 2) and x.grad.shape == x.shape
 
 
+def indices_of(kind: str, x: torch.Tensor, size: tuple[int, ...]) -> torch.Tensor:
+    """Where the elements of x go in planes of that size."""
+    full, rows = math.prod(size), x.shape[0] * x.shape[1]
+    count = x.numel() // rows
+    if kind == "permuted":  # mostly outside of their own windows, each once
+        flat = torch.stack([torch.randperm(full)[:count] for _ in range(rows)])
+    elif kind == "equal":
+        flat = torch.full((rows, count), full // 2)
+    elif kind == "repeated":  # in and out of their windows, several times each
+        flat = torch.randint(0, 6, (rows, count))
+    else:
+        flat = torch.randint(0, full, (rows, count))
+    return flat.view(x.shape)
+
+
+class TestUnpooling:
+    """Values, and the gradient, exactly as torch on the CPU, where the last of several writers wins."""
+
+    pytestmark = every_backend
+    SHAPES = ((2, 9, 11), (2, 5, 6, 7), (1, 3, 4, 5, 4))
+
+    def both(self, call: Callable[..., torch.Tensor], x: torch.Tensor, device: str, tier: str) -> None:
+        """Of ``call(namespace, x)``; twice, as one launch after the other may not differ."""
+        exact = x.detach().clone(memory_format=torch.preserve_format).requires_grad_()
+        wanted = call(F, exact)
+        dy = torch.randn_like(wanted)
+        for _ in range(2):
+            leaf = x.detach().to(device).requires_grad_()
+            # torch's own refuses to run where memory is poisoned.
+            with tritune.use_backend(backend_of(tier)), nullcontext() if tier == "torch" else poisoned():
+                y = call(tritune, leaf)
+                (gradient,) = torch.autograd.grad(y, leaf, dy.to(device))
+            torch.testing.assert_close(y.cpu(), wanted, rtol=0, atol=0)
+            torch.testing.assert_close(gradient.cpu(), torch.autograd.grad(wanted, exact, dy, True)[0], rtol=0, atol=0)
+            assert y.dim() != 4 or y.stride() == wanted.stride()  # in three dimensions torch's is never channels last
+
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    @pytest.mark.parametrize("layout", ["nchw", "nhwc", "strided"])
+    @pytest.mark.parametrize("shape", SHAPES, ids=len)
+    def test_round_trip(self, shape, layout, dtype, device, tier):
+        rank = len(shape) - 2
+        x = lay_out(torch.randn(shape).to(dtype), layout)
+        for window in ((2,), (3, 2, 1)):
+            y, places = getattr(F, f"max_pool{rank}d")(x, *window, return_indices=True)
+
+            def call(namespace: Any, y: torch.Tensor, window: Any = window, places: Any = places) -> torch.Tensor:
+                function: Callable[..., torch.Tensor] = getattr(namespace, f"max_unpool{rank}d")
+                return function(y, places.to(y.device), *window, output_size=shape)
+
+            self.both(call, y, device, tier)
+
+    @pytest.mark.parametrize("kind", ["permuted", "equal", "repeated", "random"])
+    @pytest.mark.parametrize("layout", ["nchw", "nhwc"])
+    @pytest.mark.parametrize("shape", SHAPES, ids=len)
+    def test_any_indices(self, shape, layout, kind, device, tier):
+        """Windows overlap, and the result is larger than by default."""
+        rank = len(shape) - 2
+        x = lay_out(torch.randn(shape), layout)
+        size = tuple(2 * (full - 1) + 2 for full in shape[2:])
+        places = lay_out(indices_of(kind, x, size), layout)
+
+        def call(namespace: Any, x: torch.Tensor) -> torch.Tensor:
+            function: Callable[..., torch.Tensor] = getattr(namespace, f"max_unpool{rank}d")
+            return function(x, places.to(x.device), 3, 2, 1, output_size=size)
+
+        self.both(call, x, device, tier)
+
+    @pytest.mark.parametrize("shape", [(1, 1, 300), (1, 1, 12, 12)], ids=len)
+    def test_more_strays_than_one_program_sees(self, shape, device, tier):
+        rank = len(shape) - 2
+        x = torch.randn(shape)
+        places = torch.randint(0, 40, shape)
+        function = f"max_unpool{rank}d"
+        self.both(lambda namespace, x: getattr(namespace, function)(x, places.to(x.device), 2), x, device, tier)
+
+    def test_layouts_mix(self, device, tier):
+        x = torch.randn(2, 5, 4, 6)
+        y, places = F.max_pool2d(lay_out(torch.randn(2, 5, 8, 12), "nhwc"), 2, return_indices=True)
+        self.both(lambda namespace, x: namespace.max_unpool2d(x, places.to(x.device), 2), x, device, tier)
+        places = places.contiguous()
+        self.both(lambda namespace, y: namespace.max_unpool2d(y, places.to(y.device), 2), y, device, tier)
+
+    @pytest.mark.parametrize("unbatched", [(3, 9), (3, 4, 5), (2, 3, 4, 3)], ids=len)
+    def test_unbatched(self, unbatched, device, tier):
+        rank = len(unbatched) - 1
+        x = torch.randn(unbatched)
+        places = indices_of("random", x.unsqueeze(0), (4,) * rank).squeeze(0)
+        function = f"max_unpool{rank}d"
+        self.both(lambda namespace, x: getattr(namespace, function)(x, places.to(x.device), 2), x, device, tier)
+
+    @pytest.mark.parametrize("stray", [-1, 24, 2**40])
+    def test_indices_outside_of_the_result(self, stray, device, tier):
+        """The kernels leave them out, in the gradient too; on the CPU they are torch's error."""
+        x = torch.randn(1, 1, 2, 3, device=device, requires_grad=True)
+        places = torch.tensor([[[[0, stray, 5], [13, 14, 23]]]], device=device)
+        with tritune.use_backend(backend_of(tier)):
+            if tier == "torch":
+                with pytest.raises(RuntimeError, match="invalid max index"):
+                    tritune.max_unpool2d(x, places, 2)
+                return
+            y = tritune.max_unpool2d(x, places, 2)
+            (gradient,) = torch.autograd.grad(y.sum(), x)
+        wanted = torch.zeros(24, device=device)
+        kept = torch.tensor([True, False, True, True, True, True], device=device)
+        wanted[places.flatten()[kept]] = x.detach().flatten()[kept]
+        assert torch.equal(y.flatten(), wanted)
+        assert torch.equal(gradient.flatten(), kept.float())
+
+
 class TestBranches:
     pytestmark = kernels_only
 
@@ -296,6 +407,7 @@ def test_changing_sizes_compile_once(windows, layout):
             out = ((h - 1) // 2 + 1, (w - 1) // 2 + 1)
             window = pool.Window.of((3, 3), (2, 2), (1, 1), (1, 1))
             if windows == "adaptive":
+                out = (out[0], 7)  # windows of more than one size
                 window = kernel_window((h, w), out, ((), (), (), ()))
             x = torch.empty(n, 24, h, w, dtype=torch.bfloat16, device="meta")
             index_bytes = 8 if tunable in (pool.UNPOOL, pool.GATHER) else 1

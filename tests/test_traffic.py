@@ -12,11 +12,13 @@ from tritune.autotune.device import named  # noqa: E402
 from tritune.autotune.resolve import ranked  # noqa: E402
 from tritune.kernels import attention, conv, conv_pool, pool, registered, rnn  # noqa: E402
 from tritune.kernels._launch import Launch  # noqa: E402
+from tritune.ops.pool import kernel_window  # noqa: E402
 from tritune.perf import traffic  # noqa: E402
 from tritune.perf.families import TRAFFIC  # noqa: E402
 
 pytestmark = pytest.mark.interpret
 TUNABLES = registered()
+SPLITS = ("SPLIT_K", "SPLIT_M", "SPLIT")
 
 
 def dense(x, w, stride=1, pad=0, dil=1, groups=1, dtype=torch.float16, last=True):
@@ -27,14 +29,19 @@ def dense(x, w, stride=1, pad=0, dil=1, groups=1, dtype=torch.float16, last=True
     return conv.problem_of(x, w, output, geometry, dtype, "ieee", last)
 
 
-def pooling(x, window, stride, pad=0, dtype=torch.float16, index=1, last=True):
-    pq = tuple((size + 2 * pad - window) // stride + 1 for size in x[2:])
-    return pool.problem_of(x, pq, pool.Window(window, window, stride, stride, pad, pad, 1, 1), dtype, index, last)
+def pooling(x, window=0, stride=0, pad=0, out=(), *, reduce="max", dtype=torch.float16, index=1, last=True):
+    """Windows of one size, or, with ``out``, adaptive ones."""
+    rank = len(x) - 2
+    windows = tuple((value,) * rank if window else () for value in (window, stride, pad, 1))
+    out = out or tuple((size + 2 * pad - window) // stride + 1 for size in x[2:])
+    image, index = torch.empty(x, dtype=dtype, device="meta"), index if reduce in ("max", "last") else 0
+    taken = kernel_window(x[2:], out, windows)
+    return pool.problem_of(image, out, taken, reduce, index_bytes=index, layout="nhwc" if last else "nchw")
 
 
 def pooled(problem, window, stride, pad=0):
     output = [(size + 2 * pad - window) // stride + 1 for size in problem.output[1:]]
-    return conv_pool.conv_pool_problem(problem, pool.Window(window, window, stride, stride, pad, pad, 1, 1), output)
+    return conv_pool.conv_pool_problem(problem, conv_pool.PoolWindow(window, window, stride, stride, pad, pad), output)
 
 
 CONVOLUTIONS = {
@@ -82,7 +89,34 @@ POOLS = {
     "3x3-padded": pooling((1, 16, 14, 14), 3, 2, 1),
     "overlapping": pooling((1, 8, 10, 10), 3, 1),
     "nchw-fp32": pooling((1, 5, 12, 12), 2, 2, dtype=torch.float32, last=False),
+    "nchw-padded": pooling((1, 5, 16, 16), 3, 2, 1, last=False),
     "int64-indices": pooling((1, 16, 12, 12), 2, 2, index=8),
+    "mean": pooling((1, 16, 12, 12), 2, 2, reduce="mean"),
+    "mean-nchw": pooling((1, 4, 9, 15), 3, 3, reduce="mean", last=False),
+    "norm": pooling((1, 16, 12, 12), 2, 2, reduce="norm2"),
+    "norm-nchw-fp32": pooling((2, 3, 8, 16), 2, 2, reduce="norm2", dtype=torch.float32, last=False),
+    "1d-nchw": pooling((2, 3, 992), 4, 4, last=False),
+    "3d": pooling((1, 16, 4, 6, 6), 2, 2),
+    "3d-mean-nchw": pooling((1, 3, 4, 6, 16), 2, 2, reduce="mean", last=False),
+    "adaptive": pooling((1, 16, 12, 8), out=(4, 2)),
+    "adaptive-nchw": pooling((1, 3, 12, 16), out=(4, 4), last=False),
+    "adaptive-uneven": pooling((1, 16, 10, 9), out=(4, 4), reduce="mean"),
+    "adaptive-uneven-nchw": pooling((1, 3, 10, 18), out=(4, 7), last=False),
+    "adaptive-upwards-mean": pooling((1, 16, 3, 4), out=(6, 8), reduce="mean"),
+}
+UNPOOLS = {
+    "2x2": pooling((2, 24, 12, 12), 2, 2, reduce="last", index=8),
+    "2x2-nchw": pooling((2, 4, 12, 16), 2, 2, reduce="last", index=8, last=False),
+    "3x3-padded": pooling((1, 16, 14, 14), 3, 2, 1, reduce="last", index=8),
+    "3d": pooling((1, 16, 4, 6, 6), 2, 2, reduce="last", index=8),
+}
+PLANES = {
+    "mean": pooling((2, 64, 16, 16), out=(1, 1), reduce="mean"),
+    "mean-nchw": pooling((2, 24, 32, 32), out=(1, 1), reduce="mean", last=False),
+    "max": pooling((1, 64, 16, 16), out=(1, 1), index=4),
+    "max-nchw-fp32": pooling((2, 8, 40, 32), out=(1, 1), index=2, dtype=torch.float32, last=False),
+    "values-3d": pooling((1, 32, 4, 8, 8), out=(1, 1, 1), index=0),
+    "norm-1d-nchw": pooling((2, 8, 1024), 1024, 1, reduce="norm2", last=False),
 }
 EPILOGUES = {
     "all": conv.EpilogueProblem(300, 48, torch.float16, True, True, True),
@@ -133,10 +167,12 @@ def problems_of(kernel):
         return SEQUENCES
     if kernel == "conv_epilogue_grad":
         return EPILOGUES
-    if kernel.startswith("max_pool2d"):
-        return POOLS
     if kernel == "conv_max_pool":
         return POOLED_CONVOLUTIONS
+    if kernel in ("global_pool", "max_unpool"):
+        return PLANES if kernel == "global_pool" else UNPOOLS
+    if "pool" in kernel:  # what is gathered is what a maximum has won
+        return {name: p for name, p in POOLS.items() if kernel != "pool_gather" or p.reduce == "max"}
     if kernel == "conv_direct_weight_grad":
         return DIRECT
     return {**DIRECT, **SMALL_GROUPS} if "direct" in kernel else CONVOLUTIONS
@@ -146,23 +182,34 @@ CASES = [(kernel, name) for kernel in TUNABLES for name in problems_of(kernel)]
 
 
 def configs(kernel, problem):
-    """The best by the model, and of those that split the reduction in two or more, copy boxes, pool single windows."""
+    """The best by the model, of those that split the reduction in two or more, of those that copy boxes, of those that
+    pool single windows, and of those that walk rows or not."""
     order = [config for config, _ in ranked(TUNABLES[kernel], problem, named("sm_90"))]
-    split = [one for one in order if max(dict(one).get("SPLIT_K", 1), dict(one).get("SPLIT_M", 1)) > 1]
+    split = [one for one in order if max(dict(one).get(name, 1) for name in SPLITS) > 1]
     boxes = [one for one in order if "TMA" in one]
     single = [one for one in order if dict(one).get("TALL") == 1]
-    return {order[0], *split[:1], *boxes[:1], *single[:1]}
+    rows = [one for one in order if ("BLOCK_W" in one) != ("BLOCK_W" in order[0])]
+    return {order[0], *split[:1], *boxes[:1], *rows[:1], *single[:1]}
+
+
+def places(problem):
+    """Those of a pooling's first taps: each in its own window."""
+    taps = [torch.arange(n) * step - pad for n, step, pad in zip(problem.out, *problem.window[1:3], strict=True)]
+    d, h, w = (tap.clamp(min=0).view(shape) for tap, shape in zip(taps, ((-1, 1, 1), (-1, 1), (-1,)), strict=True))
+    flat = (d * problem.space[1] + h) * problem.space[2] + w
+    return flat.view(1, 1, *problem.out[3 - problem.rank :])
 
 
 @pytest.mark.parametrize("kernel, name", CASES)
 def test_no_more_than_the_formula(kernel, name):
     problem = problems_of(kernel)[name]
     for config in configs(kernel, problem):
-        counted = traffic.measure(TUNABLES[kernel], problem, config)
+        values = {"index_ptr": places(problem)} if kernel == "max_unpool" else {}
+        counted = traffic.measure(TUNABLES[kernel], problem, config, values)
         assert traffic.fault(kernel, problem, config, counted) == "", f"{config}: {counted}"
-        # A formula that promises too little would prove nothing; what padding masks is not loaded.
+        # A formula that promises too little would prove nothing; what padding or a smaller window masks is not loaded.
         expected = TRAFFIC[kernel](problem, config)
-        is_exact = "padded" not in name and kernel != "max_pool2d_backward"
+        is_exact = not {"padded", "uneven"} & set(name.split("-")) and kernel != "pool_backward"
         assert counted.total >= (0.9 if is_exact else 0.4) * expected, f"{config}: {counted}, formula {expected}"
 
 
@@ -185,21 +232,21 @@ def _copy(x_ptr, y_ptr, M, TIMES: tl.constexpr, BLOCK: tl.constexpr):
 
 def planted(times):
     def launches(problem, config):
-        x, y = (torch.empty(problem.N * problem.C * problem.H * problem.W, dtype=problem.dtype, device="meta")
+        x, y = (torch.empty(problem.elements()[0], dtype=problem.dtype, device="meta")
                 for _ in range(2))  # fmt: skip
         grid = -(-x.numel() // config.BLOCK)
         args = {"x_ptr": x, "y_ptr": y, "M": x.numel()}
         return [Launch(_copy, grid, args, {"TIMES": times, "BLOCK": config.BLOCK}, 4, 1)]
 
-    return Tunable("max_pool2d", (), None, None, None, launches)
+    return Tunable("pool", (), None, None, None, launches)
 
 
 @pytest.mark.compat
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
-@pytest.mark.parametrize("times, named_as", [(1, ""), (2, "traffic: 2.00 times the formula of max_pool2d")])
+@pytest.mark.parametrize("times, named_as", [(1, ""), (2, "traffic: 2.00 times the formula of pool")])
 def test_doubled_traffic_is_named(times, named_as, dtype):
     problem = pooling((1, 3, 11, 13), 1, 1, dtype=dtype, index=0)
     config = Config(BLOCK=64, num_warps=4, num_stages=1)
     counted = traffic.measure(planted(times), problem, config)
     assert counted.loaded == counted.stored == times * 3 * 11 * 13 * dtype.itemsize
-    assert traffic.fault("max_pool2d", problem, config, counted) == named_as
+    assert traffic.fault("pool", problem, config, counted) == named_as
