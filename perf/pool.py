@@ -68,11 +68,14 @@ LAYERS = {
     "video-avgpool": Layer("avg_pool3d", (4, 256, 8, 28, 28), 2, 2),
     "pspnet-adaptive": Layer("adaptive_avg_pool2d", (8, 2048, 60, 60), size=6),
     "roi-adaptive": Layer("adaptive_max_pool2d", (256, 256, 28, 28), size=7),
+    "detector-adaptive": Layer("adaptive_max_pool2d", (64, 256, 25, 25), size=7),
     "resnet50-global": Layer("global_avg_pool", (32, 2048, 7, 7)),
+    "efficientnet-global": Layer("global_avg_pool", (64, 1280, 7, 7)),
     "large-global": Layer("global_max_pool", (1, 64, 512, 512)),
     "blur-lp": Layer("lp_pool2d", (32, 128, 56, 56), 2, 2),
 }
 HEADLINE = ("resnet50-maxpool", "resnet50-global")
+UNPOOLED = ("resnet50-maxpool", "vgg-maxpool", "vgg-maxpool-deep")
 
 
 def _window(layer: Layer) -> Any:
@@ -113,7 +116,7 @@ def layers(target: str) -> Iterator[Layers]:
                 row = f"{name}-{label}-{layout}"
                 yield row, pool.GLOBAL if problem.is_global() else pool.FORWARD, problem
                 yield row, pool.BACKWARD, problem
-                if name == "resnet50-maxpool":
+                if name in UNPOOLED:
                     yield row, pool.GATHER, problem
                     yield row, pool.UNPOOL, problem_of(layer, dtype, 8, last, "last")
 
