@@ -108,6 +108,8 @@ class Operator:
         floor_us: device time in microseconds that the case cannot beat.
         tiny: the same kind of layer with toy sizes.
         compiled: torch.compile has a kernel of its own for the operator by itself.
+        traffic: of operators that only move memory: the bytes that a case needs, and those that the loads and stores
+            of our kernels move.
     """
 
     ours: Callable[..., Tensor]
@@ -118,6 +120,7 @@ class Operator:
     floor_us: Callable[[Case, DeviceSpec], float]
     tiny: Callable[[Case], Case]
     compiled: bool = False
+    traffic: Callable[[Case, DeviceSpec], tuple[float, float]] | None = None
 
     def output_shape(self, case: Case) -> Shape:
         tensors = {name: torch.empty(shape, device="meta") for name, shape in case.shapes.items()}

@@ -14,6 +14,7 @@ from torch import Tensor
 from .. import ops
 from ..autotune.config import Config
 from ..autotune.device import DeviceSpec
+from ..autotune.resolve import resolve
 from ..ops.pool import kernel_window
 from .case import ALL_LAYERS, DTYPES, IMAGES, PRECISIONS, Case, Kernel, Layers, Operator, Shape, random_tensors
 
@@ -204,12 +205,23 @@ def _describe(case: Case) -> str:
     return f"{'x'.join(map(str, layer.input))} {kind} {window}"
 
 
-def _floor_us(case: Case, device: DeviceSpec) -> float:
-    """x read and y written; with a backward also one byte of the winner's place an output, and both gradients."""
+def _traffic(case: Case, device: DeviceSpec) -> tuple[float, float]:
+    """x read and y written; with a backward also the winners' places, or what a norm keeps, and both gradients."""
+    from ..kernels import pool
+
     trains, layer = case.direction != "fwd", layer_of(case)
-    problem = problem_of(layer, DTYPES[case.dtype], int(trains and layer.reduce == "max"), case.layout == "nhwc")
-    moved = problem.forward_bytes() + trains * problem.backward_bytes()
-    return float(moved / (device.dram_gbs * 1e3))
+    index_bytes = _index_dtype(layer).itemsize if trains and layer.reduce == "max" else 0
+    problem = problem_of(layer, DTYPES[case.dtype], index_bytes, case.layout == "nhwc")
+    passes = [(pool.GLOBAL if problem.is_global() else pool.FORWARD, problem.forward_bytes())]
+    if trains:
+        passes.append((pool.BACKWARD, problem.backward_bytes()))
+    moved = sum(TRAFFIC[one.name](problem, resolve(one, problem, device).config) for one, _ in passes)
+    return sum(needed for _, needed in passes), moved
+
+
+def _floor_us(case: Case, device: DeviceSpec) -> float:
+    """What a case needs at the rate of a copy, so a time's share of it is the share of the copy bandwidth."""
+    return _traffic(case, device)[0] / (device.dram_gbs * 1e3)
 
 
 def _tiny(case: Case) -> Case:
@@ -236,7 +248,15 @@ _TORCH: dict[str, Callable[..., Any]] = {
 }
 OPERATORS = {
     op: Operator(
-        getattr(ops, op), _TORCH.get(op) or getattr(F, op), None, IMAGES, _describe, _floor_us, _tiny, compiled=True
+        getattr(ops, op),
+        _TORCH.get(op) or getattr(F, op),
+        None,
+        IMAGES,
+        _describe,
+        _floor_us,
+        _tiny,
+        compiled=True,
+        traffic=_traffic,
     )
     for op in sorted({layer.op for layer in LAYERS.values()})
 }

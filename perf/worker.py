@@ -78,6 +78,9 @@ def _timed(case: Case, machine: Machine, tensors: dict[str, Tensor], ours: dict[
     operator = operator_of(case)
     floor_us = operator.floor_us(case, machine.spec)
     head = {**header(case), "floor_us": round(floor_us, 3)}
+    if operator.traffic is not None:
+        needed, moved = operator.traffic(case, machine.spec)
+        ours["bytes"] = {"needed": round(needed), "moved": round(moved)}
     records = [{**head, **ours}]
     if machine.timer is None:
         return records

@@ -71,6 +71,9 @@ class TestCases:
         pool = by_id["resnet50-maxpool-bf16-nhwc-fwd+bwd"]
         x, y = 32 * 64 * 112 * 112, 32 * 64 * 56 * 56
         assert operator_of(pool).floor_us(pool, H200) == pytest.approx(2 * (2 * x + 3 * y) / 4.3e6)
+        assert operator_of(pool).traffic(pool, H200) == (
+            2 * (2 * x + 3 * y), 9 * 2 * y + 3 * y + 9 * 3 * y + 2 * x
+        )  # fmt: skip
 
     @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
     def test_tiny_is_the_same_kind_of_layer(self, case):
