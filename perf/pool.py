@@ -117,6 +117,8 @@ def layers(target: str) -> Iterator[Layers]:
                 row = f"{name}-{label}-{layout}"
                 yield row, pool.GLOBAL if problem.is_global() else pool.FORWARD, problem
                 yield row, pool.BACKWARD, problem
+                if index_bytes and name in HEADLINE:
+                    yield f"{row}-values", pool.FORWARD, problem_of(layer, dtype, 0, last)
                 if name in UNPOOLED:
                     yield row, pool.GATHER, problem
                     yield row, pool.UNPOOL, problem_of(layer, dtype, 8, last, "last")
