@@ -129,21 +129,29 @@ COMPAT = ("max_pool2d-resnet", "max_pool2d-aligned-rows", "avg_pool2d-exclude-pa
 
 
 def parameters() -> list[Any]:
+    """On a GPU, where each row compiles its kernels, the dtypes and layouts take turns."""
     rows = []
-    for one, dtype, layout in itertools.product(CASES, DTYPES, ("nchw", "nhwc")):
+    for (number, one), (i, dtype), (j, layout) in itertools.product(
+        enumerate(CASES), enumerate(DTYPES), enumerate(("nchw", "nhwc"))
+    ):
         if "unbatched" in one.id and layout == "nhwc":
             continue  # three or four dimensions have no such format
         marks = [pytest.mark.compat] if one.id in COMPAT else []
+        if (number + i + j) % 3 == 0:
+            marks.append(pytest.mark.gpu)
         rows.append(pytest.param(one, dtype, layout, id=f"{one.id}-{str(dtype)[6:]}-{layout}", marks=marks))
     return rows
 
 
+@pytest.mark.torch
+@pytest.mark.interpret
+@pytest.mark.parametrize("case, dtype, layout", parameters())
+def test_forward_and_gradient(case, dtype, layout, device, tier):
+    check(case, dtype, layout, device, backend_of(tier))
+
+
 class TestCases:
     pytestmark = every_backend
-
-    @pytest.mark.parametrize("case, dtype, layout", parameters())
-    def test_forward_and_gradient(self, case, dtype, layout, device, tier):
-        check(case, dtype, layout, device, backend_of(tier))
 
     @pytest.mark.parametrize("case", [CASES[0], MAX2D[-1], MEANS[3], MEANS[-12]], ids=lambda case: case.id)
     def test_strided_views_are_read_in_place(self, case, device, tier):

@@ -87,7 +87,7 @@ def test_torch_backend(op, dtype):
 def test_kernels(op, device):
     """``use_backend("triton")`` never falls back: what no kernel covers raises. The dtypes take turns, and in three
     calls of four there is nothing to differentiate, so that the winners are not kept."""
-    chosen = distinct(op)
+    chosen = distinct(op)[:: 8 if device == "cuda" else 1]  # each compiles for its window there
     refused = 0
     for number, sample in enumerate(chosen):
         dtype = DTYPES[number % 3]
