@@ -1153,10 +1153,14 @@ def _phases(p: PoolProblem) -> int:
 
 
 def _has_cells(p: PoolProblem, rows: bool) -> bool:
-    """Can the backward be unrolled over the pixels of a cell and the windows over it?"""
-    dims = 2 if rows else 3
-    size = math.prod(p.window.stride[:dims]) * math.prod(p.most_windows()[:dims])
-    return not p.window.adaptive and size <= 64 and (not rows or _phases(p) > 0)
+    """Can the backward be unrolled over the pixels of a cell and the windows over it? That is a piece of code for each
+    tap (of rows: for each row of taps and distance of a window), and more of them take long to compile."""
+    window, dims = p.window, 2 if rows else 3
+    size = math.prod(window.stride[:dims]) * math.prod(p.most_windows()[:dims])
+    pieces = math.prod(window.kernel[:dims])
+    if rows:
+        pieces *= (window.kernel[2] - 1) * window.dilation[2] // max(1, _phases(p)) + 1
+    return not window.adaptive and size <= 64 and pieces <= 32 and (not rows or _phases(p) > 0)
 
 
 class Span(NamedTuple):

@@ -69,6 +69,7 @@ MAX2D = [
 ]
 MAXIMA = [
     *MAX2D,
+    case("max_pool2d", "more-taps-than-are-unrolled", (1, 8, 9, 8), 7, 1, 3),
     case("max_pool1d", "padded", (2, 9, 30), 3, 2, 1),
     case("max_pool1d", "rows-in-parts", (1, 2, 700), 4, 3, 2, 2),
     case("max_pool1d", "window-beyond-a-band", (1, 2, 400), 260, 70),
