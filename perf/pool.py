@@ -77,6 +77,9 @@ LAYERS = {
 }
 HEADLINE = ("resnet50-maxpool", "resnet50-global")
 UNPOOLED = ("resnet50-maxpool", "vgg-maxpool", "vgg-maxpool-deep")
+# Compiled in both layouts; the others in one, and these in NCHW.
+BOTH_LAYOUTS = (*HEADLINE, *UNPOOLED, "large-global")
+IN_ROWS = ("wave-maxpool", "inception-avgpool", "video-maxpool", "roi-adaptive", "pspnet-adaptive")
 
 
 def _window(layer: Layer) -> Any:
@@ -107,7 +110,8 @@ def layers(target: str) -> Iterator[Layers]:
         if target not in ALL_LAYERS and name not in HEADLINE:
             continue
         for label in ("bf16", "fp16", "ieee") if name in HEADLINE else ("bf16",):
-            for layout in ("nhwc", "nchw") if label == "bf16" else ("nhwc",):
+            layouts = ("nchw",) if name in IN_ROWS else ("nhwc",)
+            for layout in ("nhwc", "nchw") if name in BOTH_LAYOUTS and label == "bf16" else layouts:
                 index_bytes = int(layer.reduce == "max")
                 dtype, last = PRECISIONS[label][0], layout == "nhwc"
                 problem = problem_of(layer, dtype, index_bytes, last)
