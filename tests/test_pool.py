@@ -346,6 +346,28 @@ class TestBranches:
         with override(pool.FORWARD, config), override(pool.BACKWARD, config):
             check(CASES[0], torch.float16, layout, device, "triton")
 
+    @pytest.mark.parametrize("splits", [2, 4, 7])
+    @pytest.mark.parametrize("tile", [(16, 1), (4, 8)], ids=str)
+    @pytest.mark.parametrize("layout", ["nchw", "nhwc"])
+    def test_planes_in_parts(self, layout, tile, splits, device):
+        """Of 80 elements, which 4 parts of 2 tiles of 16 would not share evenly: one would be empty."""
+        from tritune.autotune.config import Config
+        from tritune.autotune.resolve import override
+        from tritune.kernels import pool
+
+        config = Config(BLOCK_L=tile[0], BLOCK_C=tile[1], SPLIT=splits, num_warps=4, num_stages=1)
+        x = lay_out(-1 - torch.rand(2, 9, 8, 10).mul(8).round(), layout)
+        x[0, :4, ::3, ::4], x[0, 4] = float("nan"), float("-inf")
+        with tritune.use_backend("triton"), override(pool.GLOBAL, config), poisoned():
+            y, index = tritune.adaptive_max_pool2d(x.to(device), 1, return_indices=True)
+            plain = tritune.global_max_pool(x.to(device))
+            mean = tritune.global_avg_pool(x[1:].to(device))
+        wanted, places = F.adaptive_max_pool2d(x, 1, return_indices=True)
+        assert torch.equal(index.cpu(), places)
+        for values in (y, plain):
+            torch.testing.assert_close(values.cpu(), wanted, rtol=0, atol=0, equal_nan=True)
+        torch.testing.assert_close(mean.cpu(), x[1:].mean((2, 3), keepdim=True))
+
     def test_offset_width_follows_the_window(self):
         from tritune.ops.pool import _offset_dtype
 
