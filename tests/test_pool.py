@@ -74,11 +74,13 @@ MAXIMA = [
     case("max_pool1d", "window-beyond-a-band", (1, 2, 400), 260, 70),
     case("max_pool1d", "steps-of-two-in-parts", (1, 3, 600), 3, 2, 1),
     case("max_pool1d", "steps-of-one-in-parts", (1, 2, 304), 5, 1, 2, 2),
+    case("max_pool1d", "odd-rows-in-parts", (1, 1, 701), 2, 3),
     case("max_pool1d", "unbatched", (4, 16), 2, ceil_mode=True),
     case("max_pool3d", "padded", (1, 9, 5, 6, 7), 3, 2, 1),
     case("max_pool3d", "rectangular", (2, 8, 4, 6, 8), (2, 3, 2), (1, 2, 2), (1, 1, 0), (2, 1, 1)),
     case("max_pool3d", "unbatched", (3, 4, 4, 5), 2, ceil_mode=True),
     case("adaptive_max_pool1d", "uneven", (2, 9, 31), 7),
+    case("adaptive_max_pool1d", "in-parts", (1, 1, 768), 368),
     case("adaptive_max_pool2d", "even", (2, 16, 8, 12), (4, 6)),
     case("adaptive_max_pool2d", "uneven", (2, 9, 10, 13), (4, 5)),
     case("adaptive_max_pool2d", "upwards", (1, 8, 3, 4), (5, 9)),
@@ -94,6 +96,7 @@ MEANS = [
     case("avg_pool1d", "rows-in-parts", (1, 2, 700), 6, 2, 3, count_include_pad=False),
     case("avg_pool1d", "steps-of-four", (1, 3, 64), 6, 4, 3),
     case("avg_pool1d", "steps-of-eight-in-parts", (1, 2, 528), 11, 8, 2, True, False),
+    case("avg_pool1d", "windows-that-overlap-in-parts", (1, 1, 900), 133, 3),
     case("avg_pool2d", "plain", (2, 16, 8, 6), 2),
     case("avg_pool2d", "padded", (2, 20, 9, 7), 3, 2, 1),
     case("avg_pool2d", "exclude-pad", (1, 9, 9, 8), 3, 2, 1, count_include_pad=False),
@@ -235,6 +238,17 @@ class TestRules:
         with pytest.raises(RuntimeError, match="padding"):
             tritune.max_pool2d(x, 2, 1, 1, dilation=3, return_indices=True)
 
+    @pytest.mark.parametrize("columns", [2, 128])  # of the window: 4 taps, one byte, and 256, two bytes
+    def test_second_derivative_of_windows_in_the_padding(self, columns, device, tier):
+        """The gradient of the gradient picks what lies where the winners do, and nothing where there is none."""
+        x = torch.randn(1, 2, 2, 2, device=device, requires_grad=True)
+        with tritune.use_backend(backend_of(tier)), poisoned():
+            y = tritune.max_pool2d(x, (2, columns), 1, (1, columns // 2), dilation=(3, 1))
+            v = torch.ones_like(y, requires_grad=True)
+            (dx,) = torch.autograd.grad(y, x, v, create_graph=True)
+            (dv,) = torch.autograd.grad(dx, v, torch.ones_like(dx))
+        assert not y.isfinite().any() and torch.equal(dv, torch.zeros_like(dv))
+
     def test_empty_batch(self, device, tier):
         x = torch.randn(0, 3, 4, 4, device=device, requires_grad=True)
         with tritune.use_backend(backend_of(tier)):
@@ -287,6 +301,7 @@ class TestUnpooling:
         x = lay_out(torch.randn(shape).to(dtype), layout)
         for window in ((2,), (3, 2, 1)):
             y, places = getattr(F, f"max_pool{rank}d")(x, *window, return_indices=True)
+            y = torch.randn_like(y)  # windows that share a maximum give different values to it
 
             def call(namespace: Any, y: torch.Tensor, window: Any = window, places: Any = places) -> torch.Tensor:
                 function: Callable[..., torch.Tensor] = getattr(namespace, f"max_unpool{rank}d")
@@ -309,6 +324,13 @@ class TestUnpooling:
             return function(x, places.to(x.device), 3, 2, 1, output_size=size)
 
         self.both(call, x, device, tier)
+
+    @pytest.mark.parametrize("rank", [1, 2, 3])
+    def test_one_window(self, rank, device, tier):
+        """Behind it the next would lie over the same pixel, if there were one."""
+        places, function = torch.zeros((1, 1, *(1,) * rank), dtype=torch.int64), f"max_unpool{rank}d"
+        x = torch.ones(places.shape)
+        self.both(lambda namespace, x: getattr(namespace, function)(x, places.to(x.device), 3, 1, 1), x, device, tier)
 
     @pytest.mark.parametrize("shape", [(1, 1, 300), (1, 1, 12, 12)], ids=len)
     def test_more_strays_than_one_program_sees(self, shape, device, tier):
@@ -387,6 +409,22 @@ class TestBranches:
         for values in (y, plain):
             torch.testing.assert_close(values.cpu(), wanted, rtol=0, atol=0, equal_nan=True)
         torch.testing.assert_close(mean.cpu(), x[1:].mean((2, 3), keepdim=True))
+
+    @pytest.mark.parametrize("view", ["cut", "every-other-row", "expanded", "one-pixel", "transposed", "channels"])
+    @pytest.mark.parametrize("op", ["global_avg_pool", "global_max_pool"])
+    def test_planes_that_are_not_dense(self, op, view, device):
+        x, shape = torch.randn(2, 6, 8, 10), (2, 6, 8, 10)
+        views = {
+            "cut": x[..., 1:9],
+            "every-other-row": x[:, :, ::2],
+            "expanded": x[:, :, :1].expand(shape),
+            "one-pixel": x[:, :, :1, :1].expand(shape),
+            "transposed": x.transpose(2, 3),
+            "channels": x[:, :5],
+        }
+        with tritune.use_backend("triton"), poisoned():
+            y = getattr(tritune, op)(views[view].to(device))
+        torch.testing.assert_close(y.cpu(), GLOBAL[op](views[view]))
 
     def test_offset_width_follows_the_window(self):
         from tritune.ops.pool import _offset_dtype
