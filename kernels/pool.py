@@ -1320,6 +1320,12 @@ def plan_gather(p: PoolProblem, config: Config, x: torch.Tensor, index: torch.Te
     return [Launch(_pool_gather_kernel, grid, args, constants, config.num_warps, config.num_stages)]
 
 
+def _splits(p: PoolProblem, config: Config) -> int:
+    """Parts of a plane. None is empty: it would have neither a maximum nor a place of one."""
+    tiles = cost.cdiv(math.prod(p.space), config.BLOCK_L)
+    return cost.cdiv(tiles, cost.cdiv(tiles, config.SPLIT))
+
+
 def plan_global(
     p: PoolProblem, config: Config, x: torch.Tensor, y: torch.Tensor, index: torch.Tensor | None
 ) -> list[Launch]:
@@ -1331,7 +1337,7 @@ def plan_global(
         n, c, image = 1, n * c, 0
     e = 16 // x.dtype.itemsize
     vec = unit_divisor(e, c, image, pixel) if unit_c else unit_divisor(e, L, image, channel)
-    split, rows = config.SPLIT, p.N * p.C
+    split, rows = _splits(p, config), p.N * p.C
     partial = partial_index = None
     if split > 1:
         partial = x.new_empty((split, rows), dtype=torch.float32)
@@ -1546,7 +1552,7 @@ def _gather_estimate(p: PoolProblem, config: Config, device: DeviceSpec) -> Esti
 
 
 def issued_global(p: PoolProblem, config: Config) -> float:
-    rows, split = p.N * p.C, config.SPLIT
+    rows, split = p.N * p.C, _splits(p, config)
     parts = 0 if split == 1 else 2 * split * rows * (4 + 4 * (p.index_bytes > 0))
     return p.forward_bytes() + parts
 

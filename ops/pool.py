@@ -538,6 +538,8 @@ def _lp_pool(
         sign = 1 if norm_type > 0 else -1
         y: Tensor = _max_pool(rank, input.abs() * sign, *call, 0, 1, args.ceil_mode, False)
         return y * sign
+    if input.device.type == "cuda" and torch.is_autocast_enabled("cuda") and input.dtype.itemsize == 2:
+        input = input.float()  # powers are in fp32 there, and so is what becomes of them
     if norm_type not in FUSED_NORMS:
         mean = _avg_pool(rank, input.pow(norm_type), *call, 0, args.ceil_mode, True, None)
         return _root(mean, args.kernel_size, norm_type)
@@ -882,7 +884,8 @@ def _places(winners: Tensor, space: Sequence[int], windows: Sequence[Sequence[in
 def _torch_avg(
     input: Tensor, kernel_size: Any, stride: Any, padding: Any, ceil_mode: bool, include_pad: bool, divisor: int
 ) -> Tensor:  # fmt: skip
-    """torch's function, batched or not; in three dimensions its CPU kernel has no 16-bit types."""
+    """torch's function, batched or not; in three dimensions its CPU kernel has no 16-bit types, which autocast widens
+    for good."""
     rank = len(kernel_size)
     if rank == 1:
         y = F.avg_pool1d(input, kernel_size, stride, padding, ceil_mode, include_pad)
@@ -890,7 +893,8 @@ def _torch_avg(
     function: Callable[..., Tensor] = getattr(F, f"avg_pool{rank}d")
     call = (kernel_size, stride, padding, ceil_mode, include_pad, divisor or None)
     if rank == 3 and input.device.type == "cpu" and input.dtype in (torch.float16, torch.bfloat16):
-        return function(input.float(), *call).to(input.dtype)
+        y = function(input.float(), *call)
+        return y if torch.is_autocast_enabled("cpu") else y.to(input.dtype)
     return function(input, *call)
 
 
@@ -903,7 +907,7 @@ def _torch_mean(
         return y
     kernel_size, stride, padding, _ = windows
     ceil_mode = _has_ceil_mode(input.shape[2:], size, kernel_size, stride, padding, [1] * rank)
-    return _torch_avg(input, kernel_size, stride, padding, ceil_mode, include_pad, divisor)
+    return _torch_avg(input, kernel_size, stride, padding, ceil_mode, include_pad, divisor).to(input.dtype)
 
 
 def _torch_mean_backward(

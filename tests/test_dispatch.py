@@ -243,6 +243,22 @@ class TestExplain:
                 tritune.max_pool2d(x.to(memory_format=torch.channels_last), 2)
             assert decisions[0].backend == backend and "measured" in decisions[0].because
 
+    @pytest.mark.parametrize("norm_type", [1, 2, 2.0, 3, float("inf")])
+    @pytest.mark.parametrize("backend", ["auto", "triton", "torch"])
+    def test_autocast_widens_powers(self, backend, norm_type, monkeypatch):
+        """On a GPU torch takes powers in fp32, and rounds nothing that becomes of them."""
+        from torch._subclasses.fake_tensor import FakeTensorMode
+
+        monkeypatch.setenv("TRITUNE_DEVICE", "h200")
+        torch.set_autocast_enabled("cuda", True)
+        try:
+            with FakeTensorMode(), tritune.use_backend(backend):
+                x = torch.empty(2, 8, 8, 8, device="cuda", dtype=torch.float16)
+                ours, theirs = (f.lp_pool2d(x, norm_type, 2) for f in (tritune, torch.nn.functional))
+            assert ours.dtype == theirs.dtype
+        finally:
+            torch.set_autocast_enabled("cuda", False)
+
     @pytest.mark.parametrize(
         "op, shape, args",
         [

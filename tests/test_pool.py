@@ -75,11 +75,13 @@ MAXIMA = [
     case("max_pool1d", "window-beyond-a-band", (1, 2, 400), 260, 70),
     case("max_pool1d", "steps-of-two-in-parts", (1, 3, 600), 3, 2, 1),
     case("max_pool1d", "steps-of-one-in-parts", (1, 2, 304), 5, 1, 2, 2),
+    case("max_pool1d", "odd-rows-in-parts", (1, 1, 701), 2, 3),
     case("max_pool1d", "unbatched", (4, 16), 2, ceil_mode=True),
     case("max_pool3d", "padded", (1, 9, 5, 6, 7), 3, 2, 1),
     case("max_pool3d", "rectangular", (2, 8, 4, 6, 8), (2, 3, 2), (1, 2, 2), (1, 1, 0), (2, 1, 1)),
     case("max_pool3d", "unbatched", (3, 4, 4, 5), 2, ceil_mode=True),
     case("adaptive_max_pool1d", "uneven", (2, 9, 31), 7),
+    case("adaptive_max_pool1d", "in-parts", (1, 1, 768), 368),
     case("adaptive_max_pool2d", "even", (2, 16, 8, 12), (4, 6)),
     case("adaptive_max_pool2d", "uneven", (2, 9, 10, 13), (4, 5)),
     case("adaptive_max_pool2d", "upwards", (1, 8, 3, 4), (5, 9)),
@@ -95,6 +97,7 @@ MEANS = [
     case("avg_pool1d", "rows-in-parts", (1, 2, 700), 6, 2, 3, count_include_pad=False),
     case("avg_pool1d", "steps-of-four", (1, 3, 64), 6, 4, 3),
     case("avg_pool1d", "steps-of-eight-in-parts", (1, 2, 528), 11, 8, 2, True, False),
+    case("avg_pool1d", "windows-that-overlap-in-parts", (1, 1, 900), 133, 3),
     case("avg_pool2d", "plain", (2, 16, 8, 6), 2),
     case("avg_pool2d", "padded", (2, 20, 9, 7), 3, 2, 1),
     case("avg_pool2d", "exclude-pad", (1, 9, 9, 8), 3, 2, 1, count_include_pad=False),
@@ -199,11 +202,31 @@ class TestRules:
         y = pool(torch.tensor([[[[-0.0, 0.0], [0.0, 0.0]]]]), device, tier, 2)
         assert torch.signbit(y).all()
 
+    @pytest.mark.parametrize("winners", ["indices", "gradient", "none"])
+    def test_sign_of_equal_zeros(self, winners, device, tier):
+        """Rows first, columns second is another order; see docs/differences.md."""
+        x = torch.tensor([[[[-1.0, 0.0], [-0.0, -1.0]]]]).repeat(1, 3, 2, 8)
+        x = x.to(device).requires_grad_(winners == "gradient")
+        y = pool(x, device, tier, 2, return_indices=winners == "indices")
+        y = y[0] if winners == "indices" else y
+        assert (y == 0).all() and (winners == "none" or not torch.signbit(y).any())
+
     def test_all_negative_infinity(self, device, tier):
         x = torch.full((1, 1, 2, 2), float("-inf"))
         assert pool(x, device, tier, 2, return_indices=True)[1].item() == 0
         _, index = pool(x, device, tier, 2, 1, 1, return_indices=True)
         assert index.flatten().tolist() == [0, 0, 1, 0, 0, 1, 2, 2, 3]
+
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    @pytest.mark.parametrize("layout", ["nchw", "nhwc"])
+    def test_index_of_negative_infinity_in_three_dimensions(self, dtype, layout, device, tier):
+        """torch's CPU kernel for 16 bits in channels last forgets the plane; see docs/differences.md."""
+        x = lay_out(torch.full((1, 8, 4, 4, 4), float("-inf"), dtype=dtype), layout).to(device)
+        with tritune.use_backend(backend_of(tier)):
+            _, index = tritune.max_pool3d(x, 2, return_indices=True)
+        if device != "cpu" or tier != "torch" or dtype == torch.float32 or layout == "nchw":
+            wanted = torch.tensor([0, 2, 8, 10, 32, 34, 40, 42], device=device)
+            assert (index[0].flatten(1) == wanted).all()
 
     def test_gradient_of_an_all_negative_infinity_window_goes_to_its_first_pixel(self, device, tier):
         x = torch.full((1, 1, 2, 2), float("-inf"), device=device, requires_grad=True)
@@ -223,6 +246,17 @@ class TestRules:
         assert x.grad.sum().item() == finite.sum().item()
         with pytest.raises(RuntimeError, match="padding"):
             tritune.max_pool2d(x, 2, 1, 1, dilation=3, return_indices=True)
+
+    @pytest.mark.parametrize("columns", [2, 128])  # of the window: 4 taps, one byte, and 256, two bytes
+    def test_second_derivative_of_windows_in_the_padding(self, columns, device, tier):
+        """The gradient of the gradient picks what lies where the winners do, and nothing where there is none."""
+        x = torch.randn(1, 2, 2, 2, device=device, requires_grad=True)
+        with tritune.use_backend(backend_of(tier)), poisoned():
+            y = tritune.max_pool2d(x, (2, columns), 1, (1, columns // 2), dilation=(3, 1))
+            v = torch.ones_like(y, requires_grad=True)
+            (dx,) = torch.autograd.grad(y, x, v, create_graph=True)
+            (dv,) = torch.autograd.grad(dx, v, torch.ones_like(dx))
+        assert not y.isfinite().any() and torch.equal(dv, torch.zeros_like(dv))
 
     def test_empty_batch(self, device, tier):
         x = torch.randn(0, 3, 4, 4, device=device, requires_grad=True)
@@ -276,6 +310,7 @@ class TestUnpooling:
         x = lay_out(torch.randn(shape).to(dtype), layout)
         for window in ((2,), (3, 2, 1)):
             y, places = getattr(F, f"max_pool{rank}d")(x, *window, return_indices=True)
+            y = torch.randn_like(y)  # windows that share a maximum give different values to it
 
             def call(namespace: Any, y: torch.Tensor, window: Any = window, places: Any = places) -> torch.Tensor:
                 function: Callable[..., torch.Tensor] = getattr(namespace, f"max_unpool{rank}d")
@@ -298,6 +333,13 @@ class TestUnpooling:
             return function(x, places.to(x.device), 3, 2, 1, output_size=size)
 
         self.both(call, x, device, tier)
+
+    @pytest.mark.parametrize("rank", [1, 2, 3])
+    def test_one_window(self, rank, device, tier):
+        """Behind it the next would lie over the same pixel, if there were one."""
+        places, function = torch.zeros((1, 1, *(1,) * rank), dtype=torch.int64), f"max_unpool{rank}d"
+        x = torch.ones(places.shape)
+        self.both(lambda namespace, x: getattr(namespace, function)(x, places.to(x.device), 3, 1, 1), x, device, tier)
 
     @pytest.mark.parametrize("shape", [(1, 1, 300), (1, 1, 12, 12)], ids=len)
     def test_more_strays_than_one_program_sees(self, shape, device, tier):
@@ -354,6 +396,44 @@ class TestBranches:
         config = Config(BLOCK_M=block[0], BLOCK_C=block[1], num_warps=4, num_stages=1)
         with override(pool.FORWARD, config), override(pool.BACKWARD, config):
             check(CASES[0], torch.float16, layout, device, "triton")
+
+    @pytest.mark.parametrize("splits", [2, 4, 7])
+    @pytest.mark.parametrize("tile", [(16, 1), (4, 8)], ids=str)
+    @pytest.mark.parametrize("layout", ["nchw", "nhwc"])
+    def test_planes_in_parts(self, layout, tile, splits, device):
+        """Of 80 elements, which 4 parts of 2 tiles of 16 would not share evenly: one would be empty."""
+        from tritune.autotune.config import Config
+        from tritune.autotune.resolve import override
+        from tritune.kernels import pool
+
+        config = Config(BLOCK_L=tile[0], BLOCK_C=tile[1], SPLIT=splits, num_warps=4, num_stages=1)
+        x = lay_out(-1 - torch.rand(2, 9, 8, 10).mul(8).round(), layout)
+        x[0, :4, ::3, ::4], x[0, 4] = float("nan"), float("-inf")
+        with tritune.use_backend("triton"), override(pool.GLOBAL, config), poisoned():
+            y, index = tritune.adaptive_max_pool2d(x.to(device), 1, return_indices=True)
+            plain = tritune.global_max_pool(x.to(device))
+            mean = tritune.global_avg_pool(x[1:].to(device))
+        wanted, places = F.adaptive_max_pool2d(x, 1, return_indices=True)
+        assert torch.equal(index.cpu(), places)
+        for values in (y, plain):
+            torch.testing.assert_close(values.cpu(), wanted, rtol=0, atol=0, equal_nan=True)
+        torch.testing.assert_close(mean.cpu(), x[1:].mean((2, 3), keepdim=True))
+
+    @pytest.mark.parametrize("view", ["cut", "every-other-row", "expanded", "one-pixel", "transposed", "channels"])
+    @pytest.mark.parametrize("op", ["global_avg_pool", "global_max_pool"])
+    def test_planes_that_are_not_dense(self, op, view, device):
+        x, shape = torch.randn(2, 6, 8, 10), (2, 6, 8, 10)
+        views = {
+            "cut": x[..., 1:9],
+            "every-other-row": x[:, :, ::2],
+            "expanded": x[:, :, :1].expand(shape),
+            "one-pixel": x[:, :, :1, :1].expand(shape),
+            "transposed": x.transpose(2, 3),
+            "channels": x[:, :5],
+        }
+        with tritune.use_backend("triton"), poisoned():
+            y = getattr(tritune, op)(views[view].to(device))
+        torch.testing.assert_close(y.cpu(), GLOBAL[op](views[view]))
 
     def test_offset_width_follows_the_window(self):
         from tritune.ops.pool import _offset_dtype

@@ -638,11 +638,14 @@ def test_max_pool1d_beyond_32_bits(arguments):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("kind", ["avg_pool", "lp_pool"])
 def test_16_bits_in_three_dimensions(dtype, kind):
-    """torch averages them on a GPU but has no kernel for the CPU."""
+    """torch averages them on a GPU but has no kernel for the CPU. Autocast widens them, and what comes of them."""
     f = Function(kind, 3)
     made = f.call(f.x(dtype=dtype))
     assert not YARDSTICK or type(outcome(f.theirs, made)) is NotImplementedError
     assert f.check(*made.args).output_size == (3, 3, 3)
+    assert getattr(tritune, f"{kind}3d")(*made.args).dtype == dtype
+    with torch.autocast("cpu", torch.bfloat16):
+        assert getattr(tritune, f"{kind}3d")(*made.args).dtype == f.theirs(*made.args).dtype == torch.float32
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.uint8], ids=str)

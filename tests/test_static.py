@@ -420,7 +420,7 @@ class TestRanking:
 def command(*options):
     parser = argparse.ArgumentParser()
     static.add_arguments(parser)
-    return static.main(parser.parse_args(["--target", "sm_90", "-k", "/pool/resnet50-maxpool-bf16-nhwc", *options]))
+    return static.main(parser.parse_args(["--target", "sm_90", "-k", "/pool/resnet50-maxpool-bf16-nhwc/", *options]))
 
 
 def test_the_command(tmp_path, capsys):
