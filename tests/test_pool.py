@@ -148,7 +148,7 @@ class TestCases:
     def test_forward_and_gradient(self, case, dtype, layout, device, tier):
         check(case, dtype, layout, device, backend_of(tier))
 
-    @pytest.mark.parametrize("case", [CASES[0], MAX2D[-1], MEANS[3], MEANS[-12]], ids=lambda case: case.id)
+    @pytest.mark.parametrize("case", [CASES[0], MAX2D[-1], MEANS[3], MEANS[-12], MEANS[-8]], ids=lambda case: case.id)
     def test_strided_views_are_read_in_place(self, case, device, tier):
         check(case, torch.float32, "strided", device, backend_of(tier))
 
