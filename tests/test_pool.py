@@ -157,7 +157,7 @@ def test_forward_and_gradient(case, dtype, layout, device, tier):
 class TestCases:
     pytestmark = every_backend
 
-    @pytest.mark.parametrize("case", [CASES[0], MAX2D[-1], MEANS[3], MEANS[-12]], ids=lambda case: case.id)
+    @pytest.mark.parametrize("case", [CASES[0], MAX2D[-1], MEANS[3], MEANS[-12], MEANS[-8]], ids=lambda case: case.id)
     def test_strided_views_are_read_in_place(self, case, device, tier):
         check(case, torch.float32, "strided", device, backend_of(tier))
 

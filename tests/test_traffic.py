@@ -96,6 +96,8 @@ POOLS = {
     "norm": pooling((1, 16, 12, 12), 2, 2, reduce="norm2"),
     "norm-nchw-fp32": pooling((2, 3, 8, 16), 2, 2, reduce="norm2", dtype=torch.float32, last=False),
     "1d-nchw": pooling((2, 3, 992), 4, 4, last=False),
+    "rows-in-parts-padded": pooling((1, 2, 2, 640), 3, 2, 1, last=False),
+    "overlapping-rows-in-parts-padded": pooling((1, 1, 3, 320), 5, 1, 2, reduce="mean", last=False),
     "3d": pooling((1, 16, 4, 6, 6), 2, 2),
     "3d-mean-nchw": pooling((1, 3, 4, 6, 16), 2, 2, reduce="mean", last=False),
     "adaptive": pooling((1, 16, 12, 8), out=(4, 2)),
@@ -211,6 +213,18 @@ def test_no_more_than_the_formula(kernel, name):
         expected = TRAFFIC[kernel](problem, config)
         is_exact = not {"padded", "uneven"} & set(name.split("-")) and kernel != "pool_backward"
         assert counted.total >= (0.9 if is_exact else 0.4) * expected, f"{config}: {counted}, formula {expected}"
+
+
+@pytest.mark.parametrize("name", POOLS)
+@pytest.mark.parametrize("kernel", ["pool", "pool_backward"])
+def test_each_element_is_written_once(kernel, name):
+    """Rows that are cut into parts overlap in what they read, not in what they write."""
+    problem = POOLS[name]
+    x, y = problem.elements()
+    e = problem.dtype.itemsize
+    written = y * (e + problem.index_bytes) if kernel == "pool" else x * e
+    for config in configs(kernel, problem):
+        assert traffic.measure(TUNABLES[kernel], problem, config).stored == written, config
 
 
 def test_every_kernel_has_a_formula():
