@@ -154,6 +154,17 @@ def test_forward_and_gradient(case, dtype, layout, device, tier):
     check(case, dtype, layout, device, backend_of(tier))
 
 
+@pytest.mark.interpret
+@pytest.mark.gpu
+def test_a_sequence_with_channels_last(device):
+    """One layout with and without a gradient; torch's depends on it (docs/differences.md)."""
+    x = torch.randn(2, 20, 8, device=device).transpose(1, 2)
+    with tritune.use_backend("triton"):
+        plain, trained = (tritune.max_pool1d(one, 2) for one in (x, x.clone().requires_grad_()))
+    assert torch.equal(plain, trained) and torch.equal(plain, F.max_pool1d(x, 2))
+    assert plain.stride() == trained.stride() == (80, 1, 8)
+
+
 class TestCases:
     pytestmark = every_backend
 
