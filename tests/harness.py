@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves
 import tritune
 
 EPSILON = {torch.float64: 1e-14, torch.float32: 6e-8, torch.float16: 5e-4, torch.bfloat16: 4e-3}
-TORCH_SAMPLES = 4  # draws of a case's inputs that torch's error is taken from, at most
+TORCH_SAMPLES = 16  # draws of a case's inputs that torch's error is taken from, at most
 MAX_INTERPRETED_DOTS = 2000  # about 0.8 ms each
 
 
