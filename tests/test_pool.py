@@ -133,14 +133,17 @@ COMPAT = ("max_pool2d-resnet", "max_pool2d-aligned-rows", "avg_pool2d-exclude-pa
 
 
 def parameters() -> list[Any]:
-    """On a GPU, where each row compiles its kernels, the dtypes and layouts take turns."""
+    """On the kernels dtypes and layouts take turns: half of them in the interpreter, a third on a GPU, where each row
+    compiles."""
     rows = []
     for (number, one), (i, dtype), (j, layout) in itertools.product(
         enumerate(CASES), enumerate(DTYPES), enumerate(("nchw", "nhwc"))
     ):
         if "unbatched" in one.id and layout == "nhwc":
             continue  # three or four dimensions have no such format
-        marks = [pytest.mark.compat] if one.id in COMPAT else []
+        marks = [pytest.mark.interpret, pytest.mark.compat] if one.id in COMPAT else []
+        if (number + i + j) % 2 == 0:
+            marks.append(pytest.mark.interpret)
         if (number + i + j) % 3 == 0:
             marks.append(pytest.mark.gpu)
         rows.append(pytest.param(one, dtype, layout, id=f"{one.id}-{str(dtype)[6:]}-{layout}", marks=marks))
@@ -148,7 +151,6 @@ def parameters() -> list[Any]:
 
 
 @pytest.mark.torch
-@pytest.mark.interpret
 @pytest.mark.parametrize("case, dtype, layout", parameters())
 def test_forward_and_gradient(case, dtype, layout, device, tier):
     check(case, dtype, layout, device, backend_of(tier))
