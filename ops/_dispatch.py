@@ -208,6 +208,16 @@ def choose(
     return chosen
 
 
+def measured(choices: Sequence[tuple[str, Choice]]) -> tuple[bool, str] | None:
+    """Do a call's kernels, taken together, win by measurement, and by how much? ``None`` if one was not timed beside
+    torch."""
+    times = [(choice.us, choice.torch_us) for _, choice in choices if choice.us and choice.torch_us]
+    if len(times) < len(choices):
+        return None
+    ours_us, torch_us = (sum(side) for side in zip(*times, strict=True))
+    return ours_us < torch_us, f"measured: {ours_us:.1f} us against {torch_us:.1f} us of torch"
+
+
 def resolved_precision(input: torch.Tensor, precision: str | None, knobs: Any, group: str = "") -> str:
     """How fp32 is multiplied where the caller did not say: as torch would, by the ``fp32_precision`` of ``knobs`` or of
     a group of them, and where that is not set by ``allow_tf32``."""

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..autotune.device import DeviceSpec
 from ..autotune.resolve import Choice, resolve
-from ._dispatch import choose, resolved_precision, runs_kernels
+from ._dispatch import choose, measured, resolved_precision, runs_kernels
 from ._layout import autocast, empty, has_unit_channels, is_channels_last, laid_out
 from ._register import below_autograd, register
 from .conv_checks import ConvArgs, check_conv, check_conv_transpose
@@ -341,10 +341,9 @@ def _auto_rule(problem: Any, device: DeviceSpec, transposed: bool, extras: dict[
     torch runs every unfused step as a pass that reads and writes the output. Ours is taken when memory bounds the call
     even at 60 % of the tensor-core rate, and torch would move at least a quarter more bytes.
     """
-    _, choice = _forward_choice(problem, device, transposed)
-    if choice.us is not None and choice.torch_us is not None:
-        wins = choice.us < choice.torch_us
-        return wins, f"measured: {choice.us:.1f} us against {choice.torch_us:.1f} us of torch"
+    known = measured([_forward_choice(problem, device, transposed)])
+    if known:
+        return known
     passes = sum(extras[step] is not None for step in ("activation", "scale", "residual"))
     ours = problem.minimal_bytes()
     pixels, channels = (problem.image_pixels, problem.C) if transposed else (problem.pixels, problem.K)

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..autotune.device import DeviceSpec
 from ..autotune.resolve import Choice, resolve
 from . import conv, pool
-from ._dispatch import choose, resolved_precision, runs_kernels
+from ._dispatch import choose, measured, resolved_precision, runs_kernels
 from ._layout import autocast, empty
 from ._register import below_autograd, register
 from .conv_checks import ConvArgs, check_conv
@@ -132,10 +132,10 @@ def _auto_rule(
     """Does the kernel win? By measurement if there is one; else where it reads the image in place and would win even at
     60 % of the rate of the tensor cores, with what it computes twice, against two kernels at the machine's limits."""
     problem = _problem(input, weight, args, window, precision)
-    _, choice = _choice(problem, device)
-    if choice.us is not None and choice.torch_us is not None:
-        wins = choice.us < choice.torch_us
-        return wins, f"measured: {choice.us:.1f} us against {choice.torch_us:.1f} us of torch"
+    name, choice = _choice(problem, device)
+    known = measured([(name, choice)])
+    if known:
+        return known
     one = problem.conv
     again = problem.pixels(choice.config) / one.pixels
     products_us = one.flops / (device.tflops(one.precision) * 1e6)

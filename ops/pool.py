@@ -22,7 +22,7 @@ from torch import Tensor
 from ..autotune.device import DeviceSpec
 from ..autotune.resolve import Choice, resolve
 from . import pool_checks
-from ._dispatch import choose, runs_kernels
+from ._dispatch import choose, measured, runs_kernels
 from ._layout import empty, is_channels_last, laid_out
 from ._register import below_autograd, register
 from .pool_checks import Ints, PoolArgs, pool_output_size
@@ -573,7 +573,7 @@ def _serve_max(
     needs_grad = _needs_grad(input)
     index_bytes = 8 if return_indices else 0
     if needs_grad and not return_indices:
-        index_bytes = _offset_dtype(input.shape[-rank:], size, windows[0]).itemsize
+        index_bytes = offset_dtype(input.shape[-rank:], size, windows[0]).itemsize
     operator = OP_MAX_WITH_INDICES if return_indices else OP_MAX
     return _serve(op, rank, input, size, windows, "max", index_bytes, operator, (), needs_grad, composite)
 
@@ -628,8 +628,7 @@ def _max_unpool(
     def choices(device: DeviceSpec) -> tuple[tuple[str, Choice], ...]:
         from ..kernels import pool
 
-        needs_grad = torch.is_grad_enabled() and input.requires_grad
-        return _unpool_choices(batched, places, args, device, needs_grad, pool)
+        return _unpool_choices(batched, places, args, device, _needs_grad(input), pool)
 
     def limits() -> str | None:
         if places.dtype is not torch.int64 or (not torch.compiler.is_compiling() and places.device != input.device):
@@ -639,14 +638,14 @@ def _max_unpool(
         return _limits(batched, args.output_size, _windows(args))
 
     def rule(device: DeviceSpec) -> tuple[bool, str]:
-        return _measured(choices(device)) or _deterministic(op) or (False, _NO_PROMISE)
+        return measured(choices(device)) or _deterministic(op) or (False, _NO_PROMISE)
 
     if choose(op, (input,), rule, choices, limits) == "torch":
         return _torch_unpool(input, indices, args.output_size, args.stride, args.padding)
     arguments = (batched, places, args.output_size, args.kernel_size, args.stride, args.padding, "triton")
     if torch.compiler.is_compiling():
         y = OP_UNPOOL(*arguments)
-    elif torch.is_grad_enabled() and input.requires_grad:
+    elif _needs_grad(input):
         y = _MaxUnpool.apply(*arguments)
     else:
         with below_autograd():
@@ -676,7 +675,7 @@ def largest_window(size: int, outs: int) -> int:
     return -(-(size + outs - math.gcd(size, outs)) // max(1, outs))
 
 
-def _offset_dtype(space: Sequence[int], size: Sequence[int], kernel_size: Sequence[int]) -> torch.dtype:
+def offset_dtype(space: Sequence[int], size: Sequence[int], kernel_size: Sequence[int]) -> torch.dtype:
     """The narrowest integer that holds every tap of a window and one more. Of an adaptive one, whose sizes may be
     symbols, by a simple bound of its taps."""
     taps = math.prod(
@@ -742,15 +741,6 @@ def _unpool_choices(
     return tuple(kernels)
 
 
-def _measured(choices: Sequence[tuple[str, Choice]]) -> tuple[bool, str] | None:
-    """Which of the two is faster, if all kernels of a call were measured beside torch."""
-    times = [(choice.us, choice.torch_us) for _, choice in choices if choice.us and choice.torch_us]
-    if len(times) < len(choices):
-        return None
-    ours_us, torch_us = (sum(side) for side in zip(*times, strict=True))
-    return ours_us < torch_us, f"measured: {ours_us:.1f} us against {torch_us:.1f} us of torch"
-
-
 def _deterministic(op: str) -> tuple[bool, str] | None:
     if op in NONDETERMINISTIC and torch.are_deterministic_algorithms_enabled():
         return True, "torch.use_deterministic_algorithms(True) is set, and torch's own is not deterministic"
@@ -761,7 +751,7 @@ def _auto_rule(
     op: str, problem: Any, choices: Sequence[tuple[str, Choice]], needs_grad: bool
 ) -> tuple[bool, str]:  # fmt: skip
     """Do the kernels win? By measurement if there is one; else where they move a seventh less than torch's."""
-    known = _measured(choices) or ((needs_grad or "unpool" in op) and _deterministic(op))
+    known = measured(choices) or ((needs_grad or "unpool" in op) and _deterministic(op))
     if known:
         return known
     wide = problem.layout == "nhwc" or (problem.layout == "nchw" and problem.space[2] * problem.dtype.itemsize % 8 == 0)
@@ -983,7 +973,7 @@ def _fake_forward(input: Tensor, size: Sequence[int], *rest: Any) -> Tensor:
 
 def _fake_pair(index_dtype: torch.dtype | None, input: Tensor, size: Any, kernel_size: Any, *rest: Any) -> Any:
     y = _fake_forward(input, size)
-    return y, torch.empty_like(y, dtype=index_dtype or _offset_dtype(input.shape[2:], size, kernel_size))
+    return y, torch.empty_like(y, dtype=index_dtype or offset_dtype(input.shape[2:], size, kernel_size))
 
 
 class _MaxPool(torch.autograd.Function):
@@ -1016,7 +1006,7 @@ OP_MAX: Any = register(
 )
 OP_MAX_WITH_OFFSETS: Any = register(
     f"max_pool_with_offsets({_MAX_CALL}) -> (Tensor, Tensor)",
-    implementation=lambda *call: _max_forward(*call, index_dtype=_offset_dtype(call[0].shape[2:], call[1], call[2])),
+    implementation=lambda *call: _max_forward(*call, index_dtype=offset_dtype(call[0].shape[2:], call[1], call[2])),
     fake=lambda *call: _fake_pair(None, *call),
     autograd=lambda *call: _MaxPool.apply(OP_MAX_WITH_OFFSETS, *call),
 )

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..autotune.device import DeviceSpec, detect
 from ..autotune.resolve import Choice, resolve
 from . import rnn_checks
-from ._dispatch import choose, in_transform, resolved_precision, runs_kernels
+from ._dispatch import choose, in_transform, measured, resolved_precision, runs_kernels
 from ._layout import autocast
 from ._register import below_autograd, register
 
@@ -265,11 +265,8 @@ def _kernel_choices(problem: Any, device: DeviceSpec) -> tuple[tuple[str, Choice
 
 def _auto_rule(problem: Any, device: DeviceSpec) -> tuple[bool, str]:
     """Only measurements speak for the kernels: time here is latency, which counted bytes say nothing of."""
-    choices = [choice for _, choice in _kernel_choices(problem, device)]
-    if all(choice.us and choice.torch_us for choice in choices):
-        ours_us, torch_us = (sum(getattr(choice, name) for choice in choices) for name in ("us", "torch_us"))
-        return ours_us < torch_us, f"measured: {ours_us:.1f} us against {torch_us:.1f} us of torch"
-    return False, "not measured, and the time of a step cannot be counted in bytes: `tritune tune` can"
+    unknown = (False, "not measured, and the time of a step cannot be counted in bytes: `tritune tune` can")
+    return measured(_kernel_choices(problem, device)) or unknown
 
 
 # --- torch's implementations -----------------------------------------------------------------------------------------

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -15,7 +14,8 @@ from .. import ops
 from ..autotune.config import Config
 from ..autotune.device import DeviceSpec
 from ..autotune.resolve import resolve
-from ..ops.pool import kernel_window
+from ..ops._layout import empty
+from ..ops.pool import kernel_window, offset_dtype
 from .case import ALL_LAYERS, DTYPES, IMAGES, PRECISIONS, Case, Kernel, Layers, Operator, Shape, random_tensors
 
 
@@ -91,6 +91,15 @@ def _window(layer: Layer) -> Any:
     return kernel_window(layer.input[2:], layer.output[2:], sizes)
 
 
+def _index_dtype(layer: Layer) -> torch.dtype:
+    return offset_dtype(layer.input[2:], layer.output[2:], (layer.window,) * layer.rank if layer.window else ())
+
+
+def _index_bytes(layer: Layer) -> int:
+    """Of what a maximum keeps for its backward."""
+    return _index_dtype(layer).itemsize if layer.reduce == "max" else 0
+
+
 def problem_of(
     layer: Layer, dtype: torch.dtype, index_bytes: int, channels_last: bool, reduce: str = ""
 ) -> Any:  # fmt: skip
@@ -112,16 +121,12 @@ def layers(target: str) -> Iterator[Layers]:
         for label in ("bf16", "fp16", "ieee") if name in HEADLINE else ("bf16",):
             layouts = ("nchw",) if name in IN_ROWS else ("nhwc",)
             for layout in ("nhwc", "nchw") if name in BOTH_LAYOUTS and label == "bf16" else layouts:
-                index_bytes = int(layer.reduce == "max")
                 dtype, last = PRECISIONS[label][0], layout == "nhwc"
-                problem = problem_of(layer, dtype, index_bytes, last)
-                if problem.is_global():
-                    index_bytes = index_bytes and 4
-                    problem = problem_of(layer, dtype, index_bytes, last)
+                problem = problem_of(layer, dtype, _index_bytes(layer), last)
                 row = f"{name}-{label}-{layout}"
                 yield row, pool.GLOBAL if problem.is_global() else pool.FORWARD, problem
                 yield row, pool.BACKWARD, problem
-                if index_bytes and name in HEADLINE:
+                if problem.index_bytes and name in HEADLINE:
                     yield f"{row}-values", pool.FORWARD, problem_of(layer, dtype, 0, last)
                 if name in UNPOOLED:
                     yield row, pool.GATHER, problem
@@ -216,8 +221,7 @@ def _traffic(case: Case, device: DeviceSpec) -> tuple[float, float]:
     from ..kernels import pool
 
     trains, layer = case.direction != "fwd", layer_of(case)
-    index_bytes = _index_dtype(layer).itemsize if trains and layer.reduce == "max" else 0
-    problem = problem_of(layer, DTYPES[case.dtype], index_bytes, case.layout == "nhwc")
+    problem = problem_of(layer, DTYPES[case.dtype], _index_bytes(layer) if trains else 0, case.layout == "nhwc")
     passes = [(pool.GLOBAL if problem.is_global() else pool.FORWARD, problem.forward_bytes())]
     if trains:
         passes.append((pool.BACKWARD, problem.backward_bytes()))
@@ -326,24 +330,13 @@ def kernel_tensors(one: Case, kind: str, device: str, seed: int) -> dict[str, Te
     return {**tensors, "places": places, "indices": function(x, **kwargs, return_indices=True)[1]}
 
 
-def _index_dtype(layer: Layer) -> torch.dtype:
-    taps = math.prod(_window(layer).kernel)
-    return torch.uint8 if taps <= 254 else torch.int16 if taps < 2**15 else torch.int32
-
-
-def _dense(t: Tensor, shape: Shape, dtype: torch.dtype, last: bool) -> Tensor:
-    n, c, *space = shape
-    made = t.new_empty((n, *space, c) if last else shape, dtype=dtype)
-    return made.movedim(-1, 1) if last else made
-
-
 def _forward(layer: Layer, x: Tensor, keeps: bool) -> tuple[Tensor, Tensor | None]:
     """The kernel's output and, for a maximum, the winners."""
     from ..kernels import pool
 
     last = x.stride(1) == 1
-    y = _dense(x, layer.output, x.dtype, last)
-    places = _dense(x, layer.output, _index_dtype(layer), last) if keeps and layer.reduce == "max" else None
+    y = empty(x, layer.output, last)
+    places = torch.empty_like(y, dtype=_index_dtype(layer)) if keeps and layer.reduce == "max" else None
     pool.run_forward(x, y, places, _window(layer), layer.reduce, is_channels_last=last)
     return y, places
 
@@ -353,8 +346,7 @@ def kernel_of(one: Case, kind: str, tensors: dict[str, Tensor]) -> Kernel:
 
     layer, x = layer_of(one), tensors["input"]
     window, last = _window(layer), one.layout == "nhwc"
-    index_bytes = _index_dtype(layer).itemsize if layer.reduce == "max" else 0
-    problem = problem_of(layer, x.dtype, index_bytes, last)
+    problem = problem_of(layer, x.dtype, _index_bytes(layer), last)
     function = OPERATORS[one.op].torch
     if kind == "fwd":
         tunable = pool.GLOBAL if problem.is_global() else pool.FORWARD

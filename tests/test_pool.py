@@ -449,12 +449,12 @@ class TestBranches:
         torch.testing.assert_close(y.cpu(), GLOBAL[op](views[view]))
 
     def test_offset_width_follows_the_window(self):
-        from tritune.ops.pool import _offset_dtype
+        from tritune.ops.pool import offset_dtype
 
-        widths = [_offset_dtype((200, 200), (9, 9), (k, k)) for k in (15, 16, 181, 182)]
+        widths = [offset_dtype((200, 200), (9, 9), (k, k)) for k in (15, 16, 181, 182)]
         assert widths == [torch.uint8, torch.int16, torch.int16, torch.int32]
-        assert _offset_dtype((200, 200), (20, 20), ()) == torch.uint8
-        assert _offset_dtype((200, 200), (9, 9), ()) == torch.int16
+        assert offset_dtype((200, 200), (20, 20), ()) == torch.uint8
+        assert offset_dtype((200, 200), (9, 9), ()) == torch.int16
 
     @pytest.mark.parametrize("kernel_size", [(2, 2), (16, 16)])
     @pytest.mark.parametrize("return_indices", [False, True])
