@@ -37,8 +37,10 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 class _State(threading.local):
-    backend = DEFAULT_BACKEND
-    recorder: list[Decision] | None = None
+    def __init__(self) -> None:
+        # In every thread attributes of the instance: torch.compile does not see one that comes to hide a class's.
+        self.backend = DEFAULT_BACKEND
+        self.recorder: list[Decision] | None = None
 
 
 _state = _State()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -102,17 +103,29 @@ class TestCompile:
                 torch.testing.assert_close(compiled(x), net(x))
         assert recorder.graphs == 1
 
-    def test_switching_the_backend_recompiles(self, device, tier):
-        if tier == "torch":
-            return
+    @pytest.mark.parametrize("thread", ["this", "new"])
+    def test_switching_the_backend_recompiles(self, device, tier, thread):
+        """Also in a thread that never switched before."""
         recorder = Recorder()
         compiled = torch.compile(lambda x: tritune.max_pool2d(x, 2), fullgraph=True, backend=recorder)
         x = torch.randn(1, 2, 4, 4, device=device)
-        compiled(x)
-        assert not {op for op in recorder.ops if op.startswith("tritune")}
-        with tritune.use_backend("triton"):
+
+        def switch() -> None:
             compiled(x)
-        assert {op for op in recorder.ops if op.startswith("tritune")}
+            assert not {op for op in recorder.ops if op.startswith("tritune")}
+            with tritune.use_backend("triton"):
+                if tier == "torch":
+                    with pytest.raises(Exception, match="UnsupportedError"):
+                        compiled(x)
+                else:
+                    compiled(x)
+                    assert {op for op in recorder.ops if op.startswith("tritune")}
+
+        if thread == "this":
+            switch()
+        else:
+            with ThreadPoolExecutor(1) as pool:
+                pool.submit(switch).result()
 
     def test_use_backend_inside(self, device, tier):
         @torch.compile(fullgraph=True, backend=Recorder())
