@@ -9,12 +9,15 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
+import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.modules.utils import _pair, _triple
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -46,6 +49,29 @@ class Case:
     def inputs(self, dtype: torch.dtype, layout: str, device: str) -> dict[str, Tensor]:
         """Random normal tensors; ``layout`` is "nchw", "nhwc" or "strided" (every dimension has gaps)."""
         return {name: lay_out(torch.randn(shape).to(dtype), layout).to(device) for name, shape in self.shapes.items()}
+
+
+def lp_pool(rank: int) -> Callable[..., Tensor]:
+    """torch's function; before 2.13 infinite norms, of which it sums infinite powers there, as since."""
+    theirs: Callable[..., Tensor] = getattr(F, f"lp_pool{rank}d")
+    if torch.__version__ >= "2.13":
+        return theirs
+
+    def function(
+        input: Any, norm_type: Any, kernel_size: Any, stride: Any = None, ceil_mode: bool = False, **unknown: Any
+    ) -> Tensor:
+        if not isinstance(norm_type, (int, float)) or not math.isinf(norm_type):
+            return theirs(input, norm_type, kernel_size, stride, ceil_mode, **unknown)
+        if rank == 2:
+            _, _ = _pair(kernel_size)
+        if rank == 3:
+            _, _, _ = _triple(kernel_size)
+        maximum: Callable[..., Tensor] = getattr(F, f"max_pool{rank}d")
+        if norm_type > 0:
+            return maximum(input.abs(), kernel_size, stride, 0, 1, ceil_mode, **unknown)
+        return -maximum(-input.abs(), kernel_size, stride, 0, 1, ceil_mode, **unknown)
+
+    return function
 
 
 def lay_out(t: Tensor, layout: str) -> Tensor:

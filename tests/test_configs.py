@@ -76,8 +76,8 @@ class TestShow:
         put(tmp_path, entry(8, 16, 3.25, torch_us=4.0), entry(16, 32))
         lines = run("show", "pool", "--store", tmp_path).splitlines()
         assert lines[0].startswith("pool for nvidia_h200, ") and lines[0].endswith(": 2 entries")
-        assert lines[2].split() == ["-", "-", "model", "C=16", "dtype=bf16", "->", "BLOCK=32"]
-        assert lines[3].split() == ["3.2", "4.0", "measured", "C=8", "dtype=bf16", "->", "BLOCK=16"]
+        assert lines[2].split()[:7] == ["-", "-", "model", "C=16", "dtype=bf16", "->", "BLOCK=32"]
+        assert lines[3].split()[:7] == ["3.2", "4.0", "measured", "C=8", "dtype=bf16", "->", "BLOCK=16"]
 
     @pytest.mark.parametrize("device, found", [("h200", True), ("NVIDIA-H200", True), ("sm_90", False)])
     def test_device(self, run, tmp_path, device, found):

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from harness import Case, backend_of, check, lay_out, poisoned
+from harness import Case, backend_of, check, lay_out, lp_pool, poisoned
 
 import tritune
 
@@ -35,6 +35,8 @@ GLOBAL = {"global_avg_pool": whole_planes("avg"), "global_max_pool": whole_plane
 def reference_of(op: str) -> Callable[..., torch.Tensor]:
     """torch's function; its CPU kernel of 3-d averages has no 16-bit types, which the test then widens."""
     theirs: Callable[..., torch.Tensor] = getattr(F, op, None) or GLOBAL[op]
+    if op.startswith("lp_pool"):
+        theirs = lp_pool(int(op[-2]))
     if op not in ("avg_pool3d", "lp_pool3d"):
         return theirs
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from harness import lp_pool
 from torch_errors import PLACES, YARDSTICK, Call, assert_same_error, at, call, outcome
 
 import tritune
@@ -60,7 +61,7 @@ class Function(NamedTuple):
 
     @property
     def theirs(self):
-        return getattr(F, self.name)
+        return lp_pool(self.rank) if self.kind == "lp_pool" else getattr(F, self.name)
 
     @property
     def check(self):
@@ -454,7 +455,11 @@ def test_rejected_with_torchs_text(f, entry, make):
     made = make()
     theirs = outcome(f.theirs, made)
     for place in PLACES:
-        assert_same_error(theirs, outcome(ENTRIES[f, entry], at(place, made)), made)
+        ours = outcome(ENTRIES[f, entry], at(place, made))
+        if f.kind == "max_unpool" and not YARDSTICK:  # torch 2.13 looks at sizes that broke something inside before
+            assert isinstance(ours, Exception)
+        else:
+            assert_same_error(theirs, ours, made)
 
 
 def rejected_by_type(f: Function):
@@ -1135,7 +1140,10 @@ def test_random_calls(f):
         theirs, ours = outcome(f.theirs, made), outcome(f.check, made)
         if is_listed_difference(f, made, theirs, ours):
             continue
-        if isinstance(theirs, Exception):
+        if isinstance(theirs, Exception) and not YARDSTICK:  # of two faults torch may name the other
+            rejected += 1
+            assert isinstance(ours, Exception), f"we accept {made}, torch says {theirs!r}"
+        elif isinstance(theirs, Exception):
             rejected += 1
             assert_same_error(theirs, ours, made, compare_text=not str(theirs).startswith('"div_cpu'))
         else:
