@@ -8,7 +8,6 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ContextDecorator, contextmanager
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import torch
@@ -85,9 +84,8 @@ def current_backend() -> str:
 # --- what the kernels cover ------------------------------------------------------------------------------------------
 
 
-@cache
-def _triton_installed() -> bool:
-    return importlib.util.find_spec("triton") is not None
+# Not a cached function: torch.compile before torch 2.13 traces through such a cache.
+TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 
 
 def in_transform() -> bool:
@@ -114,7 +112,7 @@ def uncovered(tensors: Sequence[torch.Tensor], dtypes: tuple[torch.dtype, ...] =
         return "input is on the CPU, where torch serves (TRITON_INTERPRET=1 interprets the kernels there)"
     if kind not in ("cpu", "cuda"):
         return f"input is on device {kind!r}"
-    if not _triton_installed():
+    if not TRITON_INSTALLED:
         return "triton is not installed (pip install 'tritune[triton]')"
     compiling = torch.compiler.is_compiling()
     for tensor in tensors:
@@ -220,16 +218,39 @@ def measured(choices: Sequence[tuple[str, Choice]]) -> tuple[bool, str] | None:
     return ours_us < torch_us, f"measured: {ours_us:.1f} us against {torch_us:.1f} us of torch"
 
 
-def resolved_precision(input: torch.Tensor, precision: str | None, knobs: Any, group: str = "") -> str:
-    """How fp32 is multiplied where the caller did not say: as torch would, by the ``fp32_precision`` of ``knobs`` or of
-    a group of them, and where that is not set by ``allow_tf32``."""
-    if precision is not None:
+DEFAULT_PRECISION = "default"
+
+
+def resolved_precision(input: torch.Tensor, precision: str | None, setting: Callable[[], str]) -> str:
+    """How fp32 is multiplied: as the caller said, else by torch's ``setting``, one of the functions below."""
+    if precision not in (None, DEFAULT_PRECISION):
         return precision
-    if input.dtype is not torch.float32 or input.device.type != "cuda":
-        return "ieee"
-    setting = getattr(getattr(knobs, group, knobs), "fp32_precision", "none")
-    if setting == "none":
-        setting = "tf32" if knobs.allow_tf32 else "ieee"
+    return setting() if input.dtype is torch.float32 and input.device.type == "cuda" else "ieee"
+
+
+def operator_precision(input: torch.Tensor, precision: str | None, setting: Callable[[], str]) -> str:
+    """What an operator is told. torch.compile can neither trace cuDNN's settings nor does it notice that one changed, so
+    in a graph the default stays DEFAULT_PRECISION: the operator reads the setting when it runs, as torch's own does."""
+    if precision is None and torch.compiler.is_compiling():
+        return DEFAULT_PRECISION
+    return resolved_precision(input, precision, setting)
+
+
+def conv_setting() -> str:
+    return _tf32_or_ieee(torch.backends.cudnn.conv.fp32_precision)
+
+
+def rnn_setting() -> str:
+    return _tf32_or_ieee(torch.backends.cudnn.rnn.fp32_precision)
+
+
+@torch.compiler.assume_constant_result  # this one torch.compile notices
+def matmul_setting() -> str:
+    return _tf32_or_ieee(torch.backends.cuda.matmul.fp32_precision)
+
+
+def _tf32_or_ieee(setting: str) -> str:
+    """``fp32_precision`` follows ``allow_tf32``, which raises where both ways of setting it were used."""
     return "tf32" if setting == "tf32" else "ieee"
 
 

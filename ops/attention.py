@@ -14,7 +14,7 @@ from torch import Tensor
 from ..autotune.device import DeviceSpec, detect
 from ..autotune.resolve import Choice, resolve
 from . import attention_checks
-from ._dispatch import choose, in_transform, is_plain, resolved_precision, runs_kernels
+from ._dispatch import choose, in_transform, is_plain, matmul_setting, resolved_precision, runs_kernels
 from ._layout import autocast
 from ._register import below_autograd, register
 from .attention_checks import AttentionArgs
@@ -201,7 +201,7 @@ def _attend(
     tensors = (q, k, v) if bias is None else (q, k, v, bias)
     saves = torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in (*tensors, scale))
     bounded = score == "cosine" and bias is None and not isinstance(scale, Tensor) and _is_bounded(scale, q.dtype)
-    resolved = resolved_precision(q, precision, torch.backends.cuda.matmul)
+    resolved = resolved_precision(q, precision, matmul_setting)
 
     def problem() -> Any:
         return _problem(q, k, v, mask, bias, shift, bounded, resolved, saves)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..autotune.device import DeviceSpec
 from ..autotune.resolve import Choice, resolve
-from ._dispatch import choose, measured, resolved_precision, runs_kernels
+from ._dispatch import choose, conv_setting, measured, operator_precision, resolved_precision, runs_kernels
 from ._layout import autocast, empty, has_unit_channels, is_channels_last, laid_out
 from ._register import below_autograd, register
 from .conv_checks import ConvArgs, check_conv, check_conv_transpose
@@ -227,10 +227,10 @@ def _convolve(
         batched = _pad(batched, args.pad_extra)
     if residual is not None and residual.dim() == rank + 1:
         residual = residual.unsqueeze(0)
-    resolved = resolved_precision(input, precision, torch.backends.cudnn, "conv")
+    multiplied = operator_precision(input, precision, conv_setting)
     call = (
         batched, weight, bias, scale, residual, args.output_size, None, args.stride, args.padding, args.dilation,
-        args.groups, activation, resolved, "triton",
+        args.groups, activation, multiplied, "triton",
     )  # fmt: skip
     if torch.compiler.is_compiling():
         y = OPS[transposed](*call)
@@ -274,7 +274,7 @@ def _problem(input: Tensor, weight: Tensor, args: ConvArgs, transposed: bool, pr
     x_shape, output = (n, c, *padded), args.output_size
     if transposed:
         x_shape, output = (n, weight.shape[1] * args.groups, *args.output_size), tuple(space)
-    resolved = resolved_precision(input, precision, torch.backends.cudnn, "conv")
+    resolved = resolved_precision(input, precision, conv_setting)
     channels_last = _result_is_channels_last(input, weight)
     return conv.problem_of(x_shape, weight.shape, output, geometry, input.dtype, resolved, channels_last)
 
@@ -475,8 +475,8 @@ def _forward(
         module = module_of(weight.shape, stride, groups)
         run = module.run_transpose if transposed else module.run_forward
         return run(
-            input, weight, size, geometry, precision=precision, is_channels_last=channels_last, bias=bias, scale=scale,
-            residual=residual, activation=activation, save_input=save_input,
+            input, weight, size, geometry, precision=resolved_precision(input, precision, conv_setting), is_channels_last=channels_last,
+            bias=bias, scale=scale, residual=residual, activation=activation, save_input=save_input,
         )  # fmt: skip
     z = _torch_convolution(transposed, input, weight, size, stride, padding, dilation, groups)
     z = laid_out(_epilogue(z, scale, bias, residual, len(size)), channels_last)
@@ -721,7 +721,7 @@ def _weight_grad(
 
         geometry = conv.Geometry.of(stride, padding, dilation, groups)
         return weight_grad_module_of(shape, stride, groups).run_weight_grad(
-            input, g, shape, geometry, precision=precision, is_channels_last=channels_last
+            input, g, shape, geometry, precision=resolved_precision(input, precision, conv_setting), is_channels_last=channels_last
         )
     # The same sums are the weight gradient of a transposed convolution from g to input. torch takes that view only
     # where the image goes on after the last window by a stride or more, as after a padded output.

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..autotune.device import DeviceSpec
 from ..autotune.resolve import Choice, resolve
 from . import conv, pool
-from ._dispatch import choose, measured, resolved_precision, runs_kernels
+from ._dispatch import choose, conv_setting, measured, operator_precision, resolved_precision, runs_kernels
 from ._layout import autocast, empty
 from ._register import below_autograd, register
 from .conv_checks import ConvArgs, check_conv
@@ -83,10 +83,10 @@ def conv2d_max_pool2d(
 
     if args.pad_extra is not None:
         batched = conv._pad(batched, args.pad_extra)
-    resolved = resolved_precision(input, precision, torch.backends.cudnn, "conv")
+    multiplied = operator_precision(input, precision, conv_setting)
     call = (
         batched, weight, bias, scale, args.output_size, args.stride, args.padding, args.dilation, args.groups,
-        activation or "none", resolved, window.kernel_size, window.stride, window.padding, "triton",
+        activation or "none", multiplied, window.kernel_size, window.stride, window.padding, "triton",
     )  # fmt: skip
     if torch.compiler.is_compiling():
         y = OP(*call)
@@ -172,8 +172,8 @@ def _forward(
 
         return run(
             input, weight, size, kernels.Geometry.of(stride, padding, dilation, groups), _window(*window),
-            _pooled_size(size, *window), precision=precision, bias=bias, scale=scale, activation=activation,
-            is_channels_last=conv._result_is_channels_last(input, weight),
+            _pooled_size(size, *window), precision=resolved_precision(input, precision, conv_setting), bias=bias, scale=scale,
+            activation=activation, is_channels_last=conv._result_is_channels_last(input, weight),
         )  # fmt: skip
     z, _ = conv._forward(
         False, input, weight, bias, scale, None, size, None, stride, padding, dilation, groups, activation, precision,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 from ..autotune.device import DeviceSpec, detect
 from ..autotune.resolve import Choice, resolve
 from . import rnn_checks
-from ._dispatch import choose, in_transform, measured, resolved_precision, runs_kernels
+from ._dispatch import choose, in_transform, measured, operator_precision, resolved_precision, rnn_setting, runs_kernels
 from ._layout import autocast
 from ._register import below_autograd, register
 
@@ -202,16 +202,16 @@ def _recur(
     assert h0 is not None
     tensors = [t for t in (input, w_ih, w_hh, b_ih, b_hh, h0, c0) if t is not None]
     saves = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-    resolved = resolved_precision(input, precision, torch.backends.cudnn, "rnn")
+    multiplied = operator_precision(input, precision, rnn_setting)
 
     def problem() -> Any:
-        return _problem(cell, input, w_hh, resolved, saves)
+        return _problem(cell, input, w_hh, multiplied, saves)
 
     backend = choose(
         op, tensors, lambda device: _auto_rule(problem(), device), lambda device: _kernel_choices(problem(), device),
-        lambda: _limits(problem(), input.device),
+        lambda: _limits(problem, input.device),
     )  # fmt: skip
-    call = (input, w_ih, w_hh, b_ih, b_hh, h0, c0, cell, reverse, resolved)
+    call = (input, w_ih, w_hh, b_ih, b_hh, h0, c0, cell, reverse, multiplied)
     if torch.compiler.is_compiling():
         # torch's own recurrences cannot be traced with gradients, so an operator stands for them, too.
         out, h_n, c_n, _ = OP(*call, saves, backend)
@@ -237,12 +237,12 @@ def require_torch(op: str, tensors: Iterable[Tensor], reason: str) -> None:
     choose(op, list(tensors), lambda _: (False, reason), lambda _: (), lambda: reason)
 
 
-def _limits(problem: Any, where: torch.device) -> str | None:
+def _limits(problem_of: Callable[[], Any], where: torch.device) -> str | None:
     if torch.compiler.is_compiling():
         return None
     from ..kernels.rnn import fits
 
-    device = detect(where)
+    device, problem = detect(where), problem_of()
     if fits(problem, device):
         return None
     return f"hidden_size={problem.H} in {problem.dtype}: one multiprocessor of {device.slug} cannot hold the weights"
@@ -252,7 +252,7 @@ def _problem(cell: str, input: Tensor, w_hh: Tensor, precision: str, saves: bool
     from ..kernels.rnn import RnnProblem
 
     directions, _, hidden_size = w_hh.shape
-    mode = precision if input.dtype is torch.float32 else "16"
+    mode = resolved_precision(input, precision, rnn_setting) if input.dtype is torch.float32 else "16"
     return RnnProblem(cell, input.shape[0], input.shape[1], hidden_size, directions, input.dtype, mode, saves)
 
 

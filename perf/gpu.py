@@ -9,7 +9,7 @@ Nothing here can take the run down: tests and cases run in child processes with 
 is reported by name and the next begins behind it, and the files are written after every result. ``--rehearse`` does all
 of it on a CPU with tiny layers in Triton's interpreter; the times mean nothing then.
 
-Exit status: 0 all is right, 1 a wrong result, a failed test or a crash, 2 no GPU, 130 interrupted.
+Exit status: 0 all is right, 1 a wrong result, a failed test or a crash, 2 no GPU or no such case, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -45,6 +45,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rehearse", action="store_true", help="on the CPU, tiny layers, Triton's interpreter")
     parser.add_argument("--tests", nargs="*", default=["tests"], help="what pytest -m gpu runs; nothing: no tests")
     parser.add_argument("--cases", default=".families", help="module whose CASES are measured")
+    parser.add_argument(
+        "-k", dest="patterns", action="append", default=[], metavar="PATTERN",
+        help='only <family>/<case> names that contain this, or another one given so; "sweep-" begins those of sweeps',
+    )
     parser.add_argument(
         "--item-limit", type=float, default=ITEM_SECONDS, help="seconds after which a case counts as hung"
     )
@@ -84,6 +88,7 @@ def run(args: argparse.Namespace) -> int:
 
 def start_worker(args: argparse.Namespace, *options: str) -> Child:
     command = [sys.executable, "-m", f"{__package__}.worker", "--child", "--cases", args.cases, *options]
+    command += [f"-k{pattern}" for pattern in args.patterns]
     if args.rehearse:
         command.append("--rehearse")
     return Child(command, child_environment(args.rehearse))
@@ -102,8 +107,11 @@ def probe(args: argparse.Namespace, deadline: float) -> dict[str, Any] | None:
         return None
     finally:
         child.kill()
-    if not hello["items"]:
+    if not hello["env"]["gpu"] and not args.rehearse:
         print("torch finds no GPU here; --rehearse runs everything on the CPU", file=sys.stderr)
+        return None
+    if not hello["items"]:
+        print(f"no case has {' or '.join(args.patterns) or 'a name'} in its name", file=sys.stderr)
         return None
     print(f"{hello['env']['gpu'] or 'rehearsal'}: {len(hello['items'])} items", flush=True)
     return hello
@@ -114,7 +122,7 @@ def probe(args: argparse.Namespace, deadline: float) -> dict[str, Any] | None:
 
 def tests_and_warm_up(args: argparse.Namespace, results: Results, deadline: float) -> None:
     """Tests and compiling use the processors, not much of the GPU, so they share this time; timing is alone later."""
-    count = max(1, (os.cpu_count() or 1) // 4)
+    count = gpu_tests.warmers()
     memory = f"{0.4 / count:.3f}"  # the tests need some, too
     warmers = [
         start_worker(args, "--untimed", "--first", str(first), "--step", str(count), "--memory", memory)
@@ -137,7 +145,7 @@ def run_tests(args: argparse.Namespace, results: Results, deadline: float) -> No
     try:
         run.wait(deadline)
     finally:
-        results.write_tests(run.to_json(), run.text())
+        results.write_tests(run.to_json())
     print(gpu_tests.in_words(results.tests), flush=True)
 
 

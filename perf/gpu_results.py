@@ -2,7 +2,7 @@
 
 <family>.json              every measurement: {"schema", "suite", "env", "cases": [...]}, one case a line
 measured_configs.json      the best configs found: {"schema", "slug", "kernels": {"<kernel>": [entry, ...]}}
-gpu_tests.json, .txt       tier 4 of the tests
+gpu_tests.json             tier 4 of the tests
 summary.md                 for people
 """
 
@@ -89,11 +89,10 @@ class Results:
             self._replace("measured_configs.json", self._configs())
         self._replace("summary.md", self.markdown())
 
-    def write_tests(self, tests: dict[str, Any], text: str) -> None:
+    def write_tests(self, tests: dict[str, Any]) -> None:
         self.tests = tests
         self.out.mkdir(parents=True, exist_ok=True)
         self._replace("gpu_tests.json", json.dumps({"schema": SCHEMA, "env": self.env, **tests}, indent=1) + "\n")
-        self._replace("gpu_tests.txt", text)
 
     def _configs(self) -> str:
         kernels: dict[str, list[Any]] = {}

@@ -38,7 +38,7 @@ class TierFour:
         self.log: list[str] = []
         self.ended = ""
         self.started = time.monotonic()
-        command = [sys.executable, "-m", "pytest", "-m", "gpu", "-v", "-p", "no:cacheprovider", *tests]
+        command = [sys.executable, "-m", "pytest", "-m", "gpu", "-v", "-p", "no:cacheprovider", "--durations=20", *tests]
         # Other people's plugins have no part in our results.
         env = {**env, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "COLUMNS": "200"}
         if jobs > 1 and importlib.util.find_spec("xdist"):
@@ -89,10 +89,8 @@ class TierFour:
             **{name.lower(): count for name, count in counts.items() if count},
             "not_run": None if self.selected is None else max(0, self.selected - len(self.outcomes)),
             "failures": [{"test": test, "message": self.messages.get(test, "")} for test in failed],
+            "log": without_paths("\n".join(self.log))[-MAX_LOG:].splitlines(),
         }
-
-    def text(self) -> str:
-        return without_paths("\n".join(self.log))[-MAX_LOG:] + "\n"
 
 
 def has_tests(root: Path = ROOT) -> bool:
@@ -109,5 +107,11 @@ def in_words(tests: dict[str, Any] | None) -> str:
     return f"GPU tests: {counts or 'none ran'} in {tests['seconds']:.0f} s ({tests['ended']})"
 
 
+def warmers() -> int:
+    """Processes that compile the kernels of cases while the tests run."""
+    return max(1, (os.cpu_count() or 1) // 4)
+
+
 def jobs() -> int:
-    return min(8, (os.cpu_count() or 1) // 2)
+    """Processes of the tests, which compile, too, for most of their time."""
+    return max(1, min(16, (os.cpu_count() or 1) - warmers()))

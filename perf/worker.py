@@ -83,6 +83,8 @@ def _timed(case: Case, machine: Machine, tensors: dict[str, Tensor], ours: dict[
         ours["bytes"] = {"needed": round(needed), "moved": round(moved)}
     records = [{**head, **ours}]
     if machine.timer is None:
+        if "torch_compile" in operator.providers_of(case):  # takes longer than ours; what it compiled is kept on disk
+            prepare(operator, case, "torch_compile", tensors)()
         return records
     more = range(1, argument_sets(tensors, machine.spec))
     sets = [tensors, *(random_tensors(operator, case, machine.device, seed) for seed in more)]
@@ -126,14 +128,20 @@ class Item(NamedTuple):
     header: dict[str, Any]
     run: Callable[[Machine], dict[str, Any]]
 
+    @property
+    def name(self) -> str:
+        return f"{self.header['family']}/{self.header['id']}"
 
-def items(module: str, rehearse: bool) -> list[Item]:
-    """The cases of a module, then the sweeps over configs for those that have any."""
+
+def items(module: str, rehearse: bool, patterns: Sequence[str] = ()) -> list[Item]:
+    """The cases of a module, then the sweeps over configs for those that have any; with patterns only those whose
+    ``<family>/<id>`` contains one."""
     cases: Sequence[Case] = importlib.import_module(module, __package__).CASES
     if rehearse:
         cases = [tiny(case) for case in cases]
     measured = [Item(header(case), partial(measure_case, case)) for case in cases]
-    return measured + [Item(target.header(), target.run) for target in sweep_targets(cases)]
+    everything = measured + [Item(target.header(), target.run) for target in sweep_targets(cases)]
+    return [item for item in everything if not patterns or any(one in item.name for one in patterns)]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -145,6 +153,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--memory", type=float, default=1.0, help="fraction of the GPU's memory to use at most")
     parser.add_argument("--rehearse", action="store_true", help="tiny layers on the CPU, in Triton's interpreter")
     parser.add_argument("--cases", default=".families", help="module whose CASES are measured")
+    parser.add_argument("-k", dest="patterns", action="append", default=[], help="only items with this in their name")
     parser.add_argument("--seconds", type=float, default=0.6, help="sampling time of one item")
     parser.add_argument("--child", action="store_true", help="end as soon as standard input does")
     args = parser.parse_args(argv)
@@ -175,7 +184,7 @@ def run(args: argparse.Namespace, send: Callable[[dict[str, Any]], None]) -> int
     if device == "cuda" and not torch.cuda.is_available():
         send({"event": "hello", "env": environment.fingerprint("cpu"), "items": []})
         return CONTEXT_LOST
-    todo = items(args.cases, args.rehearse)
+    todo = items(args.cases, args.rehearse, args.patterns)
     if args.probe:
         send({"event": "hello", "env": environment.fingerprint(device), "items": [item.header for item in todo]})
         return 0

@@ -84,6 +84,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if config.stash[tier_key] == "gpu":
         import torch
 
+        # A run that is short of time has then seen something of everything; the same order in each process.
+        random.Random(SEED).shuffle(items)
         if not torch.cuda.is_available():
             for item in items:
                 item.add_marker(pytest.mark.skip(reason="needs a GPU that torch.cuda can use"))

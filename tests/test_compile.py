@@ -356,6 +356,71 @@ class TestExport:
             assert (f"tritune.{op}.default" in done.stdout) == (tier == "interpret"), done.stdout
 
 
+IMAGE, ROWS = (2, 8, 6, 6), (2, 4, 8, 16)
+# What is called, the shapes of its arguments, its operator, how that is told to multiply by default.
+ON_A_GPU: dict[str, tuple[Any, tuple[tuple[int, ...], ...], str, str | None]] = {
+    "conv2d": (tritune.conv2d, (IMAGE, (4, 8, 3, 3)), "conv", "default"),
+    "conv_transpose2d": (tritune.conv_transpose2d, (IMAGE, (8, 4, 3, 3)), "conv_transpose", "default"),
+    "conv2d_max_pool2d": (tritune.conv2d_max_pool2d, (IMAGE, (4, 8, 3, 3)), "conv2d_max_pool2d", "default"),
+    "max_pool2d": (lambda x: tritune.max_pool2d(x, 2), (IMAGE,), "max_pool", None),
+    "lp_pool2d": (lambda x: tritune.lp_pool2d(x, 2, 2), (IMAGE,), "lp_pool", None),
+    "adaptive_avg_pool2d": (lambda x: tritune.adaptive_avg_pool2d(x, 2), (IMAGE,), "avg_pool", None),
+    "lstm": (lambda x, w, v: tritune.lstm(x, w, v)[0], ((5, 2, 8), (64, 8), (64, 16)), "rnn", "default"),
+    "attention": (tritune.scaled_dot_product_attention, (ROWS,) * 3, "attention", "ieee"),
+    "cosine": (lambda q, k, v: tritune.attention(q, k, v, score="cosine"), (ROWS,) * 3, "attention", "ieee"),
+}
+
+
+class Called(torch.nn.Module):
+    def __init__(self, fn: Any) -> None:
+        super().__init__()
+        self.fn = fn
+
+    def forward(self, *tensors: torch.Tensor) -> torch.Tensor:
+        return self.fn(*tensors)
+
+
+@pytest.mark.torch
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+class TestTracedForAGpu:
+    """What is asked of CUDA tensors alone, torch's settings for one, can be traced."""
+
+    def traced(self, name: str, dtype: torch.dtype) -> Any:
+        fn, shapes, *_ = ON_A_GPU[name]
+        with FakeTensorMode():
+            tensors = tuple(torch.empty(shape, device="cuda", dtype=dtype) for shape in shapes)
+        graph = torch.export.export(Called(fn), tensors, strict=True).graph
+        return {str(node.target): node for node in graph.nodes if node.op == "call_function"}
+
+    @pytest.mark.parametrize("autocast", [False, True])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+    @pytest.mark.parametrize("backend", ["triton", "auto"])
+    @pytest.mark.parametrize("name", ON_A_GPU)
+    def test_one_graph(self, name, backend, dtype, autocast):
+        pytest.importorskip("triton")
+        before = torch.is_autocast_enabled("cuda")
+        torch.set_autocast_enabled("cuda", autocast)
+        try:
+            with tritune.use_backend(backend):
+                nodes = self.traced(name, dtype)
+        finally:
+            torch.set_autocast_enabled("cuda", before)
+        _, _, operator, precision = ON_A_GPU[name]
+        ours = nodes.get(f"tritune.{operator}.default")
+        assert (ours is not None) == (backend == "triton" or name == "lstm")
+        if ours is not None and precision:
+            assert {"default", "ieee", "tf32"} & {arg for arg in ours.args if isinstance(arg, str)} == {precision}
+
+    def test_the_setting_for_products_is_followed(self):
+        pytest.importorskip("triton")
+        torch.set_float32_matmul_precision("high")
+        try:
+            with tritune.use_backend("triton"):
+                assert "tf32" in self.traced("attention", torch.float32)["tritune.attention.default"].args
+        finally:
+            torch.set_float32_matmul_precision("highest")
+
+
 @pytest.mark.torch
 class TestFake:
     @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])

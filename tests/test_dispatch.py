@@ -402,3 +402,47 @@ def test_explains_what_runs(case, layout, monkeypatch):
         torch.autograd.grad(y, list(leaves.values()), torch.randn_like(y))
     assert looked_up["launched"] == looked_up["explained"]
     assert {(name, choice) for name, _, choice in looked_up["launched"]} == set(decisions[0].kernels)
+
+
+@pytest.mark.torch
+class TestPrecision:
+    """How fp32 is multiplied on a GPU where the caller does not say."""
+
+    @pytest.fixture(autouse=True)
+    def settings(self):
+        yield
+        torch.backends.cudnn.allow_tf32 = True
+        torch.set_float32_matmul_precision("highest")
+
+    def resolved(self, setting: Any, precision: str | None = None, dtype: torch.dtype = torch.float32) -> str:
+        from torch._subclasses.fake_tensor import FakeTensorMode
+
+        with FakeTensorMode():
+            return _dispatch.resolved_precision(torch.empty(1, device="cuda", dtype=dtype), precision, setting)
+
+    def test_defaults_are_torchs(self):
+        assert self.resolved(_dispatch.conv_setting) == self.resolved(_dispatch.rnn_setting) == "tf32"
+        assert self.resolved(_dispatch.matmul_setting) == "ieee"
+        assert self.resolved(_dispatch.conv_setting, dtype=torch.float16) == "ieee"
+        assert _dispatch.resolved_precision(torch.empty(1), "default", _dispatch.conv_setting) == "ieee"
+
+    @pytest.mark.parametrize("precision", ["ieee", "tf32", "tf32x3"])
+    def test_the_caller_decides(self, precision):
+        assert self.resolved(_dispatch.conv_setting, precision) == precision
+
+    @pytest.mark.parametrize("precision", [None, "default"])
+    def test_settings_are_read_when_needed(self, precision):
+        torch.backends.cudnn.allow_tf32 = False
+        torch.set_float32_matmul_precision("medium")
+        assert self.resolved(_dispatch.conv_setting, precision) == "ieee"
+        assert self.resolved(_dispatch.rnn_setting, precision) == "ieee"
+        assert self.resolved(_dispatch.matmul_setting, precision) == "tf32"
+
+    def test_both_ways_of_setting_at_once(self):
+        """torch.backends.cudnn.allow_tf32 raises then."""
+        torch.backends.cudnn.allow_tf32 = False
+        torch.backends.cudnn.conv.fp32_precision = "tf32"
+        with pytest.raises(RuntimeError, match="legacy and new"):
+            _ = torch.backends.cudnn.allow_tf32
+        assert self.resolved(_dispatch.conv_setting) == "tf32"
+        assert self.resolved(_dispatch.rnn_setting) == "ieee"
