@@ -98,9 +98,18 @@ class Launch(NamedTuple):
 def launch(tunable: Tunable, plan: Callable[..., list[Launch]], problem: Any, *operands: Any, **options: Any) -> None:
     """Runs what ``plan(problem, config, *operands, **options)`` lists, with the config that the problem resolves to on
     the first operand's device."""
-    config = resolve(tunable, problem, detect(operands[0].device)).config
-    for one in plan(problem, config, *operands, **options):
-        one.run()
+    device = operands[0].device
+    config = resolve(tunable, problem, detect(device)).config
+    with _current(device):
+        for one in plan(problem, config, *operands, **options):
+            one.run()
+
+
+def _current(device: torch.device) -> contextlib.AbstractContextManager[None]:
+    """Triton launches on the current device, whatever the tensors' is."""
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return contextlib.nullcontext()
+    return torch.cuda.device(device)
 
 
 def _specialises(parameter: Any, value: Any) -> bool:

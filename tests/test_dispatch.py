@@ -446,3 +446,51 @@ class TestPrecision:
             _ = torch.backends.cudnn.allow_tf32
         assert self.resolved(_dispatch.conv_setting) == "tf32"
         assert self.resolved(_dispatch.rnn_setting) == "ieee"
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("index", [0, 1])
+def test_kernels_run_on_the_tensors_device(index, monkeypatch):
+    """Triton launches on the current device, here the first of two."""
+    pytest.importorskip("triton")
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    from tritune.kernels import _launch, pool
+
+    current = [0]
+
+    class Device:
+        def __init__(self, device: torch.device) -> None:
+            self.index = device.index
+
+        def __enter__(self) -> None:
+            current.append(self.index)
+
+        def __exit__(self, *exc_info: object) -> None:
+            current.pop()
+
+    class Launch:
+        def run(self) -> None:
+            ran_on.append(current[-1])
+
+    ran_on: list[int] = []
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current[-1])
+    monkeypatch.setattr(torch.cuda, "device", Device)
+    with FakeTensorMode():
+        x = torch.empty(2, 8, 6, 6, device=f"cuda:{index}")
+    problem = pool.problem_of(x, (3, 3), pool.Window.of((2, 2), (2, 2), (0, 0), (1, 1)), "max", layout="nhwc")
+    _launch.launch(pool.FORWARD, lambda problem, config, x: [Launch(), Launch()], problem, x)
+    assert ran_on == [index] * 2 and current == [0]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_a_second_gpu():
+    x = torch.randn(2, 8, 6, 6, device="cuda:1", requires_grad=True)
+    w = torch.randn(4, 8, 3, 3, device="cuda:1", requires_grad=True)
+    results = []
+    for backend in ("triton", "torch"):
+        with tritune.use_backend(backend):
+            y = tritune.max_pool2d(tritune.conv2d(x, w, precision="ieee"), 2)
+        results.append((y, *torch.autograd.grad(y.square().sum(), (x, w))))
+    torch.testing.assert_close(*results)
