@@ -229,29 +229,29 @@ def resolved_precision(input: torch.Tensor, precision: str | None, setting: Call
 
 
 def operator_precision(input: torch.Tensor, precision: str | None, setting: Callable[[], str]) -> str:
-    """What an operator is told. torch.compile can neither trace cuDNN's settings nor does it notice that one changed, so
-    in a graph the default stays DEFAULT_PRECISION: the operator reads the setting when it runs, as torch's own does."""
+    """What an operator is told. torch.compile can neither trace cuDNN's settings nor notice that one changed, so in a
+    graph the default stays DEFAULT_PRECISION: the operator reads the setting when it runs, as torch's own does."""
     if precision is None and torch.compiler.is_compiling():
         return DEFAULT_PRECISION
     return resolved_precision(input, precision, setting)
 
 
 def conv_setting() -> str:
-    return _tf32_or_ieee(torch.backends.cudnn.conv.fp32_precision)
+    return _tf32_or_ieee(torch.backends.cudnn.conv)  # type: ignore[attr-defined]
 
 
 def rnn_setting() -> str:
-    return _tf32_or_ieee(torch.backends.cudnn.rnn.fp32_precision)
+    return _tf32_or_ieee(torch.backends.cudnn.rnn)
 
 
 @torch.compiler.assume_constant_result  # this one torch.compile notices
 def matmul_setting() -> str:
-    return _tf32_or_ieee(torch.backends.cuda.matmul.fp32_precision)
+    return _tf32_or_ieee(torch.backends.cuda.matmul)
 
 
-def _tf32_or_ieee(setting: str) -> str:
+def _tf32_or_ieee(knobs: Any) -> str:
     """``fp32_precision`` follows ``allow_tf32``, which raises where both ways of setting it were used."""
-    return "tf32" if setting == "tf32" else "ieee"
+    return "tf32" if knobs.fp32_precision == "tf32" else "ieee"
 
 
 def runs_kernels(backend: str, tensor: torch.Tensor) -> bool:

@@ -472,11 +472,12 @@ def _forward(
         from ..kernels import conv
 
         geometry = conv.Geometry.of(stride, padding, dilation, groups)
+        precision = resolved_precision(input, precision, conv_setting)
         module = module_of(weight.shape, stride, groups)
         run = module.run_transpose if transposed else module.run_forward
         return run(
-            input, weight, size, geometry, precision=resolved_precision(input, precision, conv_setting), is_channels_last=channels_last,
-            bias=bias, scale=scale, residual=residual, activation=activation, save_input=save_input,
+            input, weight, size, geometry, precision=precision, is_channels_last=channels_last, bias=bias, scale=scale,
+            residual=residual, activation=activation, save_input=save_input,
         )  # fmt: skip
     z = _torch_convolution(transposed, input, weight, size, stride, padding, dilation, groups)
     z = laid_out(_epilogue(z, scale, bias, residual, len(size)), channels_last)
@@ -720,8 +721,9 @@ def _weight_grad(
         from ..kernels import conv
 
         geometry = conv.Geometry.of(stride, padding, dilation, groups)
+        precision = resolved_precision(input, precision, conv_setting)
         return weight_grad_module_of(shape, stride, groups).run_weight_grad(
-            input, g, shape, geometry, precision=resolved_precision(input, precision, conv_setting), is_channels_last=channels_last
+            input, g, shape, geometry, precision=precision, is_channels_last=channels_last
         )
     # The same sums are the weight gradient of a transposed convolution from g to input. torch takes that view only
     # where the image goes on after the last window by a stride or more, as after a padded output.

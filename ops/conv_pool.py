@@ -172,8 +172,8 @@ def _forward(
 
         return run(
             input, weight, size, kernels.Geometry.of(stride, padding, dilation, groups), _window(*window),
-            _pooled_size(size, *window), precision=resolved_precision(input, precision, conv_setting), bias=bias, scale=scale,
-            activation=activation, is_channels_last=conv._result_is_channels_last(input, weight),
+            _pooled_size(size, *window), precision=resolved_precision(input, precision, conv_setting), bias=bias,
+            scale=scale, activation=activation, is_channels_last=conv._result_is_channels_last(input, weight),
         )  # fmt: skip
     z, _ = conv._forward(
         False, input, weight, bias, scale, None, size, None, stride, padding, dilation, groups, activation, precision,

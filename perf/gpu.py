@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 import time
 from pathlib import Path
@@ -46,7 +45,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tests", nargs="*", default=["tests"], help="what pytest -m gpu runs; nothing: no tests")
     parser.add_argument("--cases", default=".families", help="module whose CASES are measured")
     parser.add_argument(
-        "-k", dest="patterns", action="append", default=[], metavar="PATTERN",
+        "-k",
+        dest="patterns",
+        action="append",
+        default=[],
+        metavar="PATTERN",
         help='only <family>/<case> names that contain this, or another one given so; "sweep-" begins those of sweeps',
     )
     parser.add_argument(

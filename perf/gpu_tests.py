@@ -38,7 +38,8 @@ class TierFour:
         self.log: list[str] = []
         self.ended = ""
         self.started = time.monotonic()
-        command = [sys.executable, "-m", "pytest", "-m", "gpu", "-v", "-p", "no:cacheprovider", "--durations=20", *tests]
+        command = [sys.executable, "-m", "pytest", "-m", "gpu", "-v", "--durations=20", "-p", "no:cacheprovider"]
+        command += tests
         # Other people's plugins have no part in our results.
         env = {**env, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "COLUMNS": "200"}
         if jobs > 1 and importlib.util.find_spec("xdist"):

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 from harness import lp_pool
+from torch import Tensor
 from torch_errors import PLACES, YARDSTICK, Call, assert_same_error, at, call, outcome
 
 import tritune
