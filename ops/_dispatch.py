@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ContextDecorator, contextmanager
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -84,8 +85,21 @@ def current_backend() -> str:
 # --- what the kernels cover ------------------------------------------------------------------------------------------
 
 
-# Not a cached function: torch.compile before torch 2.13 traces through such a cache.
-TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
+def _constant(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """:func:`torch.compiler.assume_constant_result`, which would import the compiler: torch.compile calls the function
+    instead of tracing it."""
+    fn._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return fn
+
+
+@cache
+def _find_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+@_constant  # before torch 2.13 a cache alone is traced through
+def _triton_installed() -> bool:
+    return _find_triton()
 
 
 def in_transform() -> bool:
@@ -112,7 +126,7 @@ def uncovered(tensors: Sequence[torch.Tensor], dtypes: tuple[torch.dtype, ...] =
         return "input is on the CPU, where torch serves (TRITON_INTERPRET=1 interprets the kernels there)"
     if kind not in ("cpu", "cuda"):
         return f"input is on device {kind!r}"
-    if not TRITON_INSTALLED:
+    if not _triton_installed():
         return "triton is not installed (pip install 'tritune[triton]')"
     compiling = torch.compiler.is_compiling()
     for tensor in tensors:
@@ -244,7 +258,7 @@ def rnn_setting() -> str:
     return _tf32_or_ieee(torch.backends.cudnn.rnn)
 
 
-@torch.compiler.assume_constant_result  # this one torch.compile notices
+@_constant  # a change of this one torch.compile notices
 def matmul_setting() -> str:
     return _tf32_or_ieee(torch.backends.cuda.matmul)
 

@@ -409,7 +409,10 @@ class TestPrecision:
     """How fp32 is multiplied on a GPU where the caller does not say."""
 
     @pytest.fixture(autouse=True)
-    def settings(self):
+    def settings(self, monkeypatch):
+        # torch's own test utilities, which other tests import, lock them.
+        module = torch.backends.ContextProp.__set__.__globals__
+        monkeypatch.setitem(module, "__allow_nonbracketed_mutation_flag", True)
         yield
         torch.backends.cudnn.allow_tf32 = True
         torch.set_float32_matmul_precision("highest")
