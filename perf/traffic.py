@@ -82,7 +82,7 @@ def measure(
                 tensors[id(value)].random_(4)  # places in a window
         return tensors[id(value)]
 
-    with counted() as traffic:
+    with counted() as traffic, np.errstate(all="ignore"):  # what is masked may be 0 / 0
         for launch in tunable.launches(problem, config):
             args = {name: real(value) for name, value in launch.args.items()}
             for name, value in (values or {}).items():
