@@ -91,7 +91,7 @@ def run(args: argparse.Namespace) -> int:
 
 def start_worker(args: argparse.Namespace, *options: str) -> Child:
     command = [sys.executable, "-m", f"{__package__}.worker", "--child", "--cases", args.cases, *options]
-    command += [f"-k{pattern}" for pattern in args.patterns]
+    command += [f"-k={pattern}" for pattern in args.patterns]  # an empty one, too, or one that begins with "="
     if args.rehearse:
         command.append("--rehearse")
     return Child(command, child_environment(args.rehearse))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import json
 import sys
 import time
@@ -20,7 +21,7 @@ import tritune
 from tritune.autotune import device as devices
 from tritune.autotune import store
 from tritune.autotune.config import Config
-from tritune.perf import environment, families, gpu, gpu_tests, timer
+from tritune.perf import environment, families, gpu, gpu_tests, timer, worker
 from tritune.perf.case import Case, prepare, random_tensors
 from tritune.perf.check import argument_sets, compare
 from tritune.perf.families import CASES, operator_of
@@ -385,6 +386,33 @@ class TestTierFour:
     def test_a_file_that_cannot_be_imported(self):
         found = self.read("ERROR tests/test_a.py - ModuleNotFoundError: No module named 'x'")
         assert found["failures"] == [{"test": "tests/test_a.py", "message": "ModuleNotFoundError: No module named 'x'"}]
+
+
+@pytest.mark.torch
+class TestPatterns:
+    """What follows ``-k``."""
+
+    def test_they_reach_the_worker_as_they_are(self, monkeypatch):
+        patterns = ["conv/short", "", "-x", "--rehearse", "=conv/", "a b", "*"]
+        commands: list[list[str]] = []
+        monkeypatch.setattr(gpu, "Child", lambda command, env: commands.append(command))
+        gpu.start_worker(SimpleNamespace(cases=".families", patterns=patterns, rehearse=False), "--probe")
+        found: list[SimpleNamespace] = []
+        monkeypatch.setattr(worker, "run", lambda args, send: found.append(args))
+        monkeypatch.setattr(worker, "private_stdout", lambda: contextlib.nullcontext(sys.stdout))
+        # The first three are Python's; a child would end this process when its input does.
+        worker.main([option for option in commands[0][3:] if option != "--child"])
+        assert found[0].patterns == patterns
+        assert found[0].probe and not found[0].rehearse
+
+    def test_they_name_family_and_case(self):
+        pytest.importorskip("triton")
+        names = {item.name for item in worker.items(".families", False)}
+        some = {item.name for item in worker.items(".families", False, ["pool/sweep-", "conv/short-conv"])}
+        assert some == {name for name in names if "pool/sweep-" in name or "conv/short-conv" in name}
+        assert {name.split("/")[0] for name in some} == {"conv", "pool"}
+        assert worker.items(".families", False, ["no-such-layer"]) == []
+        assert len(worker.items(".families", False, [""])) == len(names)
 
 
 @pytest.mark.torch
