@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import itertools
 import logging
@@ -9,6 +10,7 @@ import os
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,10 @@ from harness import Case, lay_out, lp_pool
 import tritune
 from tritune.ops import _dispatch
 from tritune.ops import _layout as ops_layout
+from tritune.ops import conv as ops_conv
+from tritune.ops import conv_pool as ops_conv_pool
+
+ops_rnn = importlib.import_module("tritune.ops.rnn")  # its name in tritune.ops is a function's
 
 
 @pytest.mark.torch
@@ -404,6 +410,52 @@ def test_explains_what_runs(case, layout, monkeypatch):
     assert {(name, choice) for name, _, choice in looked_up["launched"]} == set(decisions[0].kernels)
 
 
+def _convolve(transposed: bool, x: torch.Tensor, groups: int) -> Any:
+    weight, size = x.new_empty(8, 8 // groups, 3, 3), [8, 8] if transposed else [4, 4]
+    return ops_conv._forward(
+        transposed, x, weight, None, None, None, size, None, [1, 1], [0, 0], [1, 1], groups, "none", "default",
+        "triton", save_input=False,
+    )  # fmt: skip
+
+
+def _conv_weight_grad(x: torch.Tensor, groups: int) -> Any:
+    g = x.new_empty(2, 8, 4, 4)
+    return ops_conv._weight_grad(
+        x, g, [3, 3], True, [1, 1], [0, 0], [1, 1], groups, "default", "triton"
+    )  # fmt: skip
+
+
+def _convolve_and_pool(x: torch.Tensor) -> Any:
+    return ops_conv_pool._forward(
+        x, x.new_empty(4, 8, 3, 3), None, None, [4, 4], [1, 1], [0, 0], [1, 1], 1, "relu", "default", [2, 2], [2, 2],
+        [0, 0], "triton",
+    )  # fmt: skip
+
+
+def _recur(x: torch.Tensor, *, backward: bool) -> Any:
+    operands = (x.new_empty(5, 2, 8), x.new_empty(1, 16, 8), x.new_empty(1, 16, 16), None, None, x.new_empty(1, 2, 16))
+    if not backward:
+        return ops_rnn._forward(*operands, None, "tanh", False, "default", True, "triton")
+    out = x.new_empty(5, 2, 16)
+    return ops_rnn._backward(
+        *operands, None, out, None, out, None, None, None, [True] * 5, "tanh", False, "default", "triton"
+    )  # fmt: skip
+
+
+# What hands a precision to the kernels, and a call by which an operator in a graph comes there.
+ASKS_FOR_PRECISION: dict[str, Callable[[torch.Tensor], Any]] = {
+    "conv.run_forward": lambda x: _convolve(False, x, 1),
+    "conv.run_transpose": lambda x: _convolve(True, x, 1),
+    "conv.run_weight_grad": lambda x: _conv_weight_grad(x, 1),
+    "conv_direct.run_forward": lambda x: _convolve(False, x, 8),
+    "conv_direct.run_transpose": lambda x: _convolve(True, x, 8),
+    "conv_direct.run_weight_grad": lambda x: _conv_weight_grad(x, 8),
+    "conv_pool.run": _convolve_and_pool,
+    "rnn.run_forward": lambda x: _recur(x, backward=False),
+    "rnn.run_backward": lambda x: _recur(x, backward=True),
+}
+
+
 @pytest.mark.torch
 class TestPrecision:
     """How fp32 is multiplied on a GPU where the caller does not say."""
@@ -440,6 +492,32 @@ class TestPrecision:
         assert self.resolved(_dispatch.conv_setting, precision) == "ieee"
         assert self.resolved(_dispatch.rnn_setting, precision) == "ieee"
         assert self.resolved(_dispatch.matmul_setting, precision) == "tf32"
+
+    @pytest.mark.parametrize("launcher", ASKS_FOR_PRECISION)
+    def test_an_operator_in_a_graph_reads_its_own_setting(self, launcher, monkeypatch):
+        """Each time that it runs; the settings of other operators are none of its business."""
+        pytest.importorskip("triton")
+        from torch._subclasses.fake_tensor import FakeTensorMode
+
+        module, function = launcher.rsplit(".", 1)
+        kernels = importlib.import_module(f"tritune.kernels.{module}")
+        told: list[str] = []
+
+        def run(*args: Any, precision: str | None = None, **_: Any) -> Any:
+            told.append(precision or args[0].precision)
+            raise InterruptedError
+
+        monkeypatch.setattr(kernels, function, run)
+        # Slices of fake CUDA tensors need a torch that was built for CUDA.
+        monkeypatch.setattr(ops_rnn, "_previous", lambda states, first, reverse: states.unsqueeze(2))
+        own, other = torch.backends.cudnn.conv, torch.backends.cudnn.rnn
+        if module == "rnn":
+            own, other = other, own
+        for setting, another in (("tf32", "ieee"), ("ieee", "tf32")):
+            own.fp32_precision, other.fp32_precision = setting, another
+            with FakeTensorMode(), pytest.raises(InterruptedError):
+                ASKS_FOR_PRECISION[launcher](torch.empty(2, 8, 6, 6, device="cuda"))
+        assert told == ["tf32", "ieee"]
 
     def test_both_ways_of_setting_at_once(self):
         """torch.backends.cudnn.allow_tf32 raises then."""
