@@ -13,6 +13,7 @@ from harness import backend_of
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import tritune
+from tritune.ops._dispatch import matmul_setting
 
 tiers = [pytest.mark.torch, pytest.mark.interpret, pytest.mark.gpu]
 
@@ -385,8 +386,7 @@ class Called(torch.nn.Module):
 class TestTracedForAGpu:
     """What is asked of CUDA tensors alone, torch's settings for one, can be traced."""
 
-    def traced(self, name: str, dtype: torch.dtype) -> Any:
-        fn, shapes, *_ = ON_A_GPU[name]
+    def traced(self, fn: Any, shapes: tuple[tuple[int, ...], ...], dtype: torch.dtype) -> Any:
         with FakeTensorMode():
             tensors = tuple(torch.empty(shape, device="cuda", dtype=dtype) for shape in shapes)
         graph = torch.export.export(Called(fn), tensors, strict=True).graph
@@ -398,25 +398,48 @@ class TestTracedForAGpu:
     @pytest.mark.parametrize("name", ON_A_GPU)
     def test_one_graph(self, name, backend, dtype, autocast):
         pytest.importorskip("triton")
+        fn, shapes, operator, precision = ON_A_GPU[name]
         before = torch.is_autocast_enabled("cuda")
         torch.set_autocast_enabled("cuda", autocast)
         try:
             with tritune.use_backend(backend):
-                nodes = self.traced(name, dtype)
+                nodes = self.traced(fn, shapes, dtype)
         finally:
             torch.set_autocast_enabled("cuda", before)
-        _, _, operator, precision = ON_A_GPU[name]
         ours = nodes.get(f"tritune.{operator}.default")
         assert (ours is not None) == (backend == "triton" or name == "lstm")
         if ours is not None and precision:
             assert {"default", "ieee", "tf32"} & {arg for arg in ours.args if isinstance(arg, str)} == {precision}
+
+    @pytest.mark.parametrize("name", ["conv2d", "conv_transpose2d", "conv2d_max_pool2d", "lstm", "attention"])
+    def test_a_callers_precision_stays(self, name):
+        pytest.importorskip("triton")
+        _, shapes, operator, _ = ON_A_GPU[name]
+
+        def fn(*tensors: torch.Tensor) -> torch.Tensor:
+            y = getattr(tritune, name)(*tensors, precision="tf32x3")
+            return y[0] if name == "lstm" else y
+
+        with tritune.use_backend("triton"):
+            assert "tf32x3" in self.traced(fn, shapes, torch.float32)[f"tritune.{operator}.default"].args
 
     def test_the_setting_for_products_is_followed(self):
         pytest.importorskip("triton")
         torch.set_float32_matmul_precision("high")
         try:
             with tritune.use_backend("triton"):
-                assert "tf32" in self.traced("attention", torch.float32)["tritune.attention.default"].args
+                nodes = self.traced(*ON_A_GPU["attention"][:2], torch.float32)
+                assert "tf32" in nodes["tritune.attention.default"].args
+        finally:
+            torch.set_float32_matmul_precision("highest")
+
+    def test_torch_compile_notices_a_change_of_the_setting_for_products(self):
+        """That is why it may be read while attention is traced."""
+        compiled = torch.compile(lambda x: x + (matmul_setting() == "tf32"), fullgraph=True, backend="eager")
+        try:
+            for setting, expected in (("highest", 0), ("high", 1), ("medium", 1), ("highest", 0)):
+                torch.set_float32_matmul_precision(setting)
+                assert compiled(torch.zeros(())) == expected
         finally:
             torch.set_float32_matmul_precision("highest")
 
