@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
+import conftest
 import pytest
 import torch
 from harness import EPSILON, Case, Errors, assert_close, check
@@ -105,3 +108,18 @@ class TestCheck:
         torch.manual_seed(seed)
         other = Case("gru", lambda **arguments: gru(**arguments, permute=True), gru, weights)
         check(other, torch.float32, "nchw", "cpu", "torch")
+
+
+def test_the_order_on_a_gpu_is_random_and_the_same_in_each_process():
+    """pytest-xdist compares them."""
+
+    def ordered(tier: str) -> list[str]:
+        items = [SimpleNamespace(name=str(n), add_marker=lambda _: None) for n in range(100)]
+        conftest.pytest_collection_modifyitems(SimpleNamespace(stash={conftest.tier_key: tier}), items)
+        return [item.name for item in items]
+
+    written = [str(n) for n in range(100)]
+    assert ordered("torch") == written
+    once = ordered("gpu")
+    assert once != written and sorted(once) == sorted(written)
+    assert ordered("gpu") == once

@@ -23,7 +23,7 @@ from tritune.autotune import store
 from tritune.autotune.config import Config
 from tritune.perf import environment, families, gpu, gpu_tests, timer, worker
 from tritune.perf.case import Case, prepare, random_tensors
-from tritune.perf.check import argument_sets, compare
+from tritune.perf.check import Machine, argument_sets, compare
 from tritune.perf.families import CASES, operator_of
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -122,6 +122,17 @@ class TestCases:
             tensors = random_tensors(operator, small, "cpu", seed=1)
             ours, compiled = (prepare(operator, small, name, tensors)() for name in ("tritune", "torch_compile"))
             torch.testing.assert_close(compiled["output"], ours["output"])
+
+    def test_what_the_compiler_makes_is_made_before_it_is_timed(self, monkeypatch):
+        """By the processes that run beside the tests: they check, and have no timer."""
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        compared = next(case for case in CASES if "torch_compile" in operator_of(case).providers_of(case))
+        other = next(case for case in CASES if "torch_compile" not in operator_of(case).providers_of(case))
+        ran: list[str] = []
+        monkeypatch.setattr(worker, "prepare", lambda operator, case, provider, tensors: partial(ran.append, provider))
+        for case in (compared, other):
+            worker._timed(case, Machine("cuda", H200, None, 0.0), {}, {"provider": "tritune", "correct": True})
+        assert ran == ["torch_compile"]
 
     def test_inputs_exceed_the_cache(self):
         case = case_named("resnet50-s3-3x3")
@@ -373,6 +384,7 @@ class TestTierFour:
         )
         assert found["failures"] == [{"test": "tests/test_a.py::test_c", "message": "AssertionError: 1 is not 2"}]
         assert "1 passed, 1 failed, 1 skipped, 1 not run" in gpu_tests.in_words(found)
+        assert found["log"][0].startswith("collected 12 items") and len(found["log"]) == 5
 
     def test_in_parallel(self):
         found = self.read(
