@@ -74,7 +74,6 @@ quick: lint
 	$(PYTEST) -x -m 'torch and not slow' $(PARALLEL)
 	$(PYTEST) -x -m 'interpret and compat and not slow' $(PARALLEL)
 
-# torch's GPU build insists on its own triton; --no-deps puts another one beside it without an argument.
 compat: .venv-triton36/ready .venv-triton39/ready
 	OMP_NUM_THREADS=1 .venv-triton36/bin/pytest -q -m 'torch and not slow' $(PARALLEL)
 	for version in 36 39; do for tier in interpret static; do \
@@ -93,6 +92,7 @@ compat: .venv-triton36/ready .venv-triton39/ready
 	$(INSTALL) -e '.[test]'
 	touch $@
 
+# torch's GPU build insists on its own triton; --no-deps puts another one beside it without an argument.
 .venv-triton39/ready: pyproject.toml constraints.txt
 	@$(CHECK_PYTHON)
 	$(PYTHON) -m venv $(@D)

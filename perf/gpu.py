@@ -114,7 +114,7 @@ def probe(args: argparse.Namespace, deadline: float) -> dict[str, Any] | None:
         print("torch finds no GPU here; --rehearse runs everything on the CPU", file=sys.stderr)
         return None
     if not hello["items"]:
-        print(f"no case has {' or '.join(args.patterns) or 'a name'} in its name", file=sys.stderr)
+        print(f"no case has {' or '.join(args.patterns)} in its name", file=sys.stderr)
         return None
     print(f"{hello['env']['gpu'] or 'rehearsal'}: {len(hello['items'])} items", flush=True)
     return hello

@@ -76,9 +76,9 @@ class TestCheck:
         check(self.case(lambda x, w: x @ w), torch.float32, "nchw", "cpu", "torch")
         with pytest.raises(AssertionError, match=r"^output: max error"):
             check(self.case(lambda x, w: 1.001 * (x @ w)), torch.float32, "nchw", "cpu", "torch")
+        case = self.case(lambda x, w: WrongGradient.apply(x, w))  # noqa: PLW0108 - no keywords before torch 2.13
         with pytest.raises(AssertionError, match=r"^grad w: max error"):
-            # By position: before torch 2.13 apply() knows no keywords.
-            check(self.case(lambda x, w: WrongGradient.apply(*(x, w))), torch.float32, "nchw", "cpu", "torch")
+            check(case, torch.float32, "nchw", "cpu", "torch")
 
     def test_an_element_nobody_wrote(self):
         def forgetful(x, w):
