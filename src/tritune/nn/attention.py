@@ -1,0 +1,150 @@
+"""Attention modules."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..ops import attention, attention_pool
+
+
+class _Scored(torch.nn.Module):
+    """What the attention modules share: scores, and a scale that may be learned."""
+
+    logit_scale: torch.nn.Parameter | None
+
+    def __init__(self, score: str, scale: float | str | None, eps: float, device: Any, dtype: Any) -> None:
+        super().__init__()
+        if score not in ("dot", "cosine"):
+            raise ValueError(f"score={score!r} is not accepted: it must be 'dot' or 'cosine'")
+        if isinstance(scale, str) and scale != "learnable":
+            raise ValueError(f"scale={scale!r} is not accepted: it must be a number, 'learnable' or None")
+        self.score, self.eps = score, eps
+        self.fixed_scale = None if isinstance(scale, str) else scale
+        learned = torch.nn.Parameter(torch.empty((), device=device, dtype=dtype)) if isinstance(scale, str) else None
+        self.register_parameter("logit_scale", learned)
+
+    def reset_parameters(self) -> None:
+        if self.logit_scale is not None:
+            torch.nn.init.constant_(self.logit_scale, math.log(10.0))
+
+    @property
+    def scale(self) -> float | Tensor | None:
+        """What the scores are multiplied by."""
+        if self.logit_scale is None:
+            return self.fixed_scale
+        # At most 100, as in CLIP and Swin V2. Dynamo takes a number that is no literal for an input.
+        return self.logit_scale.clamp(max=4.605170185988092).exp()
+
+    def extra_repr(self) -> str:
+        scale = "'learnable'" if self.logit_scale is not None else self.fixed_scale
+        return f"score={self.score!r}, scale={scale}"
+
+
+class Attention(_Scored):
+    """:func:`tritune.attention` without any projection.
+
+    Args:
+        score: ``"dot"`` or ``"cosine"``.
+        scale: a number; ``None`` for the score's default; ``"learnable"`` for ``exp(logit_scale)``, a parameter that
+            starts at log 10 and counts as at most log 100.
+        is_causal, causal_alignment, enable_gqa, eps, precision: as in :func:`tritune.attention`.
+
+    Shape: ``[..., H, M, D]``, ``[..., H, N, D]``, ``[..., H, N, DV]`` to ``[..., H, M, DV]``.
+
+    Example::
+
+        >>> layer = tritune.nn.Attention(score="cosine", scale="learnable")
+        >>> layer(*(torch.randn(2, 4, 10, 16) for _ in range(3))).shape
+        torch.Size([2, 4, 10, 16])
+    """
+
+    def __init__(
+        self, *, score: str = "dot", scale: float | str | None = None, is_causal: bool = False,
+        causal_alignment: str = "top_left", enable_gqa: bool = False, eps: float = 1e-6, precision: str | None = None,
+        device: Any = None, dtype: Any = None,
+    ) -> None:  # fmt: skip
+        super().__init__(score, scale, eps, device, dtype)
+        self.is_causal, self.causal_alignment = is_causal, causal_alignment
+        self.enable_gqa, self.precision = enable_gqa, precision
+        self.reset_parameters()
+
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, bias: Tensor | None = None
+    ) -> Tensor:
+        out: Tensor = attention(
+            query, key, value, score=self.score, scale=self.scale, attn_mask=attn_mask, bias=bias,
+            is_causal=self.is_causal, causal_alignment=self.causal_alignment, enable_gqa=self.enable_gqa, eps=self.eps,
+            precision=self.precision,
+        )  # fmt: skip
+        return out
+
+    def extra_repr(self) -> str:
+        options = [name for name in ("is_causal", "enable_gqa") if getattr(self, name)]
+        return ", ".join([super().extra_repr(), *(f"{name}=True" for name in options)])
+
+
+class AttentionPool(_Scored):
+    r"""A sequence to one vector, or a few: :func:`tritune.attention_pool` with learned queries and projections.
+
+    .. math:: y_m = W_o \big[\textstyle\sum_j \mathrm{softmax}_j\, s(q_{hm}, W_k x_j)\, W_v x_j\big]_h
+
+    Args:
+        embed_dim: size of an element, and of the result; a multiple of ``num_heads``.
+        num_heads: H, each with ``embed_dim / H`` features.
+        num_queries: M; with one the result has no dimension for it.
+        score, scale, eps, precision: as in :class:`Attention`.
+        bias: of the projections.
+
+    Parameters: ``query [H, M, embed_dim / H]``, normally distributed, and linear layers ``key``, ``value``, ``out``.
+
+    Shape: ``[B, N, embed_dim]`` or ``[N, embed_dim]`` to ``[B, embed_dim]`` or ``[embed_dim]``, with M queries
+    ``[B, M, embed_dim]`` or ``[M, embed_dim]``.
+
+    Example::
+
+        >>> pool = tritune.nn.AttentionPool(32, num_heads=4, score="cosine", scale="learnable")
+        >>> pool(torch.randn(2, 50, 32)).shape
+        torch.Size([2, 32])
+    """
+
+    def __init__(
+        self, embed_dim: int, num_heads: int = 1, num_queries: int = 1, *, score: str = "dot",
+        scale: float | str | None = None, bias: bool = True, eps: float = 1e-6, precision: str | None = None,
+        device: Any = None, dtype: Any = None,
+    ) -> None:  # fmt: skip
+        super().__init__(score, scale, eps, device, dtype)
+        if embed_dim % num_heads:
+            raise ValueError(f"embed_dim={embed_dim} must be a multiple of num_heads={num_heads}")
+        self.embed_dim, self.num_heads, self.num_queries, self.precision = embed_dim, num_heads, num_queries, precision
+        shape = (num_heads, num_queries, embed_dim // num_heads)
+        self.query = torch.nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+        self.key, self.value, self.out = (
+            torch.nn.Linear(embed_dim, embed_dim, bias, device=device, dtype=dtype) for _ in range(3)
+        )
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        torch.nn.init.normal_(self.query)
+        for layer in (self.key, self.value, self.out):
+            layer.reset_parameters()
+
+    def forward(self, input: Tensor, attn_mask: Tensor | None = None) -> Tensor:
+        """``attn_mask``: bool ``[B, N]``, or ``[N]``: True at the elements that count."""
+        key, value = (
+            layer(input).unflatten(-1, (self.num_heads, -1)).transpose(-3, -2) for layer in (self.key, self.value)
+        )
+        pooled = attention_pool(
+            self.query, key, value, score=self.score, scale=self.scale, attn_mask=attn_mask, eps=self.eps,
+            precision=self.precision,
+        )  # fmt: skip
+        result: Tensor = self.out(pooled.transpose(-3, -2).flatten(-2))
+        return result.squeeze(-2) if self.num_queries == 1 else result
+
+    def extra_repr(self) -> str:
+        sizes = f"{self.embed_dim}, num_heads={self.num_heads}, num_queries={self.num_queries}"
+        return f"{sizes}, {super().extra_repr()}"
