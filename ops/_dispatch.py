@@ -82,6 +82,20 @@ def current_backend() -> str:
     return _state.backend
 
 
+def torch_serves(input: Any) -> bool:
+    """Does torch serve a call on this input, whatever the other arguments are? Then the public function calls torch's
+    own at once: torch validates, and what torch.compile traces is what it traces of torch's function.
+
+    Not where a call is explained, which has to come to :func:`choose`. ``input`` may be no tensor: torch says so.
+    """
+    if _state.recorder is not None:
+        return False
+    backend = _state.backend
+    if backend == "auto":
+        return not getattr(input, "is_cuda", False) or torch.compiler.is_compiling()
+    return backend == "torch"
+
+
 # --- what the kernels cover ------------------------------------------------------------------------------------------
 
 
