@@ -83,17 +83,42 @@ def current_backend() -> str:
 
 
 def torch_serves(input: Any) -> bool:
-    """Does torch serve a call on this input, whatever the other arguments are? Then the public function calls torch's
-    own at once: torch validates, and what torch.compile traces is what it traces of torch's function.
-
-    Not where a call is explained, which has to come to :func:`choose`. ``input`` may be no tensor: torch says so.
-    """
+    """Does torch serve a call on this input, whatever the other arguments are? Not where a call is explained: that has
+    to come to :func:`choose`. ``input`` may be no tensor."""
     if _state.recorder is not None:
         return False
     backend = _state.backend
     if backend == "auto":
         return not getattr(input, "is_cuda", False) or torch.compiler.is_compiling()
     return backend == "torch"
+
+
+def torch_validates(input: Any) -> bool:
+    """May the public function call torch's own at once? There torch serves, and its checks are those that count: the
+    checks of meta and fake tensors, and so those under torch.compile, let more pass."""
+    kind = type(input)
+    is_real = (kind is torch.Tensor or kind is torch.nn.Parameter) and not input.is_meta
+    return is_real and torch_serves(input) and not torch.compiler.is_compiling()
+
+
+def are_plain(sizes: tuple[Any, ...], least: int = 0) -> bool:
+    """Is each of these an int from ``least`` on that fits into 31 bits, or a tuple or list of such? What else torch
+    takes for ints, or takes and computes something with, is for the validators."""
+    for size in sizes:
+        kind = type(size)
+        if kind is int:
+            if not least <= size < _LARGEST_SIZE:
+                return False
+        elif kind is tuple or kind is list or kind is torch.Size:
+            for one in size:
+                if type(one) is not int or not least <= one < _LARGEST_SIZE:
+                    return False
+        else:
+            return False
+    return True
+
+
+_LARGEST_SIZE = 2**31 - 1
 
 
 # --- what the kernels cover ------------------------------------------------------------------------------------------
@@ -117,7 +142,12 @@ def _triton_installed() -> bool:
 
 
 def in_transform() -> bool:
-    """Is a functorch transform or a forward-AD level open? There only torch's composites have derivatives."""
+    """Is a functorch transform or a forward-AD level open? There only torch's composites have derivatives.
+
+    Not asked while compiling: Dynamo traces transforms itself, and would take the answer at that moment for a constant.
+    """
+    if torch.compiler.is_compiling():
+        return False
     return torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0
 
 
@@ -148,7 +178,7 @@ def uncovered(tensors: Sequence[torch.Tensor], dtypes: tuple[torch.dtype, ...] =
             return f"an argument is a {type(tensor).__name__}, {tensor.layout}: not a plain strided tensor"
         if tensor.dtype not in dtypes:
             return f"dtype {tensor.dtype} has no kernel"
-    if not compiling and in_transform():
+    if in_transform():
         return "a torch.func transform or forward-mode AD is active"
     if kind == "cuda":
         return _old_gpu(first.device)

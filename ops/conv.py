@@ -8,16 +8,28 @@ them: the convolution ``y = conv(x, w)``, its transpose ``x = conv_transpose(y, 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.functional import gelu, hardsigmoid, hardswish, leaky_relu, pad, relu6, silu
+from torch.overrides import handle_torch_function, has_torch_function
 
 from ..autotune.device import DeviceSpec
 from ..autotune.resolve import Choice, resolve
-from ._dispatch import choose, conv_setting, measured, operator_precision, resolved_precision, runs_kernels
+from ._checks import ACTIVATIONS, PRECISIONS
+from ._dispatch import (
+    are_plain,
+    choose,
+    conv_setting,
+    measured,
+    operator_precision,
+    resolved_precision,
+    runs_kernels,
+    torch_validates,
+)
 from ._layout import autocast, empty, has_unit_channels, is_channels_last, laid_out
 from ._register import below_autograd, register
 from .conv_checks import ConvArgs, check_conv, check_conv_transpose
@@ -47,8 +59,9 @@ def conv1d(
         >>> tritune.conv1d(x, w, padding=3, groups=64, activation="silu")[..., :100].shape  # causal
         torch.Size([2, 64, 100])
     """
-    call = autocast(input, weight, bias, residual, scale)
-    return _convolve(1, False, call, stride, padding, dilation, groups, activation, precision)
+    return _convolve(
+        conv1d, 1, input, weight, bias, stride, padding, dilation, groups, activation, residual, scale, precision
+    )  # fmt: skip
 
 
 def conv2d(
@@ -95,8 +108,9 @@ def conv2d(
         >>> tritune.conv2d(x, w, padding=1, activation="relu").shape
         torch.Size([8, 64, 32, 32])
     """
-    call = autocast(input, weight, bias, residual, scale)
-    return _convolve(2, False, call, stride, padding, dilation, groups, activation, precision)
+    return _convolve(
+        conv2d, 2, input, weight, bias, stride, padding, dilation, groups, activation, residual, scale, precision
+    )  # fmt: skip
 
 
 def conv3d(
@@ -115,8 +129,9 @@ def conv3d(
         >>> tritune.conv3d(x, w, padding="same").shape
         torch.Size([1, 16, 5, 16, 16])
     """
-    call = autocast(input, weight, bias, residual, scale)
-    return _convolve(3, False, call, stride, padding, dilation, groups, activation, precision)
+    return _convolve(
+        conv3d, 3, input, weight, bias, stride, padding, dilation, groups, activation, residual, scale, precision
+    )  # fmt: skip
 
 
 def conv_transpose1d(
@@ -134,8 +149,10 @@ def conv_transpose1d(
         >>> tritune.conv_transpose1d(torch.randn(2, 8, 10), torch.randn(8, 4, 4), stride=2, padding=1).shape
         torch.Size([2, 4, 20])
     """
-    call = autocast(input, weight, bias, residual, scale)
-    return _convolve(1, True, call, stride, padding, dilation, groups, activation, precision, output_padding)
+    return _convolve_transposed(
+        conv_transpose1d, 1, input, weight, bias, stride, padding, output_padding, groups, dilation, activation,
+        residual, scale, precision,
+    )  # fmt: skip
 
 
 def conv_transpose2d(
@@ -171,8 +188,10 @@ def conv_transpose2d(
         >>> tritune.conv_transpose2d(x, w, stride=2, activation="relu").shape
         torch.Size([2, 4, 16, 16])
     """
-    call = autocast(input, weight, bias, residual, scale)
-    return _convolve(2, True, call, stride, padding, dilation, groups, activation, precision, output_padding)
+    return _convolve_transposed(
+        conv_transpose2d, 2, input, weight, bias, stride, padding, output_padding, groups, dilation, activation,
+        residual, scale, precision,
+    )  # fmt: skip
 
 
 def conv_transpose3d(
@@ -190,35 +209,123 @@ def conv_transpose3d(
         >>> tritune.conv_transpose3d(torch.randn(1, 8, 2, 4, 4), torch.randn(8, 4, 2, 2, 2), stride=2).shape
         torch.Size([1, 4, 4, 8, 8])
     """
-    call = autocast(input, weight, bias, residual, scale)
-    return _convolve(3, True, call, stride, padding, dilation, groups, activation, precision, output_padding)
+    return _convolve_transposed(
+        conv_transpose3d, 3, input, weight, bias, stride, padding, output_padding, groups, dilation, activation,
+        residual, scale, precision,
+    )  # fmt: skip
 
 
 def _convolve(
-    rank: int, transposed: bool, tensors: tuple[Any, ...], stride: Any, padding: Any, dilation: Any, groups: Any,
-    activation: str | None, precision: str | None, output_padding: Any = 0,
+    function: Callable[..., Tensor], rank: int, input: Tensor, weight: Tensor, bias: Tensor | None, stride: Any,
+    padding: Any, dilation: Any, groups: Any, activation: str | None, residual: Tensor | None, scale: Tensor | None,
+    precision: str | None,
 ) -> Tensor:  # fmt: skip
-    """Any of the six."""
-    input, weight, bias, residual, scale = tensors
-    extras = {"activation": activation, "residual": residual, "scale": scale, "precision": precision}
-    if transposed:
-        args = check_conv_transpose(
-            rank, input, weight, bias, stride, padding, output_padding, groups, dilation, **extras
+    """Any of the three convolutions."""
+    tensors = (input, weight, bias, residual, scale)
+    if has_torch_function(tensors):
+        overridden: Tensor = handle_torch_function(
+            function, tensors, input, weight, bias, stride, padding, dilation, groups, activation=activation,
+            residual=residual, scale=scale, precision=precision,
         )  # fmt: skip
-    else:
-        args = check_conv(rank, input, weight, bias, stride, padding, dilation, groups, **extras)
+        return overridden
+    if (
+        torch_validates(input) and are_plain((stride, dilation), 1) and type(groups) is int
+        and (type(padding) is str or are_plain((padding,)))
+    ):  # fmt: skip
+        geometry = (stride, padding, dilation, groups)
+        y = _torch_first(False, rank, *tensors, geometry, activation, precision)
+        if y is not None:
+            return y
+    input, weight, bias, residual, scale = autocast(*tensors)
+    args = check_conv(
+        rank, input, weight, bias, stride, padding, dilation, groups, activation=activation, residual=residual,
+        scale=scale, precision=precision,
+    )  # fmt: skip
+    return _serve(False, args, (input, weight, bias, scale, residual), activation, precision)
+
+
+def _convolve_transposed(
+    function: Callable[..., Tensor], rank: int, input: Tensor, weight: Tensor, bias: Tensor | None, stride: Any,
+    padding: Any, output_padding: Any, groups: Any, dilation: Any, activation: str | None, residual: Tensor | None,
+    scale: Tensor | None, precision: str | None,
+) -> Tensor:  # fmt: skip
+    """Any of the three transposed convolutions."""
+    tensors = (input, weight, bias, residual, scale)
+    if has_torch_function(tensors):
+        overridden: Tensor = handle_torch_function(
+            function, tensors, input, weight, bias, stride, padding, output_padding, groups, dilation,
+            activation=activation, residual=residual, scale=scale, precision=precision,
+        )  # fmt: skip
+        return overridden
+    if (
+        torch_validates(input) and are_plain((stride, dilation), 1) and type(groups) is int
+        and are_plain((padding, output_padding))
+    ):  # fmt: skip
+        geometry = (stride, padding, output_padding, groups, dilation)
+        y = _torch_first(True, rank, *tensors, geometry, activation, precision)
+        if y is not None:
+            return y
+    input, weight, bias, residual, scale = autocast(*tensors)
+    args = check_conv_transpose(
+        rank, input, weight, bias, stride, padding, output_padding, groups, dilation, activation=activation,
+        residual=residual, scale=scale, precision=precision,
+    )  # fmt: skip
+    return _serve(True, args, (input, weight, bias, scale, residual), activation, precision)
+
+
+def _torch_first(
+    transposed: bool, rank: int, input: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None,
+    scale: Tensor | None, geometry: tuple[Any, ...], activation: str | None, precision: str | None,
+) -> Tensor | None:  # fmt: skip
+    """torch's convolution with the epilogue, where torch accepts the call and so do we; else ``None``, and the
+    validator has the word."""
+    try:
+        if bias is not None and bias.dtype is not weight.dtype:
+            return None
+        y = _TORCH[transposed][rank - 1](input, weight, None if scale is not None else bias, *geometry)
+        if y.numel() == 0 or (precision is not None and precision not in PRECISIONS):
+            return None
+        if scale is not None or residual is not None:
+            if not _fits_epilogue(y, rank, residual, scale):
+                return None
+            y = _epilogue(y, scale, None if scale is None else bias, residual, rank)
+        if activation is None:
+            return y
+        return activate(y, activation, in_place=not y.requires_grad) if activation in ACTIVATIONS else None
+    except Exception:
+        return None
+
+
+def _fits_epilogue(y: Tensor, rank: int, residual: Tensor | None, scale: Tensor | None) -> bool:
+    """Have residual and scale just the dtype, device and shape that the epilogue of a result ``y`` asks for?"""
+    channels = y.shape[-rank - 1]
+    return all(
+        t is None or (t.shape == shape and t.dtype is y.dtype and t.device == y.device)
+        for t, shape in ((residual, y.shape), (scale, (channels,)))
+    )
+
+
+def _serve(
+    transposed: bool, args: ConvArgs, operands: tuple[Any, ...], activation: str | None, precision: str | None
+) -> Tensor:
+    """Chooses the backend of a legal call and runs it. ``operands``: input, weight, bias, scale, residual."""
+    input, weight, bias, scale, residual = operands
+    rank = len(args.stride)
     batched = input if input.dim() == rank + 2 else input.unsqueeze(0)
-    operands = (batched, weight, bias, scale, residual)
     present = [t for t in operands if t is not None]
     backend = choose(
         f"conv_transpose{rank}d" if transposed else f"conv{rank}d",
         present,
-        lambda device: _auto_rule(_problem(batched, weight, args, transposed, precision), device, transposed, extras),
+        lambda device: _auto_rule(
+            _problem(batched, weight, args, transposed, precision), device, transposed,
+            (activation, scale, residual),
+        ),
         lambda device: _kernel_choices(
-            _problem(batched, weight, args, transposed, precision), device, operands, activation, transposed
+            _problem(batched, weight, args, transposed, precision), device, (batched, *operands[1:]), activation,
+            transposed,
         ),
         lambda: _limits(batched, weight, args),
-    )
+    )  # fmt: skip
     activation = activation or "none"
     if backend == "torch":
         return _composite(input, weight, bias, scale, residual, args, transposed, activation)
@@ -245,8 +352,8 @@ def _convolve(
 def _pad(input: Tensor, extra: tuple[int, ...]) -> Tensor:
     """Zeros around ``input``, whose layout stays: :func:`F.pad` alone loses it in one dimension of space."""
     if is_channels_last(input):
-        return F.pad(input.movedim(1, -1), (0, 0, *extra)).movedim(-1, 1)
-    return F.pad(input, extra)
+        return pad(input.movedim(1, -1), (0, 0, *extra)).movedim(-1, 1)
+    return pad(input, extra)
 
 
 # --- the choice of backend -------------------------------------------------------------------------------------------
@@ -335,20 +442,23 @@ def _kernel_choices(
     return forward, *((tunable.name, resolve(tunable, one, device)) for tunable, one in backward)
 
 
-def _auto_rule(problem: Any, device: DeviceSpec, transposed: bool, extras: dict[str, Any]) -> tuple[bool, str]:
+def _auto_rule(
+    problem: Any, device: DeviceSpec, transposed: bool, steps: tuple[Any, Any, Any]
+) -> tuple[bool, str]:  # fmt: skip
     """Do the kernels win? By measurement if there is one; else only where fusion saves passes over memory.
 
-    torch runs every unfused step as a pass that reads and writes the output. Ours is taken when memory bounds the call
-    even at 60 % of the tensor-core rate, and torch would move at least a quarter more bytes.
+    torch runs every unfused step (activation, scale, residual; ``None`` where the call has none) as a pass that reads
+    and writes the output. Ours is taken when memory bounds the call even at 60 % of the tensor-core rate, and torch
+    would move at least a quarter more bytes.
     """
     known = measured([_forward_choice(problem, device, transposed)])
     if known:
         return known
-    passes = sum(extras[step] is not None for step in ("activation", "scale", "residual"))
+    passes = sum(step is not None for step in steps)
     ours = problem.minimal_bytes()
     pixels, channels = (problem.image_pixels, problem.C) if transposed else (problem.pixels, problem.K)
     output = pixels * channels * problem.geometry.groups * problem.itemsize
-    theirs = ours + output * (2 * passes + (extras["residual"] is not None))
+    theirs = ours + output * (2 * passes + (steps[2] is not None))
     memory_us = ours / (device.dram_gbs * 1e3)
     compute_us = problem.flops / (0.6 * device.tflops(problem.precision) * 1e6)
     if problem.channels_last and memory_us >= compute_us and theirs >= 1.25 * ours:
@@ -359,21 +469,31 @@ def _auto_rule(problem: Any, device: DeviceSpec, transposed: bool, extras: dict[
 # --- torch's implementation: fallback and yardstick ------------------------------------------------------------------
 
 _TORCH: dict[bool, tuple[Any, ...]] = {
-    False: (F.conv1d, F.conv2d, F.conv3d),
-    True: (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d),
+    False: (torch.conv1d, torch.conv2d, torch.conv3d),
+    True: (torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d),
 }
 
 
-def activate(z: Tensor, activation: str) -> Tensor:
-    """The activation by torch's own operators."""
+def activate(z: Tensor, activation: str, in_place: bool = False) -> Tensor:
+    """The activation by torch's own operators; ``in_place`` where ``z`` is nobody else's."""
     if activation == "none":
         return z
-    if activation == "gelu_tanh":
-        return F.gelu(z, approximate="tanh")
-    return {
-        "relu": torch.relu, "relu6": F.relu6, "leaky_relu": F.leaky_relu, "silu": F.silu, "gelu": F.gelu,
-        "hardswish": F.hardswish, "hardsigmoid": F.hardsigmoid, "sigmoid": torch.sigmoid, "tanh": torch.tanh,
-    }[activation](z)  # fmt: skip
+    if activation in ("gelu", "gelu_tanh"):
+        return gelu(z, approximate="none" if activation == "gelu" else "tanh")
+    ordinary, writing = _ACTIVATIONS[activation]
+    return writing(z) if in_place else ordinary(z)
+
+
+_ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = {
+    "relu": (torch.relu, torch.relu_),
+    "relu6": (relu6, partial(relu6, inplace=True)),
+    "leaky_relu": (leaky_relu, partial(leaky_relu, inplace=True)),
+    "silu": (silu, partial(silu, inplace=True)),
+    "hardswish": (hardswish, partial(hardswish, inplace=True)),
+    "hardsigmoid": (hardsigmoid, partial(hardsigmoid, inplace=True)),
+    "sigmoid": (torch.sigmoid, torch.sigmoid_),
+    "tanh": (torch.tanh, torch.tanh_),
+}
 
 
 def _per_channel(t: Tensor, rank: int) -> Tensor:
@@ -394,7 +514,7 @@ def _composite(
     args: ConvArgs, transposed: bool, activation: str,
 ) -> Tensor:  # fmt: skip
     if args.pad_extra is not None:
-        input = F.pad(input, args.pad_extra)
+        input = pad(input, args.pad_extra)
     rank = len(args.stride)
     function, fused_bias = _TORCH[transposed][rank - 1], bias if scale is None else None
     if transposed:

@@ -18,11 +18,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function_unary, has_torch_function_variadic
 
 from ..autotune.device import DeviceSpec
 from ..autotune.resolve import Choice, resolve
 from . import pool_checks
-from ._dispatch import choose, measured, runs_kernels
+from ._dispatch import are_plain, choose, measured, runs_kernels, torch_validates
 from ._layout import empty, is_channels_last, laid_out
 from ._register import below_autograd, register
 from .pool_checks import Ints, PoolArgs, pool_output_size
@@ -53,7 +54,7 @@ def max_pool1d(
         >>> tritune.max_pool1d(torch.randn(2, 16, 100), 4).shape
         torch.Size([2, 16, 25])
     """
-    return _max_pool(1, input, kernel_size, stride, padding, dilation, ceil_mode, return_indices)
+    return _max_pool(max_pool1d, 1, input, kernel_size, stride, padding, dilation, ceil_mode, return_indices)
 
 
 def max_pool2d(
@@ -84,7 +85,7 @@ def max_pool2d(
         >>> tritune.max_pool2d(torch.randn(8, 64, 112, 112), 3, stride=2, padding=1).shape
         torch.Size([8, 64, 56, 56])
     """
-    return _max_pool(2, input, kernel_size, stride, padding, dilation, ceil_mode, return_indices)
+    return _max_pool(max_pool2d, 2, input, kernel_size, stride, padding, dilation, ceil_mode, return_indices)
 
 
 def max_pool3d(
@@ -101,7 +102,7 @@ def max_pool3d(
         >>> tritune.max_pool3d(torch.randn(1, 8, 4, 16, 16), (1, 2, 2)).shape
         torch.Size([1, 8, 4, 8, 8])
     """
-    return _max_pool(3, input, kernel_size, stride, padding, dilation, ceil_mode, return_indices)
+    return _max_pool(max_pool3d, 3, input, kernel_size, stride, padding, dilation, ceil_mode, return_indices)
 
 
 # --- mean over fixed windows -----------------------------------------------------------------------------------------
@@ -120,7 +121,7 @@ def avg_pool1d(
         >>> tritune.avg_pool1d(torch.tensor([[1., 2., 3., 4., 5., 6., 7.]]), 3, stride=2)
         tensor([[2., 4., 6.]])
     """
-    return _avg_pool(1, input, kernel_size, stride, padding, ceil_mode, count_include_pad, None)
+    return _avg_pool(avg_pool1d, 1, input, kernel_size, stride, padding, ceil_mode, count_include_pad, None)
 
 
 def avg_pool2d(
@@ -151,7 +152,7 @@ def avg_pool2d(
         >>> tritune.avg_pool2d(torch.ones(1, 1, 4, 4), 3, padding=1, count_include_pad=False)
         tensor([[[[1.]]]])
     """
-    return _avg_pool(2, input, kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override)
+    return _avg_pool(avg_pool2d, 2, input, kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override)
 
 
 def avg_pool3d(
@@ -168,7 +169,7 @@ def avg_pool3d(
         >>> tritune.avg_pool3d(torch.randn(1, 8, 4, 16, 16), 2).shape
         torch.Size([1, 8, 2, 8, 8])
     """
-    return _avg_pool(3, input, kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override)
+    return _avg_pool(avg_pool3d, 3, input, kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override)
 
 
 # --- power averages --------------------------------------------------------------------------------------------------
@@ -186,7 +187,7 @@ def lp_pool1d(
         >>> tritune.lp_pool1d(torch.tensor([[3., 4., 6., 8.]]), 2, 2)
         tensor([[ 5., 10.]])
     """
-    return _lp_pool(1, input, norm_type, kernel_size, stride, ceil_mode)
+    return _lp_pool(lp_pool1d, 1, input, norm_type, kernel_size, stride, ceil_mode)
 
 
 def lp_pool2d(
@@ -217,7 +218,7 @@ def lp_pool2d(
         tensor([[[[2., 2.],
                   [2., 2.]]]])
     """
-    return _lp_pool(2, input, norm_type, kernel_size, stride, ceil_mode)
+    return _lp_pool(lp_pool2d, 2, input, norm_type, kernel_size, stride, ceil_mode)
 
 
 def lp_pool3d(
@@ -233,7 +234,7 @@ def lp_pool3d(
         >>> tritune.lp_pool3d(torch.randn(1, 8, 4, 16, 16), 2, 2).shape
         torch.Size([1, 8, 2, 8, 8])
     """
-    return _lp_pool(3, input, norm_type, kernel_size, stride, ceil_mode)
+    return _lp_pool(lp_pool3d, 3, input, norm_type, kernel_size, stride, ceil_mode)
 
 
 # --- adaptive and global windows -------------------------------------------------------------------------------------
@@ -249,7 +250,7 @@ def adaptive_max_pool1d(input: Tensor, output_size: Any, return_indices: bool = 
         >>> tritune.adaptive_max_pool1d(torch.randn(2, 16, 100), 7).shape
         torch.Size([2, 16, 7])
     """
-    return _adaptive_max_pool(1, input, output_size, return_indices)
+    return _adaptive_max_pool(adaptive_max_pool1d, 1, input, output_size, return_indices)
 
 
 def adaptive_max_pool2d(input: Tensor, output_size: Any, return_indices: bool = False) -> Any:
@@ -278,7 +279,7 @@ def adaptive_max_pool2d(input: Tensor, output_size: Any, return_indices: bool = 
         >>> tritune.adaptive_max_pool2d(torch.randn(8, 64, 13, 17), (7, None)).shape
         torch.Size([8, 64, 7, 17])
     """
-    return _adaptive_max_pool(2, input, output_size, return_indices)
+    return _adaptive_max_pool(adaptive_max_pool2d, 2, input, output_size, return_indices)
 
 
 def adaptive_max_pool3d(input: Tensor, output_size: Any, return_indices: bool = False) -> Any:
@@ -291,7 +292,7 @@ def adaptive_max_pool3d(input: Tensor, output_size: Any, return_indices: bool = 
         >>> tritune.adaptive_max_pool3d(torch.randn(1, 8, 9, 14, 14), (1, 7, 7)).shape
         torch.Size([1, 8, 1, 7, 7])
     """
-    return _adaptive_max_pool(3, input, output_size, return_indices)
+    return _adaptive_max_pool(adaptive_max_pool3d, 3, input, output_size, return_indices)
 
 
 def adaptive_avg_pool1d(input: Tensor, output_size: Any) -> Tensor:
@@ -304,7 +305,7 @@ def adaptive_avg_pool1d(input: Tensor, output_size: Any) -> Tensor:
         >>> tritune.adaptive_avg_pool1d(torch.tensor([[0., 1., 2.]]), 5)
         tensor([[0.0000, 0.5000, 1.0000, 1.5000, 2.0000]])
     """
-    return _adaptive_avg_pool(1, input, output_size)
+    return _adaptive_avg_pool(adaptive_avg_pool1d, 1, input, output_size)
 
 
 def adaptive_avg_pool2d(input: Tensor, output_size: Any) -> Tensor:
@@ -329,7 +330,7 @@ def adaptive_avg_pool2d(input: Tensor, output_size: Any) -> Tensor:
         >>> tritune.adaptive_avg_pool2d(torch.randn(8, 512, 13, 17), 7).shape
         torch.Size([8, 512, 7, 7])
     """
-    return _adaptive_avg_pool(2, input, output_size)
+    return _adaptive_avg_pool(adaptive_avg_pool2d, 2, input, output_size)
 
 
 def adaptive_avg_pool3d(input: Tensor, output_size: Any) -> Tensor:
@@ -342,7 +343,7 @@ def adaptive_avg_pool3d(input: Tensor, output_size: Any) -> Tensor:
         >>> tritune.adaptive_avg_pool3d(torch.randn(1, 8, 9, 14, 14), (None, 7, 7)).shape
         torch.Size([1, 8, 9, 7, 7])
     """
-    return _adaptive_avg_pool(3, input, output_size)
+    return _adaptive_avg_pool(adaptive_avg_pool3d, 3, input, output_size)
 
 
 def global_avg_pool(input: Tensor, keepdim: bool = True) -> Tensor:
@@ -360,12 +361,18 @@ def global_avg_pool(input: Tensor, keepdim: bool = True) -> Tensor:
         >>> tritune.global_avg_pool(torch.randn(8, 2048, 7, 7), keepdim=False).shape
         torch.Size([8, 2048])
     """
+    if has_torch_function_unary(input):
+        overridden: Tensor = handle_torch_function(global_avg_pool, (input,), input, keepdim)
+        return overridden
     pool_checks.check_global_pool("avg", input, keepdim)
     rank = input.dim() - 2
-    y = _serve_mean(
-        "global_avg_pool", rank, input, (1,) * rank, _ADAPTIVE, True, 0,
-        lambda: _torch_adaptive("avg", rank)(input, (1,) * rank),
-    )  # fmt: skip
+    if torch_validates(input):
+        y = _torch_adaptive("avg", rank)(input, 1)
+    else:
+        y = _serve_mean(
+            "global_avg_pool", rank, input, (1,) * rank, _ADAPTIVE, True, 0,
+            lambda: _torch_adaptive("avg", rank)(input, (1,) * rank),
+        )  # fmt: skip
     return y if keepdim else y.flatten(1)
 
 
@@ -384,12 +391,19 @@ def global_max_pool(input: Tensor, keepdim: bool = True) -> Tensor:
         >>> tritune.global_max_pool(torch.randn(8, 64, 28, 28)).shape
         torch.Size([8, 64, 1, 1])
     """
+    if has_torch_function_unary(input):
+        overridden: Tensor = handle_torch_function(global_max_pool, (input,), input, keepdim)
+        return overridden
     pool_checks.check_global_pool("max", input, keepdim)
     rank = input.dim() - 2
-    y: Tensor = _serve_max(
-        "global_max_pool", rank, input, (1,) * rank, _ADAPTIVE, False,
-        lambda: _torch_adaptive("max", rank)(input, (1,) * rank),
-    )  # fmt: skip
+    y: Tensor
+    if torch_validates(input):
+        y = _torch_adaptive("max", rank)(input, 1)
+    else:
+        y = _serve_max(
+            "global_max_pool", rank, input, (1,) * rank, _ADAPTIVE, False,
+            lambda: _torch_adaptive("max", rank)(input, (1,) * rank),
+        )  # fmt: skip
     return y if keepdim else y.flatten(1)
 
 
@@ -410,7 +424,7 @@ def max_unpool1d(
         >>> tritune.max_unpool1d(y, indices, 2)
         tensor([[0., 4., 3., 0.]])
     """
-    return _max_unpool(1, input, indices, kernel_size, stride, padding, output_size)
+    return _max_unpool(max_unpool1d, 1, input, indices, kernel_size, stride, padding, output_size)
 
 
 def max_unpool2d(
@@ -445,7 +459,7 @@ def max_unpool2d(
         >>> tritune.max_unpool2d(y, indices, 2).shape
         torch.Size([8, 64, 32, 32])
     """
-    return _max_unpool(2, input, indices, kernel_size, stride, padding, output_size)
+    return _max_unpool(max_unpool2d, 2, input, indices, kernel_size, stride, padding, output_size)
 
 
 def max_unpool3d(
@@ -462,7 +476,7 @@ def max_unpool3d(
         >>> tritune.max_unpool3d(y, indices, 2).shape
         torch.Size([1, 8, 4, 8, 8])
     """
-    return _max_unpool(3, input, indices, kernel_size, stride, padding, output_size)
+    return _max_unpool(max_unpool3d, 3, input, indices, kernel_size, stride, padding, output_size)
 
 
 # --- from arguments to a call ----------------------------------------------------------------------------------------
@@ -476,13 +490,27 @@ def _windows(args: PoolArgs) -> Windows:
 
 
 def _max_pool(
-    rank: int, input: Tensor, kernel_size: Any, stride: Any, padding: Any, dilation: Any, ceil_mode: bool,
-    return_indices: bool,
+    function: Callable[..., Any], rank: int, input: Tensor, kernel_size: Any, stride: Any, padding: Any, dilation: Any,
+    ceil_mode: bool, return_indices: bool,
 ) -> Any:  # fmt: skip
+    if has_torch_function_unary(input):
+        return handle_torch_function(
+            function, (input,), input, kernel_size, stride, padding, dilation, ceil_mode, return_indices
+        )
+    if (
+        torch_validates(input) and are_plain((kernel_size, kernel_size if stride is None else stride, dilation), 1)
+        and are_plain((padding,)) and (dilation == 1 or padding == 0)  # else a window may lie wholly in the padding
+    ):  # fmt: skip
+        y = _torch_first(function, input, kernel_size, stride, padding, dilation, ceil_mode, return_indices)
+        if y is not None:
+            return y
     args = pool_checks.check_max_pool(
         rank, input, kernel_size, stride, padding, dilation, ceil_mode, return_indices
     )  # fmt: skip
+    return _serve_max_pool(rank, input, args, return_indices)
 
+
+def _serve_max_pool(rank: int, input: Tensor, args: PoolArgs, return_indices: bool) -> Any:
     windows = _windows(args)
 
     def composite() -> Any:
@@ -492,12 +520,20 @@ def _max_pool(
             y, indices = pair if input.dim() == rank + 2 else (t.squeeze(0) for t in pair)
             # The indices only of a compiled call, whose sizes may turn out to have no such window.
             return (y, indices) if return_indices else y
-        return getattr(F, f"max_pool{rank}d")(input, *windows, args.ceil_mode, return_indices)
+        return _TORCH[f"max_pool{rank}d"](input, *windows, args.ceil_mode, return_indices)
 
     return _serve_max(f"max_pool{rank}d", rank, input, args.output_size, windows, return_indices, composite)
 
 
-def _adaptive_max_pool(rank: int, input: Tensor, output_size: Any, return_indices: bool) -> Any:
+def _adaptive_max_pool(
+    function: Callable[..., Any], rank: int, input: Tensor, output_size: Any, return_indices: bool
+) -> Any:
+    if has_torch_function_unary(input):
+        return handle_torch_function(function, (input,), input, output_size, return_indices)
+    if torch_validates(input) and are_plain((output_size,)):
+        y = _torch_first(function, input, output_size, return_indices)
+        if y is not None:
+            return y
     size = pool_checks.check_adaptive_pool(rank, "max", input, output_size, return_indices)
     return _serve_max(
         f"adaptive_max_pool{rank}d", rank, input, size, _ADAPTIVE, return_indices,
@@ -506,22 +542,44 @@ def _adaptive_max_pool(rank: int, input: Tensor, output_size: Any, return_indice
 
 
 def _avg_pool(
-    rank: int, input: Tensor, kernel_size: Any, stride: Any, padding: Any, ceil_mode: bool, count_include_pad: bool,
-    divisor_override: int | None,
+    function: Callable[..., Tensor], rank: int, input: Tensor, kernel_size: Any, stride: Any, padding: Any,
+    ceil_mode: bool, count_include_pad: bool, divisor_override: int | None,
 ) -> Tensor:  # fmt: skip
+    divisor = (divisor_override,) if rank > 1 else ()
+    if has_torch_function_unary(input):
+        overridden: Tensor = handle_torch_function(
+            function, (input,), input, kernel_size, stride, padding, ceil_mode, count_include_pad, *divisor
+        )
+        return overridden
+    if (
+        torch_validates(input) and are_plain((kernel_size, kernel_size if stride is None else stride), 1)
+        and are_plain((padding,)) and (divisor_override is None or type(divisor_override) is int)
+    ):  # fmt: skip
+        y = _torch_first(function, input, kernel_size, stride, padding, ceil_mode, count_include_pad, *divisor)
+        if y is not None:
+            return y
     args = pool_checks.check_avg_pool(
         rank, input, kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override
     )  # fmt: skip
+    return _serve_avg_pool(rank, input, args, bool(count_include_pad), int(divisor_override or 0))
 
-    divisor = 0 if divisor_override is None else int(divisor_override)
-    call = (args.kernel_size, args.stride, args.padding, args.ceil_mode, bool(count_include_pad), divisor)
+
+def _serve_avg_pool(rank: int, input: Tensor, args: PoolArgs, include_pad: bool, divisor: int) -> Tensor:
+    call = (args.kernel_size, args.stride, args.padding, args.ceil_mode, include_pad, divisor)
     return _serve_mean(
-        f"avg_pool{rank}d", rank, input, args.output_size, _windows(args), bool(count_include_pad), divisor,
+        f"avg_pool{rank}d", rank, input, args.output_size, _windows(args), include_pad, divisor,
         lambda: _torch_avg(input, *call),
     )  # fmt: skip
 
 
-def _adaptive_avg_pool(rank: int, input: Tensor, output_size: Any) -> Tensor:
+def _adaptive_avg_pool(function: Callable[..., Tensor], rank: int, input: Tensor, output_size: Any) -> Tensor:
+    if has_torch_function_unary(input):
+        overridden: Tensor = handle_torch_function(function, (input,), input, output_size)
+        return overridden
+    if torch_validates(input) and are_plain((output_size,)) and rank < input.dim() <= rank + 2 and input.numel():
+        y = _torch_first(function, input, output_size)
+        if y is not None:
+            return y
     size = pool_checks.check_adaptive_pool(rank, "avg", input, output_size)
     return _serve_mean(
         f"adaptive_avg_pool{rank}d", rank, input, size, _ADAPTIVE, True, 0,
@@ -530,28 +588,50 @@ def _adaptive_avg_pool(rank: int, input: Tensor, output_size: Any) -> Tensor:
 
 
 def _lp_pool(
-    rank: int, input: Tensor, norm_type: int | float, kernel_size: Any, stride: Any, ceil_mode: bool
+    function: Callable[..., Tensor], rank: int, input: Tensor, norm_type: int | float, kernel_size: Any, stride: Any,
+    ceil_mode: bool,
 ) -> Tensor:  # fmt: skip
+    if has_torch_function_unary(input):
+        overridden: Tensor = handle_torch_function(
+            function, (input,), input, norm_type, kernel_size, stride, ceil_mode
+        )  # fmt: skip
+        return overridden
+    if (
+        torch_validates(input) and are_plain((kernel_size, kernel_size if stride is None else stride), 1)
+        and type(norm_type) in (int, float) and 0 < abs(norm_type) < math.inf
+    ):  # fmt: skip
+        y = _torch_first(function, input, norm_type, kernel_size, stride, ceil_mode)
+        if y is not None:
+            return y
     args = pool_checks.check_lp_pool(rank, input, norm_type, kernel_size, stride, ceil_mode)
-    call = (args.kernel_size, args.stride)
     if isinstance(norm_type, float) and math.isinf(norm_type):
         sign = 1 if norm_type > 0 else -1
-        y: Tensor = _max_pool(rank, input.abs() * sign, *call, 0, 1, args.ceil_mode, False)
+        y = _serve_max_pool(rank, input.abs() * sign, args, False)
         return y * sign
     if input.device.type == "cuda" and torch.is_autocast_enabled("cuda") and input.dtype.itemsize == 2:
         input = input.float()  # powers are in fp32 there, and so is what becomes of them
     if norm_type not in FUSED_NORMS:
-        mean = _avg_pool(rank, input.pow(norm_type), *call, 0, args.ceil_mode, True, None)
-        return _root(mean, args.kernel_size, norm_type)
+        return _root(_serve_avg_pool(rank, input.pow(norm_type), args, True, 0), args.kernel_size, norm_type)
 
     def composite() -> Tensor:
-        mean = _torch_avg(input.pow(norm_type), *call, args.padding, args.ceil_mode, True, 0)
+        mean = _torch_avg(input.pow(norm_type), args.kernel_size, args.stride, args.padding, args.ceil_mode, True, 0)
         return _root(mean, args.kernel_size, norm_type)
 
     return _serve(
         f"lp_pool{rank}d", rank, input, args.output_size, _windows(args), f"norm{norm_type:.0f}", 0,
         OP_LP, (float(norm_type),), _needs_grad(input), composite,
     )  # fmt: skip
+
+
+def _torch_first(function: Callable[..., Any], input: Tensor, *options: Any) -> Any:
+    """What torch's function of that name returns; ``None`` where it raises, and for nothing pooled or to pool: there
+    the validator has the word."""
+    try:
+        result = _TORCH[function.__name__](input, *options)
+    except Exception:
+        return None
+    y = result[0] if type(result) is tuple else result
+    return result if y.numel() else None
 
 
 def _root(mean: Tensor, kernel_size: Sequence[int], norm_type: int | float) -> Tensor:
@@ -618,8 +698,22 @@ def _serve(
 
 
 def _max_unpool(
-    rank: int, input: Tensor, indices: Tensor, kernel_size: Any, stride: Any, padding: Any, output_size: Any
-) -> Tensor:
+    function: Callable[..., Tensor], rank: int, input: Tensor, indices: Tensor, kernel_size: Any, stride: Any,
+    padding: Any, output_size: Any,
+) -> Tensor:  # fmt: skip
+    if has_torch_function_variadic(input, indices):
+        overridden: Tensor = handle_torch_function(
+            function, (input, indices), input, indices, kernel_size, stride, padding, output_size
+        )
+        return overridden
+    windows = (kernel_size, kernel_size if stride is None else stride, padding)
+    if (
+        torch_validates(input) and are_plain(windows) and (output_size is None or are_plain((output_size,)))
+        and all(type(values) is int or len(values) == rank for values in windows)
+    ):  # fmt: skip
+        y: Tensor | None = _torch_first(function, input, indices, kernel_size, stride, padding, output_size)
+        if y is not None:
+            return y
     args = pool_checks.check_max_unpool(rank, input, indices, kernel_size, stride, padding, output_size)
     op = f"max_unpool{rank}d"
     unbatched = input.dim() == rank + 1
@@ -770,9 +864,16 @@ def _auto_rule(
 # --- torch's implementation: fallback and yardstick ------------------------------------------------------------------
 
 
+# torch's own, as they are when this is imported: people put ours in their place.
+_TORCH: dict[str, Callable[..., Any]] = {
+    f"{kind}{rank}d": getattr(F, f"{kind}{rank}d")
+    for kind in ("max_pool", "avg_pool", "adaptive_max_pool", "adaptive_avg_pool", "lp_pool", "max_unpool")
+    for rank in (1, 2, 3)
+}
+
+
 def _torch_adaptive(kind: str, rank: int) -> Callable[..., Any]:
-    function: Callable[..., Any] = getattr(F, f"adaptive_{kind}_pool{rank}d")
-    return function
+    return _TORCH[f"adaptive_{kind}_pool{rank}d"]
 
 
 def _has_ceil_mode(
@@ -799,8 +900,7 @@ def _max_of_padded(
     lowest = float("-inf") if input.is_floating_point() else torch.iinfo(input.dtype).min
     sides = [side for pair in zip(reversed(padding), reversed(behind), strict=True) for side in pair]
     padded = F.pad(input, sides, value=lowest)
-    pool: Callable[..., Any] = getattr(F, f"max_pool{rank}d")
-    y, flat = pool(padded, kernel_size, stride, 0, dilation, return_indices=True)
+    y, flat = _TORCH[f"max_pool{rank}d"](padded, kernel_size, stride, 0, dilation, return_indices=True)
     for dim, outs in enumerate(size, 2):
         y, flat = y.narrow(dim, 0, outs), flat.narrow(dim, 0, outs)
     winners = torch.zeros_like(flat)
@@ -878,9 +978,9 @@ def _torch_avg(
     for good."""
     rank = len(kernel_size)
     if rank == 1:
-        y = F.avg_pool1d(input, kernel_size, stride, padding, ceil_mode, include_pad)
+        y: Tensor = _TORCH["avg_pool1d"](input, kernel_size, stride, padding, ceil_mode, include_pad)
         return y if divisor == 0 else y * (kernel_size[0] / divisor)
-    function: Callable[..., Tensor] = getattr(F, f"avg_pool{rank}d")
+    function: Callable[..., Tensor] = _TORCH[f"avg_pool{rank}d"]
     call = (kernel_size, stride, padding, ceil_mode, include_pad, divisor or None)
     if rank == 3 and input.device.type == "cpu" and input.dtype in (torch.float16, torch.bfloat16):
         y = function(input.float(), *call)
