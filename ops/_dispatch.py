@@ -41,6 +41,12 @@ class _State(threading.local):
         # In every thread attributes of the instance: torch.compile does not see one that comes to hide a class's.
         self.backend = DEFAULT_BACKEND
         self.recorder: list[Decision] | None = None
+        # "auto" or "torch" where that is the backend and nothing is recorded, "" elsewhere: one look for fast calls.
+        self.torch_first = "" if DEFAULT_BACKEND == "triton" else DEFAULT_BACKEND
+
+    def set(self, backend: str, recorder: list[Decision] | None) -> None:
+        self.backend, self.recorder = backend, recorder
+        self.torch_first = "" if backend == "triton" or recorder is not None else backend
 
 
 _state = _State()
@@ -71,11 +77,11 @@ class use_backend(ContextDecorator):  # a context manager, named like torch.no_g
 
     def __enter__(self) -> use_backend:
         self.previous.append(_state.backend)
-        _state.backend = self.name
+        _state.set(self.name, _state.recorder)
         return self
 
     def __exit__(self, *exc_info: object) -> None:
-        _state.backend = self.previous.pop()
+        _state.set(self.previous.pop(), _state.recorder)
 
 
 def current_backend() -> str:
@@ -85,20 +91,24 @@ def current_backend() -> str:
 def torch_serves(input: Any) -> bool:
     """Does torch serve a call on this input, whatever the other arguments are? Not where a call is explained: that has
     to come to :func:`choose`. ``input`` may be no tensor."""
-    if _state.recorder is not None:
-        return False
-    backend = _state.backend
-    if backend == "auto":
+    if _state.torch_first == "auto":
         return not getattr(input, "is_cuda", False) or torch.compiler.is_compiling()
-    return backend == "torch"
+    return _state.torch_first == "torch"
 
 
 def torch_validates(input: Any) -> bool:
     """May the public function call torch's own at once? There torch serves, and its checks are those that count: the
     checks of meta and fake tensors, and so those under torch.compile, let more pass."""
     kind = type(input)
-    is_real = (kind is torch.Tensor or kind is torch.nn.Parameter) and not input.is_meta
-    return is_real and torch_serves(input) and not torch.compiler.is_compiling()
+    if (kind is not torch.Tensor and kind is not torch.nn.Parameter) or torch.compiler.is_dynamo_compiling():
+        return False
+    backend = _state.torch_first
+    return input.is_cpu if backend == "auto" else backend == "torch" and not input.is_meta
+
+
+# How torch's functions reject arguments. Other exceptions belong to hooks that run inside of them: by one of its own
+# activation checkpointing ends a call when it has recomputed enough.
+TORCH_ERRORS = (TypeError, ValueError, RuntimeError, IndexError, AttributeError, ArithmeticError)
 
 
 def are_plain(sizes: tuple[Any, ...], least: int = 0) -> bool:
@@ -338,11 +348,11 @@ def record() -> Iterator[list[Decision]]:
     """Collects the decision of every call in the block, in this thread."""
     previous = _state.recorder
     decisions: list[Decision] = []
-    _state.recorder = decisions
+    _state.set(_state.backend, decisions)
     try:
         yield decisions
     finally:
-        _state.recorder = previous
+        _state.set(_state.backend, previous)
 
 
 def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Decision | list[Decision]:

@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 from functools import wraps
 from math import inf
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention as _sdpa
+from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from ..autotune.device import DeviceSpec, detect
 from ..autotune.resolve import Choice, resolve
 from . import attention_checks
-from ._dispatch import choose, in_transform, is_plain, matmul_setting, resolved_precision, runs_kernels
+from ._dispatch import (
+    TORCH_ERRORS,
+    choose,
+    in_transform,
+    is_plain,
+    matmul_setting,
+    resolved_precision,
+    runs_kernels,
+    torch_serves,
+    torch_validates,
+)
 from ._layout import autocast
 from ._register import below_autograd, register
 from .attention_checks import AttentionArgs
@@ -59,20 +71,81 @@ def scaled_dot_product_attention(
         >>> tritune.scaled_dot_product_attention(q, k, v).shape
         torch.Size([2, 8, 100, 32])
     """
-    if any(isinstance(t, Tensor) and t.is_nested for t in (query, key, value)):
+    tensors = (query, key, value, attn_mask)
+    call = (*tensors, dropout_p, is_causal, scale, enable_gqa)
+    is_nested = False
+    if has_torch_function_variadic(*tensors):
+        is_nested = any(isinstance(t, Tensor) and t.is_nested for t in tensors[:3])
+        if not is_nested:
+            overridden: Tensor = handle_torch_function(
+                scaled_dot_product_attention, tensors, *call[:6], scale=scale, enable_gqa=enable_gqa
+            )
+            return overridden
+    elif torch_validates(query):
+        try:
+            if _is_torchs(*call):
+                return _twice_differentiable(_torch_attention(*call), *call)
+        except TORCH_ERRORS:
+            is_nested = query.is_nested
+    if is_nested:
         reason = "a nested tensor"
         choose("scaled_dot_product_attention", (query,), lambda _: (False, reason), lambda _: (), lambda: reason)
-        return F.scaled_dot_product_attention(
-            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
-        )
-    attention_checks.check_scaled_dot_product_attention(
-        query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa
-    )  # fmt: skip
+        return _torch_attention(*call)
+    attention_checks.check_scaled_dot_product_attention(*call)
     mask, bias = (attn_mask, None) if attn_mask is not None and attn_mask.dtype is torch.bool else (None, attn_mask)
+    if torch_serves(query):  # compiled, fake or meta tensors, or an error that is torch's alone
+        q, k, v, given = autocast(*tensors)
+        attention_checks.check_operands(q, k, v, (("attn_mask", given),), scale, enable_gqa)
+        if _is_torchs(*call):
+            return _torch_attention(*call)
     return _attend(
         "scaled_dot_product_attention", query, key, value, mask, bias, scale=scale, is_causal=is_causal,
         enable_gqa=enable_gqa, dropout_p=dropout_p,
     )[0]  # fmt: skip
+
+
+def _is_torchs(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, dropout_p: float, is_causal: bool,
+    scale: float | None, enable_gqa: bool,
+) -> bool:  # fmt: skip
+    """Does torch's attention compute what we do, if it accepts the call? See ``docs/differences.md``."""
+    if attn_mask is not None and (is_causal or attn_mask.dim() < 2):
+        return False
+    if scale is not None and is_causal and not scale > 0:
+        return False
+    if dropout_p != 0.0 and not 0.0 <= dropout_p <= 1.0:
+        return False
+    if enable_gqa and not (query.dim() > 2 and key.size(-3) and value.size(-3)):
+        return False
+    rows_overlap = not torch.compiler.is_compiling() and 0 < query.stride(-2) < query.size(-1)
+    return key.size(-2) == value.size(-2) and not rows_overlap and (dropout_p != 0.0 or not in_transform())
+
+
+def _torch_attention(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, dropout_p: float, is_causal: bool,
+    scale: float | None, enable_gqa: bool,
+) -> Tensor:  # fmt: skip
+    return _sdpa(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+
+
+def _twice_differentiable(
+    out: Tensor, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, dropout_p: float, is_causal: bool,
+    scale: float | None, enable_gqa: bool,
+) -> Tensor:  # fmt: skip
+    """torch's result ``out`` with the second derivative that torch's fused kernels lack."""
+    if not out.requires_grad or dropout_p != 0.0:
+        return out
+    fused = out.grad_fn.name()  # type: ignore[union-attr]
+    if not fused.startswith("ScaledDotProduct"):
+        return out  # the composite has all derivatives
+    mask, bias = (attn_mask, None) if attn_mask is not None and attn_mask.dtype is torch.bool else (None, attn_mask)
+    scale = query.size(-1) ** -0.5 if scale is None else scale
+    call = (query, key, value, mask, bias, scale, 0 if is_causal else None)
+    if enable_gqa or not query.is_cpu or out.dtype is not query.dtype:  # torch's node has other inputs than these
+        doubled: Tensor = _TwiceDifferentiable.apply(out, *call)
+        return doubled
+    out.grad_fn.register_hook(_SecondDerivative(*call))  # type: ignore[union-attr]
+    return out
 
 
 def attention(
@@ -380,7 +453,7 @@ def _composite(
         mask = _hidden(q, k, mask, shift)
     if bias is not None:
         mask = bias if mask is None else torch.where(mask, bias, -inf)
-    return F.scaled_dot_product_attention(
+    return _sdpa(
         q, k, v, mask, dropout_p, is_causal, scale=scale, enable_gqa=group > 1
     )  # fmt: skip
 
@@ -462,6 +535,28 @@ def _folded(grad: Tensor, t: Tensor) -> Tensor:
     if grad.shape[1] != t.shape[1]:
         grad = grad.unflatten(1, (t.shape[1], -1)).sum(2)
     return grad.to(t.dtype)
+
+
+class _SecondDerivative:
+    """What :class:`_TwiceDifferentiable` does, as a hook of torch's own node, for a fifth of the time; only where the
+    node's inputs are the call's. It keeps no operand alive that autograd does not."""
+
+    __slots__ = ("operands", "options")
+
+    def __init__(self, q: Tensor, k: Tensor, v: Tensor, *options: Any) -> None:
+        self.operands = (weakref.ref(q), weakref.ref(k), weakref.ref(v))
+        self.options = options
+
+    def __call__(self, grads: Sequence[Tensor | None], douts: Sequence[Tensor]) -> tuple[Tensor | None, ...] | None:
+        if not torch.is_grad_enabled():
+            return None
+        q, k, v = (operand() for operand in self.operands)
+        if q is None or k is None or v is None:
+            return None  # activation checkpointing dropped them: torch says that it has no second derivative
+        mask, bias, scale, shift = self.options
+        needs = [grad is not None for grad in grads[:3]]
+        dq, dk, dv, _ = _grads(q, k, v, mask, bias, douts[0], None, scale, shift, [*needs, False])
+        return dq, dk, dv, *grads[3:]
 
 
 class _TwiceDifferentiable(torch.autograd.Function):

@@ -15,12 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.functional import gelu, hardsigmoid, hardswish, leaky_relu, pad, relu6, silu
-from torch.overrides import handle_torch_function, has_torch_function
+from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from ..autotune.device import DeviceSpec
 from ..autotune.resolve import Choice, resolve
 from ._checks import ACTIVATIONS, PRECISIONS
 from ._dispatch import (
+    TORCH_ERRORS,
     are_plain,
     choose,
     conv_setting,
@@ -222,7 +223,7 @@ def _convolve(
 ) -> Tensor:  # fmt: skip
     """Any of the three convolutions."""
     tensors = (input, weight, bias, residual, scale)
-    if has_torch_function(tensors):
+    if has_torch_function_variadic(*tensors):
         overridden: Tensor = handle_torch_function(
             function, tensors, input, weight, bias, stride, padding, dilation, groups, activation=activation,
             residual=residual, scale=scale, precision=precision,
@@ -251,7 +252,7 @@ def _convolve_transposed(
 ) -> Tensor:  # fmt: skip
     """Any of the three transposed convolutions."""
     tensors = (input, weight, bias, residual, scale)
-    if has_torch_function(tensors):
+    if has_torch_function_variadic(*tensors):
         overridden: Tensor = handle_torch_function(
             function, tensors, input, weight, bias, stride, padding, output_padding, groups, dilation,
             activation=activation, residual=residual, scale=scale, precision=precision,
@@ -291,8 +292,10 @@ def _torch_first(
             y = _epilogue(y, scale, None if scale is None else bias, residual, rank)
         if activation is None:
             return y
-        return activate(y, activation, in_place=not y.requires_grad) if activation in ACTIVATIONS else None
-    except Exception:
+        if activation not in ACTIVATIONS:
+            return None
+        return activate(y, activation, in_place=not y.requires_grad and torch._C._get_tracing_state() is None)
+    except TORCH_ERRORS:
         return None
 
 

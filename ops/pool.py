@@ -23,7 +23,7 @@ from torch.overrides import handle_torch_function, has_torch_function_unary, has
 from ..autotune.device import DeviceSpec
 from ..autotune.resolve import Choice, resolve
 from . import pool_checks
-from ._dispatch import are_plain, choose, measured, runs_kernels, torch_validates
+from ._dispatch import TORCH_ERRORS, are_plain, choose, measured, runs_kernels, torch_validates
 from ._layout import empty, is_channels_last, laid_out
 from ._register import below_autograd, register
 from .pool_checks import Ints, PoolArgs, pool_output_size
@@ -628,7 +628,7 @@ def _torch_first(function: Callable[..., Any], input: Tensor, *options: Any) -> 
     the validator has the word."""
     try:
         result = _TORCH[function.__name__](input, *options)
-    except Exception:
+    except TORCH_ERRORS:
         return None
     y = result[0] if type(result) is tuple else result
     return result if y.numel() else None
