@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from ..ops import attention, attention_pool
+from ._of_torch import Scriptable
 
 
-class _Scored(torch.nn.Module):
+class _Scored(Scriptable, torch.nn.Module):
     """What the attention modules share: scores, and a scale that may be learned."""
 
     logit_scale: torch.nn.Parameter | None
