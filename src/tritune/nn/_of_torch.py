@@ -23,6 +23,8 @@ def _is_ours(definition: Any) -> bool:
 class Scriptable:
     """For ``torch.jit.script``, which compiles the source of ``forward`` and cannot compile ours."""
 
+    _torchs_can_be_scripted = True
+
     def __prepare_scriptable__(self) -> Any:
         """What ``torch.jit.script`` compiles in place of this module.
 
@@ -30,19 +32,18 @@ class Scriptable:
         scripted, too, where it computes the same.
 
         Raises:
-            NotImplementedError: for a module that torch has no counterpart of.
+            NotImplementedError: for a module that torch has no counterpart of, or one that cannot be scripted either.
         """
         kind = type(self)
         theirs = counterpart(kind)
-        if theirs is not None:
+        if theirs is not None and self._torchs_can_be_scripted:
             module = theirs.__new__(theirs)
             module.__dict__ = self.__dict__
             return module
         if not _is_ours(kind.forward):  # type: ignore[attr-defined]
             return self  # TorchScript judges the forward of somebody else's subclass
         raise NotImplementedError(
-            f"torch.jit.script cannot compile {kind.__name__}: use torch.export or torch.jit.trace, or build it from "
-            "modules of torch.nn"
+            f"torch.jit.script cannot compile {kind.__name__}: use torch.export or torch.jit.trace"
         )
 
 

@@ -75,6 +75,7 @@ class _LPPool(Scriptable, torch.nn.modules.pooling._LPPoolNd):
 
 
 class _MaxUnpool(Scriptable, torch.nn.modules.pooling._MaxUnpoolNd):
+    _torchs_can_be_scripted = False  # TorchScript fails on torch's own three with an internal assertion
     _run: Callable[..., Tensor]
 
     def forward(self, input: Tensor, indices: Tensor, output_size: list[int] | None = None) -> Tensor:
