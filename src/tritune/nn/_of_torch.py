@@ -60,7 +60,7 @@ class Quantizable(Scriptable):
         try:
             return self.__dict__["qconfig"]
         except KeyError:
-            raise AttributeError(f"{type(self).__name__!r} object has no attribute 'qconfig'") from None
+            raise AttributeError("qconfig") from None  # torch.nn.Module says the rest
 
     @qconfig.setter
     def qconfig(self, value: Any) -> None:
@@ -79,7 +79,7 @@ class Quantizable(Scriptable):
 
     @qconfig.deleter
     def qconfig(self) -> None:
-        del self.__dict__["qconfig"]
+        self.__dict__.pop("qconfig", None)
 
 
 def _is_quantized_dynamically(theirs: type[torch.nn.Module] | None) -> bool:
