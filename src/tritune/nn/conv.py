@@ -350,9 +350,12 @@ def fold_bn(conv: _ConvNd, bn: _BatchNorm, *, activation: str | None = None) -> 
         >>> torch.allclose(folded(x), bn(conv(x)), atol=1e-5)
         True
     """
-    kind = next((ours for ours in _WITH_ACTIVATION if isinstance(conv, ours.__bases__[1])), None)
-    if kind is None or not _computes_as(conv, "forward", kind, kind.__bases__[1]) or not (
-        _computes_as(conv, "_conv_forward", kind)
+    kind, theirs = next(
+        ((ours, with_activation._plain) for ours, with_activation in _WITH_ACTIVATION.items()
+         if isinstance(conv, with_activation._plain)), (None, None),
+    )  # fmt: skip
+    if kind is None or not (
+        _computes_as(conv, "forward", kind, theirs) and _computes_as(conv, "_conv_forward", theirs)
     ):  # fmt: skip
         raise TypeError(
             "fold_bn: conv must be a convolution of torch.nn or tritune.nn without an activation, "
