@@ -32,7 +32,7 @@ X = {rank: (2, 4, *(7,) * rank) for rank in (1, 2, 3)}
 def rows():
     """Name to arguments of the constructor, and the shapes of the call's tensors."""
     for rank, x in X.items():
-        yield f"Conv{rank}d", ((4, 6, 3), {"groups": 2, "padding": 1}), (x,)
+        yield f"Conv{rank}d", ((4, 6, 3), {"groups": 2, "padding": 1, "padding_mode": "circular"}), (x,)
         yield f"ConvTranspose{rank}d", ((4, 6, 3), {"groups": 2, "stride": 2}), (x,)
         yield f"ConvActivation{rank}d", ((4, 6, 3), {"activation": "relu"}), (x,)
         yield f"ConvTransposeActivation{rank}d", ((4, 6, 3), {"activation": "silu", "stride": 2}), (x,)
@@ -143,6 +143,17 @@ def test_a_torch_module_becomes_ours_and_torchs_again(name):
     module = build(name)
     wanted = module(*x)
     module.__class__ = getattr(torch.nn, name)
+    torch.testing.assert_close(module(*x), wanted)
+
+
+@pytest.mark.parametrize("name", TABLE)
+def test_our_functions_in_the_place_of_torchs_are_not_called_by_modules(name, monkeypatch):
+    module, x = build(name), inputs(name)
+    wanted = module(*x)
+    for function in tritune.__all__:
+        if hasattr(F, function):
+            monkeypatch.setattr(F, function, getattr(tritune, function))
+    monkeypatch.setattr(F, "pad", None)
     torch.testing.assert_close(module(*x), wanted)
 
 
