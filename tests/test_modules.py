@@ -610,7 +610,7 @@ def test_scripting_keeps_what_a_subclass_computes():
 @pytest.mark.parametrize("name", [*CONVOLUTIONS, *RECURRENT])
 def test_quantisation_that_passes_a_module_over_says_so(name):
     module = build(name)
-    sentence = rf"does not know tritune's {name} .* set `module.__class__ = torch.nn.{name}` on it"
+    sentence = rf"passes over tritune's {name}: set `module.__class__ = torch.nn.{name}` before"
     with pytest.warns(UserWarning, match=sentence):
         module.qconfig = quantization.default_qconfig
     for copied in (module, copy.deepcopy(module), through_pickle(module)):
@@ -623,7 +623,7 @@ def test_quantisation_that_passes_a_module_over_says_so(name):
 
 
 def test_quantisation_of_a_module_with_an_activation_says_what_to_use():
-    with pytest.warns(UserWarning, match="tritune's ConvActivation2d .* build it from modules of torch.nn"):
+    with pytest.warns(UserWarning, match="tritune's ConvActivation2d: build it from modules of torch.nn"):
         quantization.propagate_qconfig_(
             torch.nn.Sequential(build("ConvActivation2d")), {"": quantization.default_qconfig}
         )
@@ -633,7 +633,7 @@ def test_quantisation_of_a_module_with_an_activation_says_what_to_use():
 @pytest.mark.parametrize("name", ["LSTM", "GRU"])
 def test_dynamic_quantisation(name):
     model = torch.nn.ModuleDict({"one": build(name)}).eval()
-    with pytest.warns(UserWarning, match=f"does not know tritune's {name}"):
+    with pytest.warns(UserWarning, match=f"passes over tritune's {name}"):
         assert type(quantization.quantize_dynamic(model).one) is getattr(tritune.nn, name)
     model.one.__class__ = getattr(torch.nn, name)
     assert type(quantization.quantize_dynamic(model).one) is getattr(torch.ao.nn.quantized.dynamic, name)
@@ -645,6 +645,19 @@ def test_what_is_left_out_on_purpose_gets_no_warning():
     model[0].qconfig = None
     model[1].qconfig = quantization.default_qconfig  # a pool computes on quantised tensors as they are
     quantization.quantize_dynamic(model, {torch.nn.Linear})
+
+
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor")
+@pytest.mark.parametrize("name", ["MaxPool2d", "AvgPool2d", "AdaptiveAvgPool2d"])
+def test_pools_compute_on_quantised_tensors(name):
+    layers = quantization.QuantStub(), torch.nn.Conv2d(4, 6, 3), build(name), quantization.DeQuantStub()
+    model, x = torch.nn.Sequential(*layers).eval(), torch.randn(X[2])
+    wanted = model(x)
+    model.qconfig = quantization.default_qconfig
+    prepared = quantization.prepare(model)
+    prepared(x)
+    got = quantization.convert(prepared)(x)
+    assert (got - wanted).abs().max() < 0.05 * wanted.abs().max()
 
 
 @pytest.mark.filterwarnings("ignore:Please use quant_min", "ignore:torch.quantize_per_tensor", "ignore:must run obs")

@@ -65,15 +65,15 @@ class Quantizable(Scriptable):
     @qconfig.setter
     def qconfig(self, value: Any) -> None:
         self.__dict__["qconfig"] = value
-        kind, theirs = type(self), counterpart(type(self))
+        theirs = counterpart(type(self))
         if value is None and not _is_quantized_dynamically(theirs):
             return
         advice = "build it from modules of torch.nn"
         if theirs is not None:
-            advice = f"set `module.__class__ = torch.nn.{theirs.__name__}` on it"
+            advice = f"set `module.__class__ = torch.nn.{theirs.__name__}`"
         warnings.warn(
-            f"torch.ao.quantization does not know tritune's {kind.__name__} and leaves it as it is: before quantising, "
-            f"{advice}, or leave this warning aside if it is to stay",
+            "torch.ao.quantization goes by the exact class of a module and passes over tritune's "
+            f"{type(self).__name__}: {advice} before you quantise it",
             stacklevel=2,
         )
 
