@@ -350,13 +350,8 @@ def fold_bn(conv: _ConvNd, bn: _BatchNorm, *, activation: str | None = None) -> 
         >>> torch.allclose(folded(x), bn(conv(x)), atol=1e-5)
         True
     """
-    kind, theirs = next(
-        ((ours, with_activation._plain) for ours, with_activation in _WITH_ACTIVATION.items()
-         if isinstance(conv, with_activation._plain)), (None, None),
-    )  # fmt: skip
-    if kind is None or not (
-        _computes_as(conv, "forward", kind, theirs) and _computes_as(conv, "_conv_forward", theirs)
-    ):  # fmt: skip
+    kind = _kind_of(conv)
+    if kind is None:
         raise TypeError(
             "fold_bn: conv must be a convolution of torch.nn or tritune.nn without an activation, "
             f"not {type(conv).__name__}"
@@ -395,6 +390,16 @@ def fold_bn(conv: _ConvNd, bn: _BatchNorm, *, activation: str | None = None) -> 
     folded.weight = torch.nn.Parameter(folded_weight.to(weight.dtype), weight.requires_grad)
     folded.bias = torch.nn.Parameter(bias.to(weight.dtype), weight.requires_grad)
     return folded.eval()
+
+
+def _kind_of(conv: torch.nn.Module) -> Any:
+    """The class of ours that computes what ``conv`` does; None for all but plain convolutions."""
+    for ours, with_activation in _WITH_ACTIVATION.items():
+        theirs = with_activation._plain
+        if isinstance(conv, theirs):
+            plain = _computes_as(conv, "forward", ours, theirs) and _computes_as(conv, "_conv_forward", theirs)
+            return ours if plain else None
+    return None
 
 
 def _computes_as(module: torch.nn.Module, method: str, *kinds: type) -> bool:
