@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import io
-import re
 from typing import Any
 
 import pytest
@@ -13,7 +10,6 @@ import torch.nn.functional as F
 from harness import backend_of, lay_out
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
 from torch.library import opcheck
-from torch.nn.utils import prune
 
 import tritune
 
@@ -607,154 +603,6 @@ class TestEverydayTorch:
         y.backward()
         with pytest.raises(RuntimeError, match="second time"):
             y.backward()
-
-
-@pytest.mark.torch
-class TestModules:
-    CONV = (
-        {}, {"stride": 2, "padding": 1, "bias": False}, {"groups": 2}, {"padding": "same", "dilation": 2},
-        *({"padding": 1, "padding_mode": mode} for mode in ("reflect", "replicate", "circular")),
-        {"padding": "same", "padding_mode": "circular"},
-    )  # fmt: skip
-    CONV_TRANSPOSE = (
-        {}, {"stride": 2, "padding": 1, "output_padding": 1, "bias": False}, {"groups": 2, "dilation": 2},
-    )  # fmt: skip
-    MAX_POOL = ({}, {"stride": 2, "padding": 1}, {"ceil_mode": True, "return_indices": True})
-    AVG_POOL = ({}, {"stride": 2, "padding": 1, "ceil_mode": True, "count_include_pad": False})
-    ROWS = (
-        *((f"{name}{rank}d", (4, 6, 3), options) for name, table in (("Conv", CONV), ("ConvTranspose", CONV_TRANSPOSE))
-          for rank in (1, 2, 3) for options in table),
-        *((f"{name}{rank}d", sizes, options)
-          for name, sizes, table in (
-              ("MaxPool", (3,), MAX_POOL), ("AvgPool", (3,), AVG_POOL), ("LPPool", (2, 3), ({}, {"ceil_mode": True})),
-              ("AdaptiveAvgPool", (3,), ({},)), ("AdaptiveMaxPool", (9,), ({}, {"return_indices": True})),
-              ("MaxUnpool", (2,), ({}, {"stride": 3}))
-          )
-          for rank in (1, 2, 3) for options in table),
-        ("AvgPool2d", (3,), {"divisor_override": 5}),
-        ("AdaptiveMaxPool3d", ((None, 2, 3),), {}),
-    )  # fmt: skip
-
-    @pytest.mark.parametrize("name, sizes, options", ROWS)
-    def test_same_as_torch(self, name, sizes, options):
-        theirs, ours = (getattr(nn, name)(*sizes, **options) for nn in (torch.nn, tritune.nn))
-        assert list(ours.state_dict()) == list(theirs.state_dict())
-        ours.load_state_dict(theirs.state_dict())
-        theirs.load_state_dict(ours.state_dict())
-        x = torch.randn(2, 4, *(7,) * int(name[-2]), requires_grad=True)
-        places = torch.arange(7 ** int(name[-2])).expand(2, 4, -1).view(x.shape) + 1
-        wanted, *rest = values(theirs(*(x, places)[: 1 + ("Unpool" in name)]))
-        for module in (ours, copy.deepcopy(ours), round_trip(ours)):
-            y, *others = values(module(*(x, places)[: 1 + ("Unpool" in name)]))
-            torch.testing.assert_close([y, *others], [wanted, *rest])
-            dy = torch.randn_like(y)
-            gradients = [torch.autograd.grad(one, x, dy, retain_graph=True) for one in (y, wanted)]
-            torch.testing.assert_close(*gradients)
-        assert repr(ours) == repr(theirs)
-
-    def test_every_pooling_module_is_checked(self):
-        named = {name for name in vars(tritune.nn) if re.fullmatch(r"\w*(Pool|Unpool)\dd", name)}
-        assert len(named) == 18 and named <= {name for name, _, _ in self.ROWS}
-
-    @pytest.mark.parametrize("name", ["Conv1d", "Conv2d", "Conv3d"])
-    def test_fused_options(self, name):
-        rank = int(name[-2])
-        layer = getattr(tritune.nn, name)(4, 6, 3, activation="relu", precision="ieee")
-        x, residual = torch.randn(1, 4, *(5,) * rank), torch.randn(1, 6, *(3,) * rank)
-        wanted = (getattr(F, name.lower())(x, layer.weight, layer.bias) + residual).relu()
-        torch.testing.assert_close(layer(x, residual), wanted)
-        assert "activation='relu', precision='ieee'" in repr(layer)
-
-    @pytest.mark.parametrize("rank", [1, 2, 3])
-    def test_transposed_options(self, rank):
-        layer = getattr(tritune.nn, f"ConvTranspose{rank}d")(4, 6, 3, stride=2, activation="relu")
-        x, residual = torch.randn(1, 4, *(5,) * rank), torch.randn(1, 6, *(12,) * rank)
-        function = getattr(F, f"conv_transpose{rank}d")
-        wanted = (function(x, layer.weight, layer.bias, stride=2, output_padding=1) + residual).relu()
-        torch.testing.assert_close(layer(x, (12,) * rank, residual), wanted)
-        with pytest.raises(ValueError, match="requested an output size"):
-            layer(x, (20,) * rank)
-
-    def test_unknown_activation_is_rejected(self):
-        with pytest.raises(ValueError, match="activation='sigmod'"):
-            tritune.nn.Conv2d(4, 4, 3, activation="sigmod")(torch.randn(1, 4, 5, 5))
-
-
-@pytest.mark.torch
-class TestFoldBn:
-    @pytest.mark.parametrize("affine", [True, False])
-    @pytest.mark.parametrize("bias", [True, False])
-    @pytest.mark.parametrize("name", ["Conv1d", "Conv2d", "Conv3d", "ConvTranspose1d", "ConvTranspose2d",
-                                      "ConvTranspose3d"])  # fmt: skip
-    @pytest.mark.parametrize("nn", [torch.nn, tritune.nn], ids=["torch", "tritune"])
-    def test_same_as_both_in_turn(self, nn, name, bias, affine):
-        rank = int(name[-2])
-        conv = getattr(nn, name)(4, 6, 3, stride=2, padding=1, groups=2, bias=bias)
-        bn = getattr(torch.nn, f"BatchNorm{rank}d")(6, affine=affine)
-        bn.running_mean, bn.running_var = torch.randn(6), torch.rand(6) + 0.1
-        if affine:
-            torch.nn.init.normal_(bn.weight)
-            torch.nn.init.normal_(bn.bias)
-        x = torch.randn(2, 4, *(7,) * rank)
-        folded = tritune.fold_bn(conv, bn.eval())
-        torch.testing.assert_close(folded(x), bn(conv(x)), rtol=1e-5, atol=1e-5)
-        assert type(folded) is getattr(tritune.nn, name) and folded.weight is conv.weight
-        folded.activation = "relu"
-        torch.testing.assert_close(round_trip(folded)(x), bn(conv(x)).relu(), rtol=1e-5, atol=1e-5)
-        assert "scale" in folded.state_dict()
-
-    @pytest.mark.parametrize("wrap", [
-        torch.nn.utils.parametrizations.weight_norm, torch.nn.utils.parametrizations.spectral_norm,
-        lambda conv: prune.random_unstructured(conv, "weight", 0.5),
-    ])  # fmt: skip
-    def test_parametrized_weights_are_taken_as_they_are(self, wrap):
-        conv, bn, x = wrap(torch.nn.Conv2d(4, 6, 3)).eval(), torch.nn.BatchNorm2d(6).eval(), torch.randn(1, 4, 5, 5)
-        bn.running_var.fill_(3.0)
-        folded = tritune.fold_bn(conv, bn)
-        torch.testing.assert_close(folded(x), bn(conv(x)), rtol=1e-5, atol=1e-5)
-        assert isinstance(round_trip(folded).weight, torch.nn.Parameter)
-
-    def test_a_forward_of_its_own_is_not_dropped(self):
-        class Standardised(torch.nn.Conv2d):
-            def forward(self, input):
-                return F.conv2d(input, self.weight / self.weight.std(), self.bias)
-
-        with pytest.raises(TypeError, match="conv must be a convolution"):
-            tritune.fold_bn(Standardised(4, 6, 3), torch.nn.BatchNorm2d(6).eval())
-
-    def test_padding_mode_and_dtype_are_kept(self):
-        conv = torch.nn.Conv2d(4, 6, 3, padding=1, padding_mode="reflect", dtype=torch.bfloat16)
-        bn = torch.nn.BatchNorm2d(6).eval()
-        bn.running_var.fill_(3.0)
-        x = torch.randn(1, 4, 6, 6, dtype=torch.bfloat16)
-        y = tritune.fold_bn(conv, bn)(x)
-        assert y.dtype is torch.bfloat16
-        torch.testing.assert_close(y.float(), bn(conv(x).float()), rtol=0.02, atol=0.02)
-
-    @pytest.mark.parametrize(
-        "conv, bn, error, text",
-        [
-            (torch.nn.Linear(4, 6), torch.nn.BatchNorm1d(6), TypeError, "conv must be a convolution"),
-            (torch.nn.Conv2d(4, 6, 3), torch.nn.GroupNorm(2, 6), TypeError, "bn must be a batch normalisation"),
-            (torch.nn.Conv2d(4, 6, 3), torch.nn.BatchNorm2d(4), ValueError, "4 features and conv 6"),
-            (torch.nn.Conv2d(4, 6, 3), torch.nn.BatchNorm2d(6, track_running_stats=False), ValueError, "statistics"),
-            (tritune.nn.Conv2d(4, 6, 3, activation="relu"), torch.nn.BatchNorm2d(6), ValueError, "activation"),
-        ],
-    )
-    def test_what_does_not_fit_is_rejected(self, conv, bn, error, text):
-        with pytest.raises(error, match=text):
-            tritune.fold_bn(conv, bn)
-
-
-def values(result: Any) -> tuple[torch.Tensor, ...]:
-    return result if isinstance(result, tuple) else (result,)
-
-
-def round_trip(module: torch.nn.Module) -> torch.nn.Module:
-    buffer = io.BytesIO()
-    torch.save(module, buffer)
-    buffer.seek(0)
-    return torch.load(buffer, weights_only=False)  # type: ignore[no-any-return]
 
 
 @pytest.mark.torch

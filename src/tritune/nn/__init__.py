@@ -1,7 +1,21 @@
 """Modules: ``torch.nn``'s names, constructor arguments and ``state_dict``, running on this library's operators."""
 
 from .attention import Attention, AttentionPool
-from .conv import Conv1d, Conv2d, Conv3d, ConvTranspose1d, ConvTranspose2d, ConvTranspose3d, fold_bn
+from .conv import (
+    Conv1d,
+    Conv2d,
+    Conv3d,
+    ConvActivation1d,
+    ConvActivation2d,
+    ConvActivation3d,
+    ConvTranspose1d,
+    ConvTranspose2d,
+    ConvTranspose3d,
+    ConvTransposeActivation1d,
+    ConvTransposeActivation2d,
+    ConvTransposeActivation3d,
+    fold_bn,
+)
 from .pool import (
     AdaptiveAvgPool1d,
     AdaptiveAvgPool2d,
@@ -42,9 +56,15 @@ __all__ = [
     "Conv1d",
     "Conv2d",
     "Conv3d",
+    "ConvActivation1d",
+    "ConvActivation2d",
+    "ConvActivation3d",
     "ConvTranspose1d",
     "ConvTranspose2d",
     "ConvTranspose3d",
+    "ConvTransposeActivation1d",
+    "ConvTransposeActivation2d",
+    "ConvTransposeActivation3d",
     "ElmanRNN",
     "LPPool1d",
     "LPPool2d",

@@ -3,26 +3,32 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..ops import attention, attention_pool
+from ..ops._checks import PRECISIONS
+from ..ops.attention_checks import ALIGNMENTS, SCORES
+from ._of_torch import Scriptable
 
 
-class _Scored(torch.nn.Module):
+class _Scored(Scriptable, torch.nn.Module):
     """What the attention modules share: scores, and a scale that may be learned."""
 
     logit_scale: torch.nn.Parameter | None
 
-    def __init__(self, score: str, scale: float | str | None, eps: float, device: Any, dtype: Any) -> None:
+    def __init__(
+        self, score: str, scale: float | str | None, eps: float, precision: str | None, device: Any, dtype: Any
+    ) -> None:  # fmt: skip
         super().__init__()
-        if score not in ("dot", "cosine"):
-            raise ValueError(f"score={score!r} is not accepted: it must be 'dot' or 'cosine'")
+        _check_choice("score", score, SCORES)
+        _check_choice("precision", precision, (None, *PRECISIONS))
         if isinstance(scale, str) and scale != "learnable":
             raise ValueError(f"scale={scale!r} is not accepted: it must be a number, 'learnable' or None")
-        self.score, self.eps = score, eps
+        self.score, self.eps, self.precision = score, eps, precision
         self.fixed_scale = None if isinstance(scale, str) else scale
         learned = torch.nn.Parameter(torch.empty((), device=device, dtype=dtype)) if isinstance(scale, str) else None
         self.register_parameter("logit_scale", learned)
@@ -67,9 +73,9 @@ class Attention(_Scored):
         causal_alignment: str = "top_left", enable_gqa: bool = False, eps: float = 1e-6, precision: str | None = None,
         device: Any = None, dtype: Any = None,
     ) -> None:  # fmt: skip
-        super().__init__(score, scale, eps, device, dtype)
-        self.is_causal, self.causal_alignment = is_causal, causal_alignment
-        self.enable_gqa, self.precision = enable_gqa, precision
+        super().__init__(score, scale, eps, precision, device, dtype)
+        _check_choice("causal_alignment", causal_alignment, ALIGNMENTS)
+        self.is_causal, self.causal_alignment, self.enable_gqa = is_causal, causal_alignment, enable_gqa
         self.reset_parameters()
 
     def forward(
@@ -116,10 +122,10 @@ class AttentionPool(_Scored):
         scale: float | str | None = None, bias: bool = True, eps: float = 1e-6, precision: str | None = None,
         device: Any = None, dtype: Any = None,
     ) -> None:  # fmt: skip
-        super().__init__(score, scale, eps, device, dtype)
+        super().__init__(score, scale, eps, precision, device, dtype)
         if embed_dim % num_heads:
             raise ValueError(f"embed_dim={embed_dim} must be a multiple of num_heads={num_heads}")
-        self.embed_dim, self.num_heads, self.num_queries, self.precision = embed_dim, num_heads, num_queries, precision
+        self.embed_dim, self.num_heads, self.num_queries = embed_dim, num_heads, num_queries
         shape = (num_heads, num_queries, embed_dim // num_heads)
         self.query = torch.nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
         self.key, self.value, self.out = (
@@ -148,3 +154,8 @@ class AttentionPool(_Scored):
     def extra_repr(self) -> str:
         sizes = f"{self.embed_dim}, num_heads={self.num_heads}, num_queries={self.num_queries}"
         return f"{sizes}, {super().extra_repr()}"
+
+
+def _check_choice(name: str, given: str | None, accepted: Sequence[str | None]) -> None:
+    if given not in accepted:
+        raise ValueError(f"{name}={given!r} is not accepted: it must be one of {', '.join(map(repr, accepted))}")

@@ -1,63 +1,173 @@
-"""Convolution modules, and the convolution that a batch normalisation is folded into."""
+"""Convolution modules, and the convolution that a batch normalisation is folded into.
+
+What computes the same as torch's module is a subclass of it, since tools that find it by its class (fusing, pruning,
+summaries) then do the right thing. With an activation it computes more: the constructors below return a class that is
+no subclass of torch's then.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from ..ops import conv1d, conv2d, conv3d, conv_transpose1d, conv_transpose2d, conv_transpose3d
+from ..ops._checks import ACTIVATIONS, PRECISIONS
+from ..ops.conv_checks import _text_choice
+from ._of_torch import Quantizable
+
+Size = int | Sequence[int]
 
 
-class _Fused(torch.nn.modules.conv._ConvNd):
-    """What the six convolutions share: the options of the epilogue."""
+class _Epilogue(Quantizable):
+    """What all convolution modules share: the options of the epilogue. Defaults stand here for a module of torch's
+    that was given one of our classes with ``module.__class__ = ...``."""
 
+    __jit_unused_properties__: ClassVar = [*Quantizable.__jit_unused_properties__, "activation"]
     _run: Callable[..., Tensor]
-    scale: Tensor | None
+    _activation: str | None = None
+    precision: str | None = None
+    # torch's constructor sets these.
+    weight: Any
+    bias: Any
+    stride: Any
+    padding: Any
+    dilation: Any
+    groups: Any
+    output_padding: Any
 
-    def __init__(self, *args: Any, activation: str | None = None, precision: str | None = None, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.activation = activation
-        self.precision = precision
-        self.register_buffer("scale", None)  # :func:`fold_bn` sets it
+    def __new__(cls, *args: Any, activation: str | None = None, **kwargs: Any) -> Self:
+        if activation is not None and cls in _WITH_ACTIVATION:
+            return _WITH_ACTIVATION[cls](*args, activation=activation, **kwargs)
+        return super().__new__(cls)
 
-    def _epilogue(self, residual: Tensor | None) -> dict[str, Any]:
-        return {
-            "activation": self.activation, "residual": residual, "scale": self.scale, "precision": self.precision
-        }  # fmt: skip
+    def _set_epilogue(self, activation: str | None, precision: str | None) -> None:
+        for name, given, accepted in (("activation", activation, ACTIVATIONS), ("precision", precision, PRECISIONS)):
+            if given is not None and given not in accepted:
+                raise ValueError(_text_choice(name, given, accepted))
+        kind = type(self)
+        if isinstance(self, _WithActivation):
+            if activation is None:
+                raise TypeError(f"{kind.__name__} needs an activation; without one it is a {self._plain.__name__}")
+        elif activation is not None:
+            base = next(one for one in kind.__mro__ if one in _WITH_ACTIVATION)
+            raise TypeError(
+                f"{kind.__name__} computes more than a {base.__name__} if it has an activation: derive it from "
+                f"tritune.nn.{_WITH_ACTIVATION[base].__name__}"
+            )
+        self._activation, self.precision = activation, precision
 
-    def extra_repr(self) -> str:
+    @property
+    def activation(self) -> str | None:
+        """Fixed when the module is made."""
+        return self._activation
+
+    def extra_repr(self: Any) -> str:
         options = [
             f"{name}={value!r}"
             for name, value in (("activation", self.activation), ("precision", self.precision))
             if value is not None
         ]
-        return ", ".join([super().extra_repr(), *options])
+        return ", ".join([_ConvNd.extra_repr(self), *options])
 
 
-class _Conv(_Fused):
+class _Conv(_Epilogue):
+    _reversed_padding_repeated_twice: Any
+    padding_mode: Any
+
+    def __init__(
+        self, in_channels: int, out_channels: int, kernel_size: Size, stride: Size = 1, padding: Size | str = 0,
+        dilation: Size = 1, groups: int = 1, bias: bool = True, padding_mode: str = "zeros", device: Any = None,
+        dtype: Any = None, *, activation: str | None = None, precision: str | None = None,
+    ) -> None:  # fmt: skip
+        super().__init__(  # type: ignore[call-arg]  # torch's class stands behind this one
+            in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode, device, dtype
+        )
+        self._set_epilogue(activation, precision)
+
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         """``residual`` has the output's shape and is added before the activation."""
-        padding: Any = self.padding
+        padding = self.padding
         if self.padding_mode != "zeros":
-            input = torch.nn.functional.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode)
+            input = pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode)
             padding = 0
         return self._run(
-            input, self.weight, self.bias, self.stride, padding, self.dilation, self.groups, **self._epilogue(residual)
-        )
+            input, self.weight, self.bias, self.stride, padding, self.dilation, self.groups,
+            activation=self._activation, residual=residual, precision=self.precision,
+        )  # fmt: skip
 
 
-class _ConvTranspose(_Fused, torch.nn.modules.conv._ConvTransposeNd):
-    def forward(self, input: Tensor, output_size: Any = None, residual: Tensor | None = None) -> Tensor:
+class _ConvTranspose(_Epilogue):
+    kernel_size: Any
+    _output_padding: Any = _ConvTransposeNd._output_padding
+
+    def __init__(
+        self, in_channels: int, out_channels: int, kernel_size: Size, stride: Size = 1, padding: Size = 0,
+        output_padding: Size = 0, groups: int = 1, bias: bool = True, dilation: Size = 1, padding_mode: str = "zeros",
+        device: Any = None, dtype: Any = None, *, activation: str | None = None, precision: str | None = None,
+    ) -> None:  # fmt: skip
+        super().__init__(  # type: ignore[call-arg]  # torch's class stands behind this one
+            in_channels, out_channels, kernel_size, stride, padding, output_padding, groups, bias, dilation,
+            padding_mode, device, dtype,
+        )  # fmt: skip
+        self._set_epilogue(activation, precision)
+
+    def forward(self, input: Tensor, output_size: list[int] | None = None, residual: Tensor | None = None) -> Tensor:
         """``output_size`` as in torch; ``residual`` has the output's shape and is added before the activation."""
-        window: tuple[Any, ...] = (self.stride, self.padding, self.kernel_size, len(self.kernel_size), self.dilation)
-        output_padding = self._output_padding(input, output_size, *window)
+        output_padding = self.output_padding
+        if output_size is not None:
+            output_padding = self._output_padding(
+                input, output_size, self.stride, self.padding, self.kernel_size, len(self.kernel_size), self.dilation
+            )
         return self._run(
             input, self.weight, self.bias, self.stride, self.padding, output_padding, self.groups, self.dilation,
-            **self._epilogue(residual),
+            activation=self._activation, residual=residual, precision=self.precision,
         )  # fmt: skip
+
+
+class _WithActivation(torch.nn.Module):
+    """In the place of torch's class, for the modules that compute more than it: the same attributes and Parameters."""
+
+    _plain: type[_ConvNd]
+    _is_loading = False
+    reset_parameters: Any = _ConvNd.reset_parameters
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__()
+        self.__dict__.update(self._plain(*args).__dict__)
+
+    def register_parameter(self, name: str, param: torch.nn.Parameter | None) -> None:
+        """As in torch, which comes here when a Parameter is assigned; but ``weight`` and ``bias`` are not replaced.
+
+        Tools that fold what follows into a convolution (``torch.nn.utils.fusion.fuse_conv_bn_eval``) take any module
+        and assign its new ``weight``, which is wrong where an activation lies between. Loading, ``module.to`` and
+        tensors of other kinds (distributed, quantised) replace them as ever.
+
+        Raises:
+            TypeError: if ``weight`` or ``bias`` is there and holds values.
+        """
+        old = self._parameters.get(name)
+        if (
+            name in ("weight", "bias") and type(old) is type(param) is torch.nn.Parameter and old is not param
+            and not old.is_meta and not self._is_loading
+        ):  # fmt: skip
+            raise TypeError(
+                f"the {name} of {type(self).__name__} is not replaced, since what is folded into it would come before "
+                f"the activation: copy into it, load it, or delete it first (`del module.{name}`)"
+            )
+        super().register_parameter(name, param)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._is_loading = True  # with assign=True it replaces Parameters
+        try:
+            super()._load_from_state_dict(*args, **kwargs)
+        finally:
+            del self._is_loading
 
 
 class Conv1d(_Conv, torch.nn.Conv1d):
@@ -70,12 +180,17 @@ class Conv1d(_Conv, torch.nn.Conv1d):
 
 
 class Conv2d(_Conv, torch.nn.Conv2d):
-    """:class:`torch.nn.Conv2d` with an optional activation and residual in the same kernel.
+    """:class:`torch.nn.Conv2d` on :func:`tritune.conv2d`; a residual may be added in the same kernel.
 
     Args:
-        activation: applied to the output before it is stored; see :func:`tritune.conv2d`.
+        activation: applied to the output before it is stored; see :func:`tritune.conv2d`. With one the constructor
+            returns a :class:`ConvActivation2d`.
         precision: how fp32 is multiplied; see :func:`tritune.conv2d`.
         (all others): as in torch; a ``padding_mode`` other than ``"zeros"`` pads a copy of the input first, as there.
+
+    Raises:
+        ValueError: for an activation or a precision that is not accepted, and what torch rejects.
+        TypeError: for an activation in a subclass, which has to derive from :class:`ConvActivation2d`.
 
     Shape: ``[N, C, H, W]`` or ``[C, H, W]`` to ``[N, K, P, Q]`` or ``[K, P, Q]``.
 
@@ -108,10 +223,11 @@ class ConvTranspose1d(_ConvTranspose, torch.nn.ConvTranspose1d):
 
 
 class ConvTranspose2d(_ConvTranspose, torch.nn.ConvTranspose2d):
-    """:class:`torch.nn.ConvTranspose2d` with an optional activation and residual in the same kernel.
+    """:class:`torch.nn.ConvTranspose2d` on :func:`tritune.conv_transpose2d`; see :class:`Conv2d`.
 
     Args:
-        activation, precision: see :func:`tritune.conv_transpose2d`.
+        activation, precision: see :func:`tritune.conv_transpose2d`; with an activation the constructor returns a
+            :class:`ConvTransposeActivation2d`.
         (all others): as in torch.
 
     Shape: ``[N, C, P, Q]`` or ``[C, P, Q]`` to ``[N, K, H, W]`` or ``[K, H, W]``.
@@ -135,31 +251,96 @@ class ConvTranspose3d(_ConvTranspose, torch.nn.ConvTranspose3d):
     _run = staticmethod(conv_transpose3d)
 
 
-_OF_TORCH: dict[type, Any] = {
-    kind.__bases__[1]: kind for kind in (Conv1d, Conv2d, Conv3d, ConvTranspose1d, ConvTranspose2d, ConvTranspose3d)
+class ConvActivation1d(_Conv, _WithActivation):
+    """:class:`Conv1d` with an ``activation``; see :class:`ConvActivation2d`."""
+
+    _plain = torch.nn.Conv1d
+    _run = staticmethod(conv1d)
+
+
+class ConvActivation2d(_Conv, _WithActivation):
+    """A 2-d convolution and an activation in one kernel: what :class:`Conv2d` with an ``activation`` makes.
+
+    Attributes, Parameters and ``state_dict`` are those of :class:`torch.nn.Conv2d`, but it is no instance of it, as it
+    computes more. ``activation`` is fixed, and ``weight`` and ``bias`` cannot be replaced by assignment.
+
+    Args:
+        activation, precision: see :func:`tritune.conv2d`.
+        (all others): as in :class:`Conv2d`.
+
+    Shape: as :class:`Conv2d`.
+
+    Example::
+
+        >>> layer = tritune.nn.ConvActivation2d(3, 32, 3, padding=1, activation="relu")
+        >>> isinstance(layer, torch.nn.Conv2d), list(layer.state_dict())
+        (False, ['weight', 'bias'])
+    """
+
+    _plain = torch.nn.Conv2d
+    _run = staticmethod(conv2d)
+
+
+class ConvActivation3d(_Conv, _WithActivation):
+    """:class:`Conv3d` with an ``activation``; see :class:`ConvActivation2d`."""
+
+    _plain = torch.nn.Conv3d
+    _run = staticmethod(conv3d)
+
+
+class ConvTransposeActivation1d(_ConvTranspose, _WithActivation):
+    """:class:`ConvTranspose1d` with an ``activation``; see :class:`ConvActivation2d`."""
+
+    _plain = torch.nn.ConvTranspose1d
+    _run = staticmethod(conv_transpose1d)
+
+
+class ConvTransposeActivation2d(_ConvTranspose, _WithActivation):
+    """:class:`ConvTranspose2d` with an ``activation``; see :class:`ConvActivation2d`."""
+
+    _plain = torch.nn.ConvTranspose2d
+    _run = staticmethod(conv_transpose2d)
+
+
+class ConvTransposeActivation3d(_ConvTranspose, _WithActivation):
+    """:class:`ConvTranspose3d` with an ``activation``; see :class:`ConvActivation2d`."""
+
+    _plain = torch.nn.ConvTranspose3d
+    _run = staticmethod(conv_transpose3d)
+
+
+_WITH_ACTIVATION: dict[type, Any] = {
+    Conv1d: ConvActivation1d,
+    Conv2d: ConvActivation2d,
+    Conv3d: ConvActivation3d,
+    ConvTranspose1d: ConvTransposeActivation1d,
+    ConvTranspose2d: ConvTransposeActivation2d,
+    ConvTranspose3d: ConvTransposeActivation3d,
 }
 
 
-def fold_bn(conv: torch.nn.modules.conv._ConvNd, bn: torch.nn.modules.batchnorm._BatchNorm) -> _Fused:
+def fold_bn(conv: _ConvNd, bn: _BatchNorm, *, activation: str | None = None) -> Any:
     r"""A convolution followed by a batch normalisation in evaluation mode, as one convolution.
 
-    .. math:: \mathrm{bn}(w * x + b) = s\,(w * x) + s\,(b - \mathrm{mean}) + \beta,\qquad
+    .. math:: \mathrm{bn}(w * x + b) = (s\,w) * x + s\,(b - \mathrm{mean}) + \beta,\qquad
               s = \gamma / \sqrt{\mathrm{var} + \epsilon}
 
-    The factor stays out of the weights, as the ``scale`` of the result: a 16-bit weight is not rounded a second time,
-    and is shared with ``conv``; one that is parametrized (``weight_norm``) is taken as it is now. Scale and bias are
-    computed in fp32 at least and do not follow later changes of ``bn``.
+    Weight and bias are computed in fp32 at least and rounded once to the dtype of ``conv.weight``. A weight that is
+    parametrized (``weight_norm``) is taken as it is now. The result shares nothing with ``conv`` and ``bn``, nor
+    does it take over their hooks.
 
     Args:
-        conv: one of torch's six convolutions or of ours, without an activation.
-        bn: ``torch.nn.BatchNorm1d``, ``2d`` or ``3d`` with running statistics, over the channels of ``conv``.
+        conv: one of torch's six convolutions or of ours, without an activation, in either mode.
+        bn: ``torch.nn.BatchNorm1d``, ``2d``, ``3d`` or ``SyncBatchNorm`` in evaluation mode, with running statistics,
+            over the channels of ``conv``.
+        activation: of the result, see :func:`tritune.conv2d`.
 
     Returns:
-        The module of ours, whose ``activation`` may be set after that, in evaluation mode.
+        The module of :mod:`tritune.nn`, in evaluation mode; its ``state_dict`` is that of torch's module.
 
     Raises:
-        TypeError: for other modules, also for a convolution with a ``forward`` of its own.
-        ValueError: if they do not fit, or ``bn`` has no running statistics.
+        TypeError: for other modules, also for a subclass with a computation of its own.
+        ValueError: if they do not fit, or ``bn`` is in training mode or has no running statistics.
 
     Example::
 
@@ -169,17 +350,20 @@ def fold_bn(conv: torch.nn.modules.conv._ConvNd, bn: torch.nn.modules.batchnorm.
         >>> torch.allclose(folded(x), bn(conv(x)), atol=1e-5)
         True
     """
-    kind = next((ours for theirs, ours in _OF_TORCH.items() if isinstance(conv, theirs)), None)
-    if kind is None or type(conv).forward not in (kind.forward, kind.__bases__[1].forward):
-        raise TypeError(f"fold_bn: conv must be a convolution of torch.nn or tritune.nn, not {type(conv).__name__}")
-    if not isinstance(bn, (torch.nn.BatchNorm1d, torch.nn.BatchNorm2d, torch.nn.BatchNorm3d)):
+    kind = _kind_of(conv)
+    if kind is None:
+        raise TypeError(
+            "fold_bn: conv must be a convolution of torch.nn or tritune.nn without an activation, "
+            f"not {type(conv).__name__}"
+        )
+    if not isinstance(bn, _BatchNorm) or not _computes_as(bn, "forward", _BatchNorm, torch.nn.SyncBatchNorm):
         raise TypeError(f"fold_bn: bn must be a batch normalisation of torch.nn, not {type(bn).__name__}")
     if bn.running_mean is None or bn.running_var is None:
         raise ValueError("fold_bn: bn keeps no running statistics, so its result depends on the batch")
+    if bn.training:
+        raise ValueError("fold_bn: bn is in training mode, where its result depends on the batch: call bn.eval() first")
     if bn.num_features != conv.out_channels:
         raise ValueError(f"fold_bn: bn has {bn.num_features} features and conv {conv.out_channels} output channels")
-    if getattr(conv, "activation", None) is not None or getattr(conv, "scale", None) is not None:
-        raise ValueError("fold_bn: conv has an activation or a scale already, which bn would have to come before")
     weight = conv.weight  # of a parametrized convolution computed anew each time
     wide = torch.promote_types(weight.dtype, torch.float32)
     with torch.no_grad():
@@ -191,13 +375,33 @@ def fold_bn(conv: torch.nn.modules.conv._ConvNd, bn: torch.nn.modules.batchnorm.
             bias = bias + scale * conv.bias.to(wide)
         if bn.bias is not None:
             bias = bias + bn.bias.to(wide)
-    folded: _Fused = kind(
+        ones = (1,) * len(conv.kernel_size)
+        if conv.transposed:  # [C, K / groups, ...]; the channels of a group are neighbours
+            by_group = weight.to(wide).unflatten(0, (conv.groups, -1))
+            folded_weight = (by_group * scale.view(conv.groups, 1, -1, *ones)).flatten(0, 1)
+        else:
+            folded_weight = weight.to(wide) * scale.view(-1, 1, *ones)
+    folded = kind(
         conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, dilation=conv.dilation,
-        groups=conv.groups, bias=True, padding_mode=conv.padding_mode, device="meta",
+        groups=conv.groups, padding_mode=conv.padding_mode, device="meta", activation=activation,
         precision=getattr(conv, "precision", None),
         **({"output_padding": conv.output_padding} if conv.transposed else {}),
     )  # fmt: skip
-    folded.weight = weight if isinstance(weight, torch.nn.Parameter) else torch.nn.Parameter(weight.detach())
-    folded.bias = torch.nn.Parameter(bias.to(weight.dtype))
-    folded.scale = scale.to(weight.dtype)
+    folded.weight = torch.nn.Parameter(folded_weight.to(weight.dtype), weight.requires_grad)
+    folded.bias = torch.nn.Parameter(bias.to(weight.dtype), weight.requires_grad)
     return folded.eval()
+
+
+def _kind_of(conv: torch.nn.Module) -> Any:
+    """The class of ours that computes what ``conv`` does; None for all but plain convolutions."""
+    for ours, with_activation in _WITH_ACTIVATION.items():
+        theirs = with_activation._plain
+        if isinstance(conv, theirs):
+            plain = _computes_as(conv, "forward", ours, theirs) and _computes_as(conv, "_conv_forward", theirs)
+            return ours if plain else None
+    return None
+
+
+def _computes_as(module: torch.nn.Module, method: str, *kinds: type) -> bool:
+    """Whether a method of ``module`` is that of one of these classes, not one of somebody's subclass."""
+    return any(getattr(type(module), method, None) is getattr(kind, method, None) for kind in kinds)

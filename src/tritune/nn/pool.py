@@ -28,9 +28,10 @@ from ..ops import (
     max_unpool2d,
     max_unpool3d,
 )
+from ._of_torch import Scriptable
 
 
-class _MaxPool(torch.nn.modules.pooling._MaxPoolNd):
+class _MaxPool(Scriptable, torch.nn.modules.pooling._MaxPoolNd):
     _run: Callable[..., Any]
 
     def forward(self, input: Tensor) -> Any:
@@ -40,16 +41,18 @@ class _MaxPool(torch.nn.modules.pooling._MaxPoolNd):
         )
 
 
-class _AvgPool(torch.nn.modules.pooling._AvgPoolNd):
+class _AvgPool(Scriptable, torch.nn.modules.pooling._AvgPoolNd):
     _run: Callable[..., Tensor]
+    divisor_override: int | None
 
-    def forward(self: Any, input: Tensor) -> Tensor:
-        divisor = () if isinstance(self, torch.nn.AvgPool1d) else (self.divisor_override,)
-        window = (self.kernel_size, self.stride, self.padding)
-        return self._run(input, *window, self.ceil_mode, self.count_include_pad, *divisor)
+    def forward(self, input: Tensor) -> Tensor:
+        return self._run(
+            input, self.kernel_size, self.stride, self.padding, self.ceil_mode, self.count_include_pad,
+            self.divisor_override,
+        )  # fmt: skip
 
 
-class _AdaptiveMaxPool(torch.nn.modules.pooling._AdaptiveMaxPoolNd):
+class _AdaptiveMaxPool(Scriptable, torch.nn.modules.pooling._AdaptiveMaxPoolNd):
     _run: Callable[..., Any]
 
     def forward(self, input: Tensor) -> Any:
@@ -57,24 +60,25 @@ class _AdaptiveMaxPool(torch.nn.modules.pooling._AdaptiveMaxPoolNd):
         return self._run(input, self.output_size, self.return_indices)
 
 
-class _AdaptiveAvgPool(torch.nn.modules.pooling._AdaptiveAvgPoolNd):
+class _AdaptiveAvgPool(Scriptable, torch.nn.modules.pooling._AdaptiveAvgPoolNd):
     _run: Callable[..., Tensor]
 
     def forward(self, input: Tensor) -> Tensor:
         return self._run(input, self.output_size)
 
 
-class _LPPool(torch.nn.modules.pooling._LPPoolNd):
+class _LPPool(Scriptable, torch.nn.modules.pooling._LPPoolNd):
     _run: Callable[..., Tensor]
 
     def forward(self, input: Tensor) -> Tensor:
         return self._run(input, float(self.norm_type), self.kernel_size, self.stride, self.ceil_mode)
 
 
-class _MaxUnpool(torch.nn.modules.pooling._MaxUnpoolNd):
+class _MaxUnpool(Scriptable, torch.nn.modules.pooling._MaxUnpoolNd):
+    _torchs_can_be_scripted = False  # TorchScript fails on torch's own three with an internal assertion
     _run: Callable[..., Tensor]
 
-    def forward(self, input: Tensor, indices: Tensor, output_size: Any = None) -> Tensor:
+    def forward(self, input: Tensor, indices: Tensor, output_size: list[int] | None = None) -> Tensor:
         """``output_size`` as in torch: the sizes of the result, or its whole shape."""
         return self._run(input, indices, self.kernel_size, self.stride, self.padding, output_size)
 
@@ -107,13 +111,14 @@ class MaxPool3d(_MaxPool, torch.nn.MaxPool3d):
     _run = staticmethod(max_pool3d)
 
 
-class AvgPool1d(_AvgPool, torch.nn.AvgPool1d):
+class AvgPool1d(Scriptable, torch.nn.AvgPool1d):
     """:class:`torch.nn.AvgPool1d` on :func:`tritune.avg_pool1d`.
 
     Shape: ``[N, C, L]`` or ``[C, L]`` to ``[N, C, Q]`` or ``[C, Q]``.
     """
 
-    _run = staticmethod(avg_pool1d)
+    def forward(self, input: Tensor) -> Tensor:
+        return avg_pool1d(input, self.kernel_size, self.stride, self.padding, self.ceil_mode, self.count_include_pad)
 
 
 class AvgPool2d(_AvgPool, torch.nn.AvgPool2d):
