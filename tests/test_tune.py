@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -73,8 +73,9 @@ class Problem(NamedTuple):
 
 
 TUNABLE = Tunable(
-    "toy", (), lambda p: {"size": p.size}, lambda p, c, d: True, lambda p, c, d: Estimate(1, ""), lambda p, c: [], 3
-)
+    "toy", tuple(Config(BLOCK=block) for block in range(1, 8)), lambda p: {"size": p.size}, lambda p, c, d: True,
+    lambda p, c, d: Estimate(1, ""), lambda p, c: [], 3,
+)  # fmt: skip
 ENV = {"gpu": "NVIDIA H200", "triton": "3.6.0"}
 
 
@@ -170,13 +171,14 @@ class TestSearch:
         "change, tuned",
         [
             ({}, True), ({"env": {**ENV, "triton": "3.6.1"}}, True), ({"env": {**ENV, "triton": "3.7.0"}}, False),
-            ({"env": {**ENV, "gpu": "NVIDIA H100"}}, False), ({"version": 4}, False), ({"source": "rehearsed"}, False),
-            ({"key": {"size": 9}}, False),
+            ({"env": {**ENV, "gpu": "NVIDIA H100"}}, False), ({"source": "rehearsed"}, False),
+            ({"tunable": replace(TUNABLE, version=4)}, False), ({"key": {"size": 9}}, False),
+            ({"tunable": replace(TUNABLE, configs=TUNABLE.configs[1:])}, False),
         ],
     )  # fmt: skip
     def test_resume(self, change, tuned):
         entry = store.Entry({"size": 8}, Config(BLOCK=1), "measured", 3, extra={"env": ENV})
-        asked = {"key": {"size": 8}, "source": "measured", "version": 3, "env": ENV} | change
+        asked = {"tunable": TUNABLE, "key": {"size": 8}, "source": "measured", "env": ENV} | change
         assert is_tuned(entries=[entry], **asked) is tuned
         unfinished = store.Entry(entry.key, entry.config, "measured", 3, extra={"env": ENV, "unfinished": True})
         assert not is_tuned(entries=[unfinished], **asked)
