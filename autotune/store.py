@@ -223,16 +223,21 @@ def _contents(path: Path) -> File:
         return File(problems=(f"ignoring the tuned configs in {path}: {error}",))
 
 
-def _text(path: Path) -> str:
-    """Raises OSError if the file is none or cannot be read, and ValueError if it holds no text."""
+def _size(path: Path) -> int:
+    """Bytes of a file. Raises OSError if it is none, before anything is opened: a FIFO would wait for a writer."""
     try:
         found = path.stat()
     except PermissionError:  # a folder on the way is closed to this user, so nothing here is theirs
         raise FileNotFoundError(path) from None
-    if not stat.S_ISREG(found.st_mode):  # before it is opened: opening a FIFO would wait for a writer
+    if not stat.S_ISREG(found.st_mode):
         kinds = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a FIFO", stat.S_IFSOCK: "a socket"}
         raise OSError(f"{path} is {kinds.get(stat.S_IFMT(found.st_mode), 'a device')}, not a file")
-    if found.st_size > LARGEST_FILE:
+    return found.st_size
+
+
+def _text(path: Path) -> str:
+    """Raises OSError if the file cannot be read, and ValueError if it holds no text."""
+    if _size(path) > LARGEST_FILE:
         raise ValueError(f"it is larger than {LARGEST_FILE >> 20} MiB")
     return path.read_bytes().decode("utf-8-sig")
 
@@ -273,6 +278,8 @@ def write(path: Path, kernel: str, entries: Iterable[Entry], fields: Mapping[str
     """
     new = {_key(entry): entry.to_text() for entry in entries}
     target = Path(os.path.realpath(path))  # a link stays a link
+    with contextlib.suppress(FileNotFoundError):
+        _size(target)
     target.parent.mkdir(parents=True, exist_ok=True)
     with _locked(target):
         sweep(target.parent, LEFTOVERS)

@@ -280,7 +280,9 @@ class TestPlanted:
                 command(tmp_path, "--shapes", *layers), env=environment(planted, tmp_path),
                 stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
             )
-            for planted, *layers in (("good:20 good:6", "layer-100", "layer-200"), ("good:20 good:5", "layer-300"))
+            for planted, *layers in (
+                (9 * "good:20 " + "good:6", "layer-100", "layer-200"), (9 * "good:20 " + "good:5", "layer-300")
+            )
         ]  # fmt: skip
         texts = [process.communicate(timeout=60)[0] for process in runs]
         assert [process.returncode for process in runs] == [0, 0], texts
