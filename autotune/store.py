@@ -285,12 +285,17 @@ def write(path: Path, kernel: str, entries: Iterable[Entry], fields: Mapping[str
         sweep(target.parent, LEFTOVERS)
         file = _kept(target, kernel)
         texts = {**file.texts, **new}
-        lines = [re.sub(r"[\r\n]", " ", text) for text in (*(texts[key] for key in sorted(texts)), *file.strange)]
+        lines = ",\n".join(_one_line(text) for text in (*(texts[key] for key in sorted(texts)), *file.strange))
         head = {"schema": str(schema.SCHEMA), "kernel": json.dumps(kernel), **fields, **file.fields}
-        first = ", ".join(f"{json.dumps(name)}: {text}" for name, text in head.items())
-        _replace(target, f'{{{first}, "entries": [\n' + ",\n".join(lines) + "\n]}\n")
+        first = ", ".join(f"{json.dumps(name)}: {_one_line(text)}" for name, text in head.items())
+        _replace(target, f'{{{first}, "entries": [\n{lines}\n]}}\n')
     _loaded.pop(path, None)
     _loaded.pop(target, None)
+
+
+def _one_line(text: str) -> str:
+    """JSON has no line breaks within its strings."""
+    return re.sub(r"[\r\n][ \t\r\n]*", " ", text)
 
 
 def _kept(path: Path, kernel: str) -> File:

@@ -56,8 +56,21 @@ def main(args: argparse.Namespace) -> int:
     try:
         return {"list": _list, "show": _show, "diff": _diff, "merge": _merge}[args.action](args)
     except (Unreadable, OSError) as error:
-        print(f"tritune configs {args.action}: {error}", file=sys.stderr)
+        print(f"tritune configs {args.action}: {printable(str(error))}", file=sys.stderr)
         return 2
+
+
+def printable(text: str) -> str:
+    """One line that any terminal takes. The name of a file may hold line breaks, control characters, and bytes that are
+    no text."""
+    escaped = "".join(one if one.isprintable() else ascii(one)[1:-1] for one in text)
+    encoding = sys.stdout.encoding or "utf-8"
+    return escaped.encode(encoding, "backslashreplace").decode(encoding)
+
+
+def say(text: str) -> None:
+    for line in text.split("\n"):
+        print(printable(line))
 
 
 # --- reading ---------------------------------------------------------------------------------------------------------
@@ -158,10 +171,10 @@ def _list(args: argparse.Namespace) -> int:
     for line, row in zip(lines[1:], rows, strict=True):
         if place != f"{row['store']} {row['device']}":
             place = f"{row['store']} {row['device']}"
-            print(f"{place}\n  {lines[0]}")
-        print(f"  {line}")
+            say(f"{place}\n  {lines[0]}")
+        say(f"  {line}")
     for message in messages:
-        print(f"PROBLEM: {message}")
+        say(f"PROBLEM: {message}")
     return 2 if messages else 0
 
 
@@ -183,12 +196,12 @@ def _show(args: argparse.Namespace) -> int:
         ], indent=1))  # fmt: skip
         return 0
     for layer, path, entries in found:
-        print(f"{args.kernel} for {path.parent.name}, {layer}: {len(entries)} entries")
-        print("      us  torch us  source     key -> config")
+        say(f"{args.kernel} for {path.parent.name}, {layer}: {len(entries)} entries")
+        say("      us  torch us  source     key -> config")
         for entry in entries:
             lead = f"{_us(entry.us):>8}  {_us(entry.torch_us):>8}  {entry.source:9}  "
             note = f"  ({entry.staleness()})" if entry.staleness() else ""
-            print(_wrapped(lead, f"{in_words(entry.key)} -> {entry.config}{note}"))
+            say(_wrapped(lead, f"{in_words(entry.key)} -> {entry.config}{note}"))
     return 0
 
 
@@ -243,14 +256,14 @@ def _diff(args: argparse.Namespace) -> int:
     last = ""
     for name, before, after in changes:
         if name != last:
-            print(name)
+            say(name)
             last = name
         sides = [(sign, entry) for sign, entry in (("-", before), ("+", after)) if entry]
-        print(_wrapped("  ", in_words(sides[0][1].key)))
+        say(_wrapped("  ", in_words(sides[0][1].key)))
         for sign, entry in sides:
             times = "" if entry.us is None else f"{_us(entry.us)} us, "
-            print(_wrapped(f"    {sign} ", f"{entry.config}  {times}{entry.source}"))
-    print(", ".join(f"{counts[kind]} {kind}" for kind in ("added", "removed", "changed")))
+            say(_wrapped(f"    {sign} ", f"{entry.config}  {times}{entry.source}"))
+    say(", ".join(f"{counts[kind]} {kind}" for kind in ("added", "removed", "changed")))
     return 1 if changes else 0
 
 
@@ -306,9 +319,9 @@ def _merge(args: argparse.Namespace) -> int:
         print(json.dumps({"files": files, "conflicts": conflicts}, indent=1))
         return 0
     for one in files:
-        print(f"{one['file']}: {one['entries']} entries, {one['added']} of them only on the right")
-    print(f"{kept.total()} conflicts: {kept['left']} kept from the left, {kept['right']} from the right")
-    print(f"written to {args.out}")
+        say(f"{one['file']}: {one['entries']} entries, {one['added']} of them only on the right")
+    say(f"{kept.total()} conflicts: {kept['left']} kept from the left, {kept['right']} from the right")
+    say(f"written to {args.out}")
     return 0
 
 
