@@ -187,7 +187,9 @@ def _show(args: argparse.Namespace) -> int:
             found.append((layer, path, store.load(path)))
     if not any(entries for _, _, entries in found):
         where = f" for {args.device}" if args.device else ""
-        print(f"tritune configs show: no entries of {args.kernel}{where}", file=sys.stderr)
+        print(f"tritune configs show: no entries of {printable(args.kernel + where)}", file=sys.stderr)
+        if args.json:
+            print("[]")
         return 1
     if args.json:
         print(json.dumps([
