@@ -143,7 +143,7 @@ def parse(text: str) -> Document:
         if len(fields) < len(members):
             raise ValueError("it has two fields of one name")
         if end < len(text):
-            raise ValueError(f"something follows its end in line {_line(text, end)}")
+            raise json.JSONDecodeError("something follows its end", text, end)
         for name in ("schema", "entries"):
             if name not in fields:
                 raise ValueError(f"it has no {name}")
@@ -156,11 +156,16 @@ def parse(text: str) -> Document:
         found, _ = _members(text, entries[0], "[", "]")
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
-    return Document(
-        of,
-        [(_line(text, start), text[start:stop]) for _, start, stop in found],
-        {name: text[start:stop] for name, (start, stop) in fields.items()},
-    )
+    return Document(of, _with_lines(text, found), {name: text[start:stop] for name, (start, stop) in fields.items()})
+
+
+def _with_lines(text: str, members: list[tuple[str, int, int]]) -> list[tuple[int, str]]:
+    line, at, found = 1, 0, []
+    for _, start, end in members:
+        line += text.count("\n", at, start)
+        at = start
+        found.append((line, text[start:end]))
+    return found
 
 
 def _members(text: str, at: int, opening: str, closing: str) -> tuple[list[tuple[str, int, int]], int]:
@@ -187,14 +192,10 @@ def _members(text: str, at: int, opening: str, closing: str) -> tuple[list[tuple
 
 def _expect(text: str, at: int, mark: str) -> int:
     if not text.startswith(mark, at):
-        raise json.JSONDecodeError(f"{mark} is missing", text, at)
+        raise json.JSONDecodeError(f"{mark!r} is missing", text, at)
     return _after(text, at + 1)
 
 
 def _after(text: str, at: int) -> int:
     """The position behind the space that begins here."""
     return _skip_space(text, at).end()  # type: ignore[union-attr]  # it matches nothing, too
-
-
-def _line(text: str, at: int) -> int:
-    return text.count("\n", 0, at) + 1

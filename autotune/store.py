@@ -36,7 +36,8 @@ from .device import DEVICES, DeviceSpec
 from .log import logger
 
 SHIPPED = Path(__file__).resolve().parent / "configs"
-LARGEST_FILE = 64 << 20  # bytes; ten thousand entries take 5 MB
+LARGEST_FILE = 16 << 20  # bytes; ten thousand entries take 5 MB
+MOST_WARNINGS = 20  # of one file: whoever reads them has seen what is wrong
 LOCK_SECONDS = 60.0  # a writer holds the lock for milliseconds
 LEFTOVER_SECONDS = 3600.0  # so old is a temporary file only if its process was killed
 LEFTOVERS = re.compile(r"tmp\w{8}\.tmp|.+\.json\.[0-9a-f]{8}\.tmp")
@@ -48,7 +49,7 @@ class Entry:
 
     Attributes:
         key: the features it holds for.
-        source: ``"measured"`` on the device, or ``"model"``: ranked without a GPU.
+        source: ``"measured"`` on the device, ``"model"``: ranked without a GPU, or ``"rehearsed"`` on the CPU.
         version: the kernel's version of its parameters.
         us, torch_us: medians of our kernel and of torch's operator on the same inputs; ``None`` if not measured.
         extra: everything else in the file (environment, static figures), kept as it is.
@@ -165,7 +166,7 @@ class File(NamedTuple):
         texts: their text by key, as :func:`_key` writes it.
         strange: texts of the others.
         fields: texts of the fields that this version does not know.
-        problems: one line about each of the others, or about the whole file.
+        problems: one line about each of the others, if they are not too many, or about the whole file.
     """
 
     kernel: str = ""
@@ -257,6 +258,8 @@ def _parsed(path: Path, text: str) -> File:
             continue
         entries.append(entry)
         texts[_key(entry)] = one
+    if len(problems) > MOST_WARNINGS:
+        problems[MOST_WARNINGS:] = [f"ignoring {len(problems) - MOST_WARNINGS} more entries in {path}"]
     return File(document.kernel, tuple(entries), texts, tuple(strange), document.fields, tuple(problems))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import random
@@ -58,17 +59,18 @@ VALUES = (
     '"x"', '""', r'"\ud800"', r'"\u001b[2J"', '"' + 300 * "x" + '"', "[]", "{}", "[[[]]]", '{"a": null}',
     '{"a": 1, "a": 2}', 30 * "[" + 30 * "]",
 )  # fmt: skip
+DEEP = 2000 * "[" + 2000 * "]"  # damages the whole file, for nobody can say where the value ends
 PIECES = (*VALUES, ",", ":", "{", "}", "[", "]", '"', "\n", "\\", "\0", "\ufeff", '"us": ', '"key": ', '"config": {}, ')
 
 
 def damaged(seed: int) -> bytes:
-    """WHOLE, changed in one to four places."""
+    """WHOLE with another value in one place, with damage in one to four places, or with both."""
     chance = random.Random(seed)
-    data = WHOLE
-    for _ in range(chance.choice((1, 1, 1, 2, 4))):
+    data = with_another_value(chance) if seed % 4 else WHOLE
+    for _ in range(chance.choice((1, 1, 1, 2, 4)) if seed % 4 < 2 else 0):
         a, b = sorted(chance.randrange(len(data) + 1) for _ in range(2))
         near = min(len(data), a + chance.randrange(12))
-        kind = chance.randrange(7)
+        kind = chance.randrange(6)
         if kind == 0:
             data = data[:a]
         elif kind == 1:
@@ -77,21 +79,19 @@ def damaged(seed: int) -> bytes:
             data = data[:b] + data[a:b] + data[b:]
         elif kind == 3:
             data = data[:a] + bytes([chance.randrange(256)]) + data[a + 1 :]
-        elif kind == 4:
-            data = data[:a] + chance.choice(PIECES).encode() + data[near:]
         else:
-            data = with_another_value(data, chance)
+            data = data[:a] + chance.choice(PIECES).encode() + data[near:]
     return data
 
 
-def with_another_value(data: bytes, chance: random.Random) -> bytes:
-    """Behind a colon stands something else: mostly this is still JSON."""
-    colons = [at for at in range(len(data)) if data[at : at + 2] == b": "]
-    if not colons:
-        return data
-    start = chance.choice(colons) + 2
-    end = min((at for mark in (b",", b"}") if (at := data.find(mark, start)) >= 0), default=len(data))
-    return data[:start] + chance.choice(VALUES).encode() + data[end:]
+def with_another_value(chance: random.Random) -> bytes:
+    """One field of one entry, or a field of a field, has another value; a new one may be among them."""
+    entries = copy.deepcopy(ENTRIES)
+    entry = chance.choice(entries)
+    fields = chance.choice([entry, *(value for value in entry.values() if isinstance(value, dict))])
+    fields[chance.choice([*fields, "new"])] = "HERE"
+    lines = ",\n".join(json.dumps(one) for one in entries).replace('"HERE"', chance.choice((*VALUES, DEEP)))
+    return WHOLE.replace(LINES.encode(), lines.encode())
 
 
 def a_folder(path: Path) -> None:
