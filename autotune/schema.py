@@ -119,7 +119,7 @@ def _no_constant(name: str) -> Any:
 def _finite(digits: str) -> float:
     value = float(digits)
     if not math.isfinite(value):
-        raise ValueError(f"{digits} is too large")
+        raise ValueError(f"{reprlib.repr(digits)} is too large")
     return value
 
 
@@ -149,7 +149,7 @@ def parse(text: str) -> Document:
                 raise ValueError(f"it has no {name}")
         schema, kernel, entries = (fields.pop(name, None) for name in ("schema", "kernel", "entries"))
         if text[slice(*schema)] != str(SCHEMA):
-            raise ValueError(f"its schema is {text[slice(*schema)][:LONGEST]}, this version reads {SCHEMA}")
+            raise ValueError(f"its schema is {reprlib.repr(text[slice(*schema)])}, this version reads {SCHEMA}")
         of = "" if kernel is None else json.loads(text[slice(*kernel)])
         if not _is_name(of):
             raise ValueError(f"kernel is {reprlib.repr(of)}, not a name")

@@ -211,6 +211,7 @@ class TestDeclared:
         assert mine.rejected(both) == ""
         assert mine.rejected(TUNABLE).startswith("its parameters are TILE, num_warps, num_stages, the kernel has ")
 
+    @pytest.mark.slow
     def test_every_parameter_of_every_kernel(self, folders):
         """An exact entry for a real layer, with one parameter changed to what the kernel does not declare."""
         pytest.importorskip("triton")
@@ -491,6 +492,7 @@ class TestWriting:
         assert len(store.load(path)) == 40
         assert not list(tmp_path.glob("*.tmp"))
 
+    @pytest.mark.slow
     def test_processes_at_once_lose_nothing(self, tmp_path):
         """Two writers, and a file that cannot be read when the first of them comes."""
         path = tmp_path / "toy.json"
@@ -659,6 +661,7 @@ class TestUsersLayer:
         assert list(store.files()) == []
 
 
+@pytest.mark.slow
 class TestWarnings:
     """They are seen without being asked for, once, and never become exceptions."""
 
