@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, NamedTuple
 
 from .device import DeviceSpec
@@ -67,6 +68,29 @@ class Tunable:
     estimate: Callable[[Any, Config, DeviceSpec], Estimate]
     launches: Callable[[Any, Config], list[Any]] = field(repr=False)
     version: int = 1
+
+    @cached_property
+    def space(self) -> frozenset[Config]:
+        return frozenset(self.configs)
+
+    def holds(self, problem: Any, config: Config, device: DeviceSpec) -> bool:
+        """Is this a declared config, and one that serves this problem? No other may run: the kernel was never tried
+        with it, and might be silently wrong."""
+        return config in self.space and self.accepts(problem, config, device)
+
+    def undeclared(self, config: Config) -> str:
+        """Why the declared space does not hold a config, whatever the problem. Empty if it does."""
+        if config in self.space:
+            return ""
+        names = {tuple(one) for one in self.configs}  # a kernel for two layouts has two kinds of tiles
+        alike = [one for one in self.configs if one.keys() == config.keys()]
+        if not alike:
+            wanted = " or ".join(", ".join(one) for one in sorted(names))
+            return f"its parameters are {', '.join(config)}, the kernel has {wanted}"
+        for name, value in config.items():
+            if all(one[name] != value for one in alike):
+                return f"the kernel has no config with {name}={value}"
+        return f"the kernel has no config {config}"
 
 
 TUNABLES: dict[str, Tunable] = {}

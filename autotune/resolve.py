@@ -1,7 +1,8 @@
 """From a problem to a config at call time: a pure function of files, features and device, so all ranks agree.
 
-Order: an override in force (tests, the tuner) -> an exact entry -> the nearest entry -> the cost model; each time the
-user's store before the shipped one, and there this device before its siblings before its target. Nothing is measured.
+Order: an override in force (tests, the tuner) -> an exact entry -> the nearest entry -> the cost model; each time this
+device before its siblings before its target, and there the user's store before the shipped one. Nothing is measured,
+and an entry whose config the kernel does not declare is passed over.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from . import store
@@ -29,11 +31,12 @@ class Choice(NamedTuple):
     """A config and where it came from.
 
     Attributes:
-        source: ``"override"``, ``"user"``, ``"shipped"``, ``"sibling"``, ``"target"`` or ``"model"`` (nothing stored).
+        source: ``"override"``; ``"user"`` for a file of the user's; ``"shipped"`` for one that ships for this device,
+            ``"sibling"`` and ``"target"`` for one that ships for those; or ``"model"`` (nothing stored).
         distance: 0.0 for an exact entry, else doublings between the sizes asked for and those stored.
         note: one line for :func:`tritune.explain`, for example that the entry is from another Triton.
+        us: time of the config in microseconds, if the entry was measured.
         torch_us: time of torch's own operator in the same measurement, if the entry has it.
-        us: measured time of the config, if the entry has it.
     """
 
     config: Config
@@ -85,20 +88,37 @@ def resolve(tunable: Tunable, problem: Any, device: DeviceSpec) -> Choice:
 def _look_up(tunable: Tunable, problem: Any, device: DeviceSpec) -> Choice:
     features = tunable.features(problem)
     for limit in (0.0, MAX_DISTANCE):
-        for source, entries in store.layers(tunable.name, device):
+        for source, path, entries in store.layers(tunable.name, device):
             near = [
                 (distance, entry)
                 for entry in entries
                 if (distance := _distance(features, entry.key)) <= limit
-                and not entry.rejected(tunable)
-                and tunable.accepts(problem, entry.config, device)
+                and _is_for(tunable, entry, path)
+                and tunable.holds(problem, entry.config, device)
             ]
             if near:
                 distance, entry = min(near, key=lambda pair: pair[0])
-                return Choice(entry.config, source, distance, entry.staleness(), entry.us, entry.torch_us)
+                measured = (entry.us, entry.torch_us) if entry.source == "measured" else (None, None)
+                return Choice(entry.config, source, distance, _note(source, path, entry, device), *measured)
     if os.environ.get("TRITUNE_ASSERT_TUNED") == "1":
         raise RuntimeError(f"TRITUNE_ASSERT_TUNED=1, and no entry for {tunable.name} is near {features}")
     return Choice(ranked(tunable, problem, device)[0][0], "model")
+
+
+def _is_for(tunable: Tunable, entry: store.Entry, path: Path) -> bool:
+    """Is the entry for the kernel as it is? An older version of the kernel is an upgrade, which ``doctor`` names; a
+    config that this version does not have comes from somebody who does not know the kernel."""
+    reason = entry.rejected(tunable)
+    if reason and entry.version == tunable.version:
+        store.warn(f"ignoring an entry in {path}, line {entry.line}: {reason}")
+    return not reason
+
+
+def _note(source: str, path: Path, entry: store.Entry, device: DeviceSpec) -> str:
+    """Whatever :func:`tritune.explain` should add."""
+    slug = path.parent.name
+    other = f"tuned for {slug}" if source == "user" and slug != device.slug else ""
+    return ", ".join(filter(None, (other, entry.staleness())))
 
 
 def ranked(tunable: Tunable, problem: Any, device: DeviceSpec) -> list[tuple[Config, float]]:

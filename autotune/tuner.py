@@ -170,16 +170,17 @@ def share(now: float, deadline: float, keys_left: int) -> float:
 
 
 def is_tuned(
-    key: dict[str, int | str], entries: Iterable[Entry], source: str, version: int, env: dict[str, Any]
+    tunable: Tunable, key: dict[str, int | str], entries: Iterable[Entry], source: str, env: dict[str, Any]
 ) -> bool:
-    """Is there a finished entry for the key from this device, this minor of Triton and this version of the kernel?"""
+    """Is there a finished entry for the key from this device and this minor of Triton, with a config that the kernel as
+    it is declares?"""
 
     def made_here(entry: Entry) -> bool:
         made_with = entry.extra.get("env", {})
         return made_with.get("gpu") == env.get("gpu") and _minor(made_with) == _minor(env)
 
     return any(
-        entry.key == key and entry.source == source and entry.version == version
+        entry.key == key and entry.source == source and not entry.rejected(tunable)
         and not entry.extra.get("unfinished") and made_here(entry)
         for entry in entries
     )  # fmt: skip

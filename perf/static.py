@@ -19,6 +19,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -26,10 +27,12 @@ from typing import Any
 from ..autotune.config import Config, Tunable
 from ..autotune.device import TARGETS, DeviceSpec, named
 from ..autotune.resolve import resolve
+from ..autotune.store import sweep
 from .families import family_of_kernel, layers
 
 BASELINES = Path(__file__).resolve().parent / "baselines"
 TRITON = metadata.version("triton")
+LEFTOVERS = re.compile(r"tritune-\w{8}\.cubin")
 GROWTH = 1.15  # instructions may grow this much before it counts as a regression
 # A width counts as the kernel's load width if this share of the bytes in its instructions travels in it; the bias,
 # loaded once outside the loop, stays below.
@@ -83,11 +86,19 @@ _PTX_BOX = re.compile(r"cp\.async\.bulk\.tensor\.\dd\.shared")
 _PTX_COPY = re.compile(r"cp\.async\.c[ag]\.shared\.global(?:\.\S+)? \[[^\]]*\], \[[^\]]*\], (0x[0-9a-f]+|\d+)")
 
 
+@cache
+def _swept_folder() -> Path:
+    """The folder for binaries on their way to the disassembler, without those that killed runs left there."""
+    folder = Path(tempfile.gettempdir())
+    sweep(folder, LEFTOVERS)
+    return folder
+
+
 def _read_nvidia(compiled: Any, num_warps: int, device: DeviceSpec) -> StaticProfile:
     import triton
 
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+    with tempfile.NamedTemporaryFile(prefix="tritune-", suffix=".cubin", dir=_swept_folder()) as file:
         file.write(compiled.asm["cubin"])
         file.flush()
         usage = _run(tools / "cuobjdump", "-res-usage", file.name)

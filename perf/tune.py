@@ -402,7 +402,7 @@ class Run:
         self.keys = keys_of(chosen, device)
         for key in self.keys:
             entries = store.load(self.path(key))
-            if not self.args.force and is_tuned(key.features, entries, self.source, key.tunable.version, self.env):
+            if not self.args.force and is_tuned(key.tunable, key.features, entries, self.source, self.env):
                 key.status = "kept"
         if not self.args.dry_run:
             self.remote.compile_ahead(self.left(), device)
@@ -451,7 +451,7 @@ class Run:
         if key.status == "cut":
             store.clear()
             finished = store.load(self.path(key))
-            if is_tuned(key.features, finished, self.source, key.tunable.version, self.env):
+            if is_tuned(key.tunable, key.features, finished, self.source, self.env):
                 return
         store.write(self.path(key), key.tunable.name, [key.entry])
 

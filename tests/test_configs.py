@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from pathlib import Path
 from typing import Any
 
+import damage
 import pytest
 import torch
 
 from tritune import cli, doctor
-from tritune.autotune import store
+from tritune.autotune import resolve, store
 from tritune.autotune.config import Config
 
 pytestmark = pytest.mark.torch
@@ -25,6 +28,13 @@ def entry(size: int, block: int, us: float | None = None, **more: Any) -> store.
 def put(folder: Path, *entries: store.Entry, name: str = "nvidia_h200/pool.json") -> Path:
     store.write(folder / name, Path(name).stem, entries)
     return folder
+
+
+def put_text(folder: Path, data: bytes) -> Path:
+    path = folder / "nvidia_h200/toy.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(data)
+    return path
 
 
 @pytest.fixture
@@ -133,7 +143,7 @@ class TestDiff:
         (tmp_path / "b").mkdir()
         assert "holds no configs" in run("diff", left, tmp_path / "b", code=2)
         (tmp_path / "b/rnn.json").write_text('{"schema": 1, "entries": [7]}')
-        assert "ignoring entry 0" in run("diff", left, tmp_path / "b", code=2), "a part must not count as removed"
+        assert "ignoring an entry in " in run("diff", left, tmp_path / "b", code=2), "a part must not count as removed"
 
 
 class TestMerge:
@@ -179,8 +189,10 @@ class TestMerge:
         before = (other / "nvidia_h200/pool.json").read_text()
         assert "exists" in run("merge", left, right, "-o", other, code=2)
         assert (other / "nvidia_h200/pool.json").read_text() == before
-        assert "a file and a folder" in run("merge", left / "nvidia_h200/pool.json", right, "-o", tmp_path / "d",
-                                            code=2)  # fmt: skip
+        file, out = left / "nvidia_h200/pool.json", tmp_path / "d"
+        assert "a file and a folder" in run("merge", file, right / "nvidia_h200", "-o", out, code=2)
+        for command in (["diff", file, right], ["diff", left, right / "nvidia_h200"], ["merge", left, file, "-o", out]):
+            assert "are not alike" in run(*command, code=2)
 
 
 class TestEntriesThatCountForNothing:
@@ -220,3 +232,138 @@ class TestEntriesThatCountForNothing:
         monkeypatch.setenv("TRITUNE_CONFIG_PATH", str(tmp_path))
         clear_memo()
         assert resolve(pool.FORWARD, problem, named("h200")).source == "target"
+
+
+def rest_of(command: str, damaged: Path, whole: Path, out: Path) -> list[object]:
+    return {
+        "list": ["list", damaged],
+        "list --json": ["list", damaged, whole, "--json"],
+        "show": ["show", "toy", "--store", damaged],
+        "show --json": ["show", "toy", "--store", damaged, "--json", "--device", "h200"],
+        "diff": ["diff", damaged, whole],
+        "diff, turned": ["diff", whole, damaged, "--json"],
+        "merge": ["merge", damaged, whole, "-o", out],
+        "merge, turned": ["merge", whole, damaged, "-o", out, "--keep", "newest", "--json"],
+        "merge into": ["merge", whole, damaged, "-o", whole],
+        "merge over": ["merge", whole, whole, "-o", damaged],
+    }[command]
+
+
+ATTACKS = ("list", "list --json", "show", "show --json", "diff", "diff, turned", "merge", "merge, turned", "merge into",
+           "merge over")  # fmt: skip
+
+
+def a_name_that_is_no_text(path: Path) -> None:
+    path.with_name("\udcff\udcfe.json").write_bytes(damage.WHOLE)
+
+
+def a_folder_of_nothing(path: Path) -> None:
+    (path / "toy.json").mkdir(parents=True)
+
+
+class TestAttacks:
+    """Whatever lies there: an exit status, and one line about it on standard error."""
+
+    def attack(self, command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], damaged: Path) -> int:
+        whole = tmp_path / "whole"
+        put_text(whole, damage.WHOLE)
+        resolve.clear_memo()
+        status = cli.main(["configs", *map(str, rest_of(command, damaged, whole, tmp_path / "out"))])
+        printed = capsys.readouterr()
+        assert status in (0, 1, 2)
+        assert status < 2 or printed.err.startswith("tritune configs ") or "problem" in printed.out.lower()
+        assert printed.err.count("\n") <= 1
+        if "--json" in command and status < 2:
+            json.loads(printed.out)
+        assert (whole / "nvidia_h200/toy.json").read_bytes() == damage.WHOLE or command == "merge into"
+        return status
+
+    @pytest.mark.parametrize("command", ATTACKS)
+    @pytest.mark.parametrize("data", damage.UNREADABLE.values(), ids=damage.UNREADABLE)
+    def test_unreadable_files(self, tmp_path, capsys, command, data):
+        put_text(tmp_path / "damaged", data)
+        assert self.attack(command, tmp_path, capsys, tmp_path / "damaged") == 2
+        assert self.attack(command, tmp_path, capsys, tmp_path / "damaged/nvidia_h200/toy.json") == 2
+        assert not (tmp_path / "out").exists()
+        assert (tmp_path / "damaged/nvidia_h200/toy.json").read_bytes() == data
+
+    @pytest.mark.parametrize("command", ATTACKS)
+    def test_damaged_files(self, tmp_path, capsys, command):
+        for seed in range(60):
+            path = put_text(tmp_path / "damaged", damage.damaged(seed))
+            self.attack(command, tmp_path, capsys, tmp_path / "damaged")
+            shutil.rmtree(tmp_path / "out", ignore_errors=True)
+            shutil.rmtree(tmp_path / "whole", ignore_errors=True)
+            assert command == "merge over" or path.read_bytes() == damage.damaged(seed)
+
+    @pytest.mark.parametrize("command", ATTACKS)
+    @pytest.mark.parametrize("place", [*damage.NO_FILES, a_name_that_is_no_text, a_folder_of_nothing])
+    def test_what_is_no_file(self, tmp_path, capsys, command, place):
+        path = tmp_path / "damaged/nvidia_h200/toy.json"
+        path.parent.mkdir(parents=True)
+        place(path)
+        self.attack(command, tmp_path, capsys, tmp_path / "damaged")
+        self.attack(command, tmp_path, capsys, path)
+        self.attack(command, tmp_path, capsys, path / "below")
+
+    @pytest.mark.parametrize("command", ATTACKS)
+    @pytest.mark.parametrize("path", ["", "nowhere", "/dev/null", "/proc/self/mem", 5000 * "x", "\udcff", "-", "a\nb"])
+    def test_paths(self, tmp_path, capsys, command, path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        self.attack(command, tmp_path, capsys, Path(path) if path != "-" else tmp_path / "-")
+
+    @pytest.mark.parametrize(
+        "out", ["/proc/out", "/dev/null", "/dev/null/out", "whole", "fifo", 5000 * "x", "file/out"]
+    )
+    def test_places_that_cannot_be_written(self, run, tmp_path, monkeypatch, out):
+        monkeypatch.chdir(tmp_path)
+        put_text(tmp_path / "whole", damage.WHOLE)
+        put_text(tmp_path / "left", damage.WHOLE)
+        os.mkfifo("fifo")
+        Path("file").touch()
+        text = run("merge", "left", "whole", "-o", out, code=2)
+        assert text.startswith("tritune configs merge: ") and text.count("\n") == 1
+
+    def test_the_users_own_files(self, capsys, tmp_path, monkeypatch):
+        """Without a path the commands read what a lookup reads: a damaged file is named, the others are shown."""
+        monkeypatch.setenv("TRITUNE_CONFIG_PATH", str(tmp_path))
+        for seed in range(40):
+            put_text(tmp_path, damage.damaged(seed))
+            for command in (["list"], ["list", "--json"], ["show", "toy"], ["show", "toy", "--json"]):
+                capsys.readouterr()
+                assert cli.main(["configs", *command]) in (0, 1, 2)
+                if "--json" in command:
+                    json.loads(capsys.readouterr().out)
+
+
+class TestMergedKernels:
+    def test_two_kernels_are_not_mixed(self, run, tmp_path):
+        """Also where both declare the same parameters, and nobody would notice."""
+        left = put(tmp_path / "a", entry(1, 16)) / "nvidia_h200/pool.json"
+        right = put(tmp_path / "b", entry(2, 32), name="nvidia_h200/rnn.json") / "nvidia_h200/rnn.json"
+        assert "two kernels, pool and rnn" in run("merge", left, right, "-o", tmp_path / "out.json", code=2)
+        right.rename(right.with_name("pool.json"))
+        assert "two kernels, pool and rnn" in run("merge", tmp_path / "a", tmp_path / "b", "-o", tmp_path / "c", code=2)
+        assert not (tmp_path / "out.json").exists() and not (tmp_path / "c").exists()
+
+    def test_a_copy_under_another_name_stays_the_kernels(self, run, tmp_path):
+        left = put(tmp_path / "a", entry(1, 16)) / "nvidia_h200/pool.json"
+        left = left.rename(left.with_name("backup.json"))
+        right = put(tmp_path / "b", entry(2, 32)) / "nvidia_h200/pool.json"
+        run("merge", left, right, "-o", tmp_path / "pool.json")
+        assert len(store.load(tmp_path / "pool.json", "pool")) == 2
+
+    def test_with_itself(self, run, tmp_path):
+        left = put(tmp_path / "a", entry(1, 16))
+        (tmp_path / "link").symlink_to(left)
+        for right in (left, tmp_path / "link"):
+            assert "are the same" in run("merge", left, right, "-o", left, code=2)
+            assert "are the same" in run("merge", left, right, "-o", tmp_path / "c", code=2)
+
+    def test_fields_of_the_files_are_kept(self, run, tmp_path):
+        for name, field in (("a", b'"note": 1'), ("b", b'"hint": 2')):
+            put_text(tmp_path / name, damage.WHOLE.replace(b'"note": ["kept"]', field))
+        run("merge", tmp_path / "a", tmp_path / "b", "-o", tmp_path / "c")
+        document = json.loads((tmp_path / "c/nvidia_h200/toy.json").read_text())
+        assert (document["note"], document["hint"], len(document["entries"])) == (1, 2, 3)
+        assert document["entries"] == sorted(damage.ENTRIES, key=lambda one: json.dumps(one["key"]))

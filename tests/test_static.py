@@ -7,7 +7,10 @@ import argparse
 import dataclasses
 import itertools
 import json
+import os
 import re
+import tempfile
+from pathlib import Path
 
 import pytest
 
@@ -101,6 +104,24 @@ def test_nchw_results_are_stored_in_runs(target, tunable):
     p = CHANNELS_LAST._replace(channels_last=False)
     one = static.profile(tunable.launches(p, ranked(tunable, p, named(target))[0][0])[0], target)
     assert (one.spill_bytes, one.store_bytes) == (0, 16)
+
+
+def test_binaries_of_killed_runs_are_swept(tmp_path, monkeypatch):
+    """They lie in the folder for temporary files, under names of ours, and are an hour old."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    static._swept_folder.cache_clear()
+    for name, seconds in (("tritune-ab12_xyz.cubin", 1), ("tmpab12_xyz.cubin", 1), ("tritune-11111111.cubin", None)):
+        (tmp_path / name).touch()
+        os.utime(tmp_path / name, (seconds, seconds) if seconds else None)
+    read = []
+    run = static._run
+    monkeypatch.setattr(static, "_run", lambda *command: read.append(command[-1]) or run(*command))
+    launch = conv.FORWARD.launches(CHANNELS_LAST, ranked(conv.FORWARD, CHANNELS_LAST, named("sm_90"))[0][0])[0]
+    static.profile(launch, "sm_90")
+    static._swept_folder.cache_clear()
+    assert {path.name for path in tmp_path.iterdir()} == {"tmpab12_xyz.cubin", "tritune-11111111.cubin"}
+    assert all(Path(name).parent == tmp_path and static.LEFTOVERS.fullmatch(Path(name).name) for name in read)
+    assert len(read) == 2
 
 
 @pytest.mark.compat

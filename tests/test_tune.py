@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -73,8 +73,9 @@ class Problem(NamedTuple):
 
 
 TUNABLE = Tunable(
-    "toy", (), lambda p: {"size": p.size}, lambda p, c, d: True, lambda p, c, d: Estimate(1, ""), lambda p, c: [], 3
-)
+    "toy", tuple(Config(BLOCK=block) for block in range(1, 8)), lambda p: {"size": p.size}, lambda p, c, d: True,
+    lambda p, c, d: Estimate(1, ""), lambda p, c: [], 3,
+)  # fmt: skip
 ENV = {"gpu": "NVIDIA H200", "triton": "3.6.0"}
 
 
@@ -170,13 +171,14 @@ class TestSearch:
         "change, tuned",
         [
             ({}, True), ({"env": {**ENV, "triton": "3.6.1"}}, True), ({"env": {**ENV, "triton": "3.7.0"}}, False),
-            ({"env": {**ENV, "gpu": "NVIDIA H100"}}, False), ({"version": 4}, False), ({"source": "rehearsed"}, False),
-            ({"key": {"size": 9}}, False),
+            ({"env": {**ENV, "gpu": "NVIDIA H100"}}, False), ({"source": "rehearsed"}, False),
+            ({"tunable": replace(TUNABLE, version=4)}, False), ({"key": {"size": 9}}, False),
+            ({"tunable": replace(TUNABLE, configs=TUNABLE.configs[1:])}, False),
         ],
     )  # fmt: skip
     def test_resume(self, change, tuned):
         entry = store.Entry({"size": 8}, Config(BLOCK=1), "measured", 3, extra={"env": ENV})
-        asked = {"key": {"size": 8}, "source": "measured", "version": 3, "env": ENV} | change
+        asked = {"tunable": TUNABLE, "key": {"size": 8}, "source": "measured", "env": ENV} | change
         assert is_tuned(entries=[entry], **asked) is tuned
         unfinished = store.Entry(entry.key, entry.config, "measured", 3, extra={"env": ENV, "unfinished": True})
         assert not is_tuned(entries=[unfinished], **asked)
@@ -278,7 +280,9 @@ class TestPlanted:
                 command(tmp_path, "--shapes", *layers), env=environment(planted, tmp_path),
                 stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
             )
-            for planted, *layers in (("good:20 good:6", "layer-100", "layer-200"), ("good:20 good:5", "layer-300"))
+            for planted, *layers in (
+                (9 * "good:20 " + "good:6", "layer-100", "layer-200"), (9 * "good:20 " + "good:5", "layer-300")
+            )
         ]  # fmt: skip
         texts = [process.communicate(timeout=60)[0] for process in runs]
         assert [process.returncode for process in runs] == [0, 0], texts

@@ -19,9 +19,9 @@ from typing import Any
 from .autotune import store
 from .autotune.config import Tunable
 from .autotune.log import warnings
-from .autotune.store import Entry
+from .autotune.store import Entry, File
 
-Store = dict[str, tuple[Entry, ...]]  # "sm_90/conv.json" -> its entries
+Store = dict[str, File]  # by its name there: "sm_90/conv.json"
 
 
 class Unreadable(ValueError):
@@ -56,8 +56,21 @@ def main(args: argparse.Namespace) -> int:
     try:
         return {"list": _list, "show": _show, "diff": _diff, "merge": _merge}[args.action](args)
     except (Unreadable, OSError) as error:
-        print(f"tritune configs {args.action}: {error}", file=sys.stderr)
+        print(f"tritune configs {args.action}: {printable(str(error))}", file=sys.stderr)
         return 2
+
+
+def printable(text: str) -> str:
+    """One line that any terminal takes. The name of a file may hold line breaks, control characters, and bytes that are
+    no text."""
+    escaped = "".join(one if one.isprintable() else ascii(one)[1:-1] for one in text)
+    encoding = sys.stdout.encoding or "utf-8"
+    return escaped.encode(encoding, "backslashreplace").decode(encoding)
+
+
+def say(text: str) -> None:
+    for line in text.split("\n"):
+        print(printable(line))
 
 
 # --- reading ---------------------------------------------------------------------------------------------------------
@@ -85,19 +98,25 @@ def ignored(kernel: str, entries: Iterable[Entry], kernels: Mapping[str, Tunable
 
 def read(path: Path) -> Store:
     """A store, one of its folders, or one file. Raises Unreadable also for a part of it."""
-    if path.is_file():
-        files = {path.name: path}
-    elif path.is_dir():
-        files = {str(one.relative_to(path)): one for one in sorted([*path.glob("*.json"), *path.glob("*/*.json")])}
-    else:
-        raise Unreadable(f"{path} does not exist")
-    if not files:
-        raise Unreadable(f"{path} holds no configs")
+    files = _files_of(path)
     with warnings() as messages:
-        found = {name: store.load(file) for name, file in files.items()}
+        for file in files.values():
+            store.load(file)
     if messages:
         raise Unreadable(messages[0])
-    return found
+    return {name: store.contents(file) for name, file in files.items()}
+
+
+def _files_of(path: Path) -> dict[str, Path]:
+    """The files of a store, of one of its folders, or this one file, each with its name there."""
+    if path.is_dir():
+        files = {str(one.relative_to(path)): one for one in sorted([*path.glob("*.json"), *path.glob("*/*.json")])}
+        if not files:
+            raise Unreadable(f"{path} holds no configs")
+        return files
+    if not path.exists():
+        raise Unreadable(f"{path} does not exist")
+    return {path.name: path}
 
 
 def _pair(args: argparse.Namespace) -> tuple[Store, Store]:
@@ -105,6 +124,8 @@ def _pair(args: argparse.Namespace) -> tuple[Store, Store]:
     left, right = read(args.left), read(args.right)
     if args.left.is_file() and args.right.is_file():
         right = dict(zip(left, right.values(), strict=True))
+    elif {Path(name).parent == Path() for name in left}.isdisjoint(Path(name).parent == Path() for name in right):
+        raise Unreadable(f"{args.left} and {args.right} are not alike: give two stores, two folders or two files")
     return left, right
 
 
@@ -114,7 +135,8 @@ def _files(paths: Sequence[Path]) -> list[tuple[str, Path]]:
         return list(store.files())
     found = []
     for path in paths:
-        found += [(str(path), path if path.is_file() else path / name) for name in read(path)]
+        read(path)  # complains of what cannot be read
+        found += [(str(path), file) for file in _files_of(path).values()]
     return found
 
 
@@ -131,7 +153,7 @@ def _list(args: argparse.Namespace) -> int:
     with warnings() as messages:
         for layer, path in _files(args.stores):
             kinds: dict[tuple[str, str], list[Entry]] = {}
-            for entry in store.load(path):
+            for entry in store.load(path, path.stem):
                 kinds.setdefault((entry.source, entry.triton() or "-"), []).append(entry)
             for (source, version), entries in sorted(kinds.items()):
                 unused = [one for one in entries if ignored(path.stem, [one], kernels)]
@@ -149,10 +171,10 @@ def _list(args: argparse.Namespace) -> int:
     for line, row in zip(lines[1:], rows, strict=True):
         if place != f"{row['store']} {row['device']}":
             place = f"{row['store']} {row['device']}"
-            print(f"{place}\n  {lines[0]}")
-        print(f"  {line}")
+            say(f"{place}\n  {lines[0]}")
+        say(f"  {line}")
     for message in messages:
-        print(f"PROBLEM: {message}")
+        say(f"PROBLEM: {message}")
     return 2 if messages else 0
 
 
@@ -165,7 +187,9 @@ def _show(args: argparse.Namespace) -> int:
             found.append((layer, path, store.load(path)))
     if not any(entries for _, _, entries in found):
         where = f" for {args.device}" if args.device else ""
-        print(f"tritune configs show: no entries of {args.kernel}{where}", file=sys.stderr)
+        print(f"tritune configs show: no entries of {printable(args.kernel + where)}", file=sys.stderr)
+        if args.json:
+            print("[]")
         return 1
     if args.json:
         print(json.dumps([
@@ -174,12 +198,12 @@ def _show(args: argparse.Namespace) -> int:
         ], indent=1))  # fmt: skip
         return 0
     for layer, path, entries in found:
-        print(f"{args.kernel} for {path.parent.name}, {layer}: {len(entries)} entries")
-        print("      us  torch us  source     key -> config")
+        say(f"{args.kernel} for {path.parent.name}, {layer}: {len(entries)} entries")
+        say("      us  torch us  source     key -> config")
         for entry in entries:
             lead = f"{_us(entry.us):>8}  {_us(entry.torch_us):>8}  {entry.source:9}  "
             note = f"  ({entry.staleness()})" if entry.staleness() else ""
-            print(_wrapped(lead, f"{in_words(entry.key)} -> {entry.config}{note}"))
+            say(_wrapped(lead, f"{in_words(entry.key)} -> {entry.config}{note}"))
     return 0
 
 
@@ -219,7 +243,7 @@ def _diff(args: argparse.Namespace) -> int:
     left, right = _pair(args)
     changes = []
     for name in sorted(left.keys() | right.keys()):
-        old, new = by_key(left.get(name, ())), by_key(right.get(name, ()))
+        old, new = (by_key(side.get(name, File()).entries) for side in (left, right))
         for key in sorted(old.keys() | new.keys()):
             before, after = old.get(key), new.get(key)
             if before is None or after is None or _essence(before) != _essence(after):
@@ -234,14 +258,14 @@ def _diff(args: argparse.Namespace) -> int:
     last = ""
     for name, before, after in changes:
         if name != last:
-            print(name)
+            say(name)
             last = name
         sides = [(sign, entry) for sign, entry in (("-", before), ("+", after)) if entry]
-        print(_wrapped("  ", in_words(sides[0][1].key)))
+        say(_wrapped("  ", in_words(sides[0][1].key)))
         for sign, entry in sides:
             times = "" if entry.us is None else f"{_us(entry.us)} us, "
-            print(_wrapped(f"    {sign} ", f"{entry.config}  {times}{entry.source}"))
-    print(", ".join(f"{counts[kind]} {kind}" for kind in ("added", "removed", "changed")))
+            say(_wrapped(f"    {sign} ", f"{entry.config}  {times}{entry.source}"))
+    say(", ".join(f"{counts[kind]} {kind}" for kind in ("added", "removed", "changed")))
     return 1 if changes else 0
 
 
@@ -274,17 +298,22 @@ def _merge(args: argparse.Namespace) -> int:
         raise Unreadable(f"{args.out} exists: name a new place, or {args.left} itself to add to it")
     if args.left.is_file() != args.right.is_file():
         raise Unreadable(f"{args.left} and {args.right} are a file and a folder")
+    if args.left.samefile(args.right):
+        raise Unreadable(f"{args.left} and {args.right} are the same")
+    names = sorted(left.keys() | right.keys())
+    kernels = {name: _kernel(name, left.get(name), right.get(name)) for name in names}
     kept: Counter[str] = Counter()
     files = []
-    for name in sorted(left.keys() | right.keys()):
-        old, new = by_key(left.get(name, ())), by_key(right.get(name, ()))
+    for name in names:
+        ours, theirs = left.get(name, File()), right.get(name, File())
+        old, new = by_key(ours.entries), by_key(theirs.entries)
         merged = {**new, **old}
         for key in old.keys() & new.keys():
             if old[key] != new[key]:
                 merged[key] = KEEP[args.keep](old[key], new[key])
                 kept["left" if merged[key] is old[key] else "right"] += 1
         path = args.out if args.left.is_file() else args.out / name
-        store.write(path, Path(name).stem, merged.values())
+        store.write(path, kernels[name], merged.values(), {**theirs.fields, **ours.fields})
         Path(f"{path}.lock").unlink(missing_ok=True)  # nobody else writes here
         files.append({"file": name, "entries": len(merged), "added": len(new.keys() - old.keys())})
     conflicts = {"left": kept["left"], "right": kept["right"]}
@@ -292,7 +321,15 @@ def _merge(args: argparse.Namespace) -> int:
         print(json.dumps({"files": files, "conflicts": conflicts}, indent=1))
         return 0
     for one in files:
-        print(f"{one['file']}: {one['entries']} entries, {one['added']} of them only on the right")
-    print(f"{kept.total()} conflicts: {kept['left']} kept from the left, {kept['right']} from the right")
-    print(f"written to {args.out}")
+        say(f"{one['file']}: {one['entries']} entries, {one['added']} of them only on the right")
+    say(f"{kept.total()} conflicts: {kept['left']} kept from the left, {kept['right']} from the right")
+    say(f"written to {args.out}")
     return 0
+
+
+def _kernel(name: str, *files: File | None) -> str:
+    """The kernel whose configs all of these files of one name hold."""
+    kernels = {file.kernel or Path(name).stem for file in files if file}
+    if len(kernels) > 1:
+        raise Unreadable(f"{name}: these are configs of two kernels, {' and '.join(sorted(kernels))}")
+    return kernels.pop()

@@ -81,7 +81,7 @@ def _examine_store(facts: dict[str, Any], hints: list[str]) -> list[str]:
     kernels = kernels_here()
     with warnings() as messages:
         for source, path in store.files():
-            entries = store.load(path)
+            entries = store.load(path, path.stem)
             counts[f"{source} {path.parent.name}"] = counts.get(f"{source} {path.parent.name}", 0) + len(entries)
             stale += sum(bool(entry.staleness()) for entry in entries)
             ranked += sum(entry.source == "model" for entry in entries)
@@ -94,7 +94,10 @@ def _examine_store(facts: dict[str, Any], hints: list[str]) -> list[str]:
         hints.append(f"{stale} entries come from another Triton minor: `tritune configs list` says which; tune again")
     if ranked:
         hints.append(f"{ranked} entries are ranked by a model, not measured")
-    cache = store.cache_dir()
+    try:
+        cache = store.cache_dir()
+    except OSError as error:
+        return [*problems, str(error)]
     if not _writable(cache):
         problems.append(f"{cache} cannot be written: set TRITUNE_CACHE_DIR to a folder that can")
     return problems
