@@ -314,25 +314,25 @@ def _serve(
     """Chooses the backend of a legal call and runs it. ``operands``: input, weight, bias, scale, residual."""
     input, weight, bias, scale, residual = operands
     rank = len(args.stride)
-    batched = input if input.dim() == rank + 2 else input.unsqueeze(0)
     present = [t for t in operands if t is not None]
+
+    def problem() -> Any:
+        return _problem(_batched(input, rank), weight, args, transposed, precision)
+
     backend = choose(
         f"conv_transpose{rank}d" if transposed else f"conv{rank}d",
         present,
-        lambda device: _auto_rule(
-            _problem(batched, weight, args, transposed, precision), device, transposed,
-            (activation, scale, residual),
-        ),
+        lambda device: _auto_rule(problem(), device, transposed, (activation, scale, residual)),
         lambda device: _kernel_choices(
-            _problem(batched, weight, args, transposed, precision), device, (batched, *operands[1:]), activation,
-            transposed,
+            problem(), device, (_batched(input, rank), *operands[1:]), activation, transposed
         ),
-        lambda: _limits(batched, weight, args),
+        lambda: _limits(_batched(input, rank), weight, args),
     )  # fmt: skip
     activation = activation or "none"
     if backend == "torch":
         return _composite(input, weight, bias, scale, residual, args, transposed, activation)
 
+    batched = _batched(input, rank)
     if args.pad_extra is not None:
         batched = _pad(batched, args.pad_extra)
     if residual is not None and residual.dim() == rank + 1:
@@ -350,6 +350,10 @@ def _serve(
         with below_autograd():
             y = OPS[transposed](*call)
     return y if input.dim() == rank + 2 else y.squeeze(0)
+
+
+def _batched(input: Tensor, rank: int) -> Tensor:
+    return input if input.dim() == rank + 2 else input.unsqueeze(0)
 
 
 def _pad(input: Tensor, extra: tuple[int, ...]) -> Tensor:
@@ -516,8 +520,6 @@ def _composite(
     input: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None, residual: Tensor | None,
     args: ConvArgs, transposed: bool, activation: str,
 ) -> Tensor:  # fmt: skip
-    if args.pad_extra is not None:
-        input = pad(input, args.pad_extra)
     rank = len(args.stride)
     function, fused_bias = _TORCH[transposed][rank - 1], bias if scale is None else None
     if transposed:
@@ -525,7 +527,8 @@ def _composite(
             input, weight, fused_bias, args.stride, args.padding, args.output_padding, args.groups, args.dilation
         )  # fmt: skip
     else:
-        z = function(input, weight, fused_bias, args.stride, args.padding, args.dilation, args.groups)
+        padding = args.padding if args.mode is None else args.mode
+        z = function(input, weight, fused_bias, args.stride, padding, args.dilation, args.groups)
     if (scale is not None or residual is not None) and weight.shape[1]:  # no input channels, no output channels
         z = _epilogue(z, scale, None if scale is None else bias, residual, rank)
     return z if activation == "none" else activate(z, activation)

@@ -52,6 +52,8 @@ class ConvArgs(NamedTuple):
     """Spatial sizes of the output."""
     pad_extra: Ints | None
     """What ``F.pad`` must add first, in its order, for ``padding="same"`` with an odd total: torch pads a copy, too."""
+    mode: str | None = None
+    """``"same"`` or ``"valid"`` where padding was given so."""
 
 
 def check_conv(
@@ -101,7 +103,7 @@ def check_conv(
     step, pad, dilate = _expand(strides, rank), _expand(paddings, rank), _expand(dilations, rank)
     output_size = _output_size(shape, kernel, step, pad, dilate)
     _check_pixels(shape)
-    args = ConvArgs(step, pad, dilate, (0,) * rank, groups, output_size, pad_extra)
+    args = ConvArgs(step, pad, dilate, (0,) * rank, groups, output_size, pad_extra, mode)
     _check_operands(input, weight, bias, shape, args, transposed=False)
     filters = 0 if shape[1] == 0 else kernel[0]  # torch's rule
     if activation is not None or residual is not None or scale is not None or precision is not None:

@@ -7,11 +7,20 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from ..autotune.device import DeviceSpec
 from ..autotune.resolve import Choice, resolve
 from . import conv, pool
-from ._dispatch import choose, conv_setting, measured, operator_precision, resolved_precision, runs_kernels
+from ._dispatch import (
+    choose,
+    conv_setting,
+    measured,
+    operator_precision,
+    resolved_precision,
+    runs_kernels,
+    torch_serves,
+)
 from ._layout import autocast, empty
 from ._register import below_autograd, register
 from .conv_checks import ConvArgs, check_conv
@@ -57,36 +66,43 @@ def conv2d_max_pool2d(
         >>> tritune.conv2d_max_pool2d(x, w, stride=2, padding=3, **pool).shape
         torch.Size([2, 64, 56, 56])
     """
-    input, weight, bias, scale = autocast(input, weight, bias, scale)
+    tensors = (input, weight, bias, scale)
+    window: dict[str, Any] = {
+        "pool_kernel_size": pool_kernel_size,
+        "pool_stride": pool_stride,
+        "pool_padding": pool_padding,
+    }
+    options: dict[str, Any] = {"activation": activation, "scale": scale, "precision": precision}
+    if has_torch_function_variadic(*tensors):
+        overridden: Tensor = handle_torch_function(
+            conv2d_max_pool2d, tensors, input, weight, bias, stride, padding, dilation, groups, **options, **window
+        )
+        return overridden
+    if torch_serves(input) or _needs_grad(tensors):
+        return _apart(input, weight, bias, (stride, padding, dilation, groups), options, tuple(window.values()))
+    input, weight, bias, scale = autocast(*tensors)
     args = check_conv(
         2, input, weight, bias, stride, padding, dilation, groups, activation=activation, scale=scale,
         precision=precision,
     )  # fmt: skip
-    window = check_max_pool(2, _convolved(input, weight, args), pool_kernel_size, pool_stride, pool_padding)
-    present = [t for t in (input, weight, bias, scale) if t is not None]
-    backend = "torch"
-    if not (torch.is_grad_enabled() and any(t.requires_grad for t in present)):
-        batched = input if input.dim() == 4 else input.unsqueeze(0)
-        backend = choose(
-            "conv2d_max_pool2d",
-            present,
-            lambda device: _auto_rule(batched, weight, args, window, precision, device),
-            lambda device: (_choice(_problem(batched, weight, args, window, precision), device),),
-            lambda: conv._limits(batched, weight, args),
-        )
+    sizes = check_max_pool(2, _convolved(input, weight, args), pool_kernel_size, pool_stride, pool_padding)
+    batched = input if input.dim() == 4 else input.unsqueeze(0)
+    backend = choose(
+        "conv2d_max_pool2d",
+        [t for t in (input, weight, bias, scale) if t is not None],
+        lambda device: _auto_rule(batched, weight, args, sizes, precision, device),
+        lambda device: (_choice(_problem(batched, weight, args, sizes, precision), device),),
+        lambda: conv._limits(batched, weight, args),
+    )
     if backend == "torch":
-        z = conv.conv2d(
-            input, weight, bias, stride, padding, dilation, groups, activation=activation, scale=scale,
-            precision=precision,
-        )  # fmt: skip
-        return pool.max_pool2d(z, pool_kernel_size, pool_stride, pool_padding)
+        return _apart(input, weight, bias, (stride, padding, dilation, groups), options, tuple(window.values()))
 
     if args.pad_extra is not None:
         batched = conv._pad(batched, args.pad_extra)
     multiplied = operator_precision(input, precision, conv_setting)
     call = (
         batched, weight, bias, scale, args.output_size, args.stride, args.padding, args.dilation, args.groups,
-        activation or "none", multiplied, window.kernel_size, window.stride, window.padding, "triton",
+        activation or "none", multiplied, sizes.kernel_size, sizes.stride, sizes.padding, "triton",
     )  # fmt: skip
     if torch.compiler.is_compiling():
         y = OP(*call)
@@ -94,6 +110,19 @@ def conv2d_max_pool2d(
         with below_autograd():
             y = OP(*call)
     return y if input.dim() == 4 else y.squeeze(0).contiguous()  # of a single image torch pools to a contiguous one
+
+
+def _needs_grad(tensors: tuple[Any, ...]) -> bool:
+    return torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in tensors)
+
+
+def _apart(
+    input: Tensor, weight: Tensor, bias: Tensor | None, geometry: tuple[Any, ...], options: dict[str, Any],
+    window: tuple[Any, ...],
+) -> Tensor:  # fmt: skip
+    """The two calls, each of which checks its arguments and chooses for itself."""
+    pooled: Tensor = pool.max_pool2d(conv.conv2d(input, weight, bias, *geometry, **options), *window)
+    return pooled
 
 
 def _convolved(input: Tensor, weight: Tensor, args: ConvArgs) -> Tensor:

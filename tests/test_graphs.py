@@ -1,0 +1,192 @@
+"""What torch.compile and torch.export see of a call: on the default backend what they see of torch's own function, on
+``"triton"`` our operators. Every public function and module has a row; one without fails."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import tritune
+from tritune.ops import conv as conv_ops
+
+ACTIVATED = {"activation": "relu"}
+
+
+class Row(NamedTuple):
+    ours: Callable[..., Any]
+    torchs: Callable[..., Any]
+    shapes: tuple[tuple[int, ...], ...]
+    kernels: str
+    """Words that the names of our operators in the graph begin with; empty where no kernel covers the call."""
+
+
+def _space(rank: int, batched: bool = True) -> tuple[int, ...]:
+    return (*((2,) if batched else ()), 4, *(6,) * rank)
+
+
+def rows() -> dict[str, Row]:
+    table: dict[str, Row] = {}
+    for rank in (1, 2, 3):
+        x, w, b = _space(rank), (4, 4, *(2,) * rank), (4,)
+        conv, up = f"conv{rank}d", f"conv_transpose{rank}d"
+        ours, theirs = getattr(tritune, conv), getattr(F, conv)
+        table[conv] = Row(ours, theirs, (x, w, b), "conv")
+        table[f"{conv} unbatched"] = Row(ours, theirs, (x[1:], w), "conv")
+        for options in ({"stride": 2, "padding": 1}, {"padding": "same"}, {"padding": "valid", "groups": 2}):
+            shapes = (x, (4, 4 // options.get("groups", 1), *w[2:]), b)
+            table[f"{conv} {options}"] = Row(_with(ours, **options), _with(theirs, **options), shapes, "conv")
+        table[f"{conv} relu"] = Row(_with(ours, **ACTIVATED), _then(torch.relu, theirs), (x, w, b), "conv")
+        ours, theirs = getattr(tritune, up), getattr(F, up)
+        table[up] = Row(ours, theirs, (x, w, b), "conv")
+        options = {"stride": 2, "output_padding": 1}
+        table[f"{up} {options}"] = Row(_with(ours, **options), _with(theirs, **options), (x, w), "conv")
+        for kind in ("max", "avg"):
+            pool, adaptive = f"{kind}_pool{rank}d", f"adaptive_{kind}_pool{rank}d"
+            for options in ({"kernel_size": 2}, {"kernel_size": 3, "stride": 2, "padding": 1, "ceil_mode": True}):
+                pair = (_with(getattr(m, pool), **options) for m in (tritune, F))
+                table[f"{pool} {options}"] = Row(*pair, (x,), kind)
+            table[f"{pool} unbatched"] = Row(
+                *(_with(getattr(m, pool), kernel_size=2) for m in (tritune, F)), (x[1:],), kind
+            )
+            for size in (1, 3):
+                pair = (_with(getattr(m, adaptive), output_size=size) for m in (tritune, F))
+                table[f"{adaptive} {size}"] = Row(*pair, (x,), kind)
+        for indices in (f"max_pool{rank}d", f"adaptive_max_pool{rank}d"):
+            pair = (_partial(getattr(m, indices), 2, return_indices=True) for m in (tritune, F))
+            table[f"{indices} indices"] = Row(*pair, (x,), "max")
+        for norm in (2.0, 3.0):
+            pair = (_partial(getattr(m, f"lp_pool{rank}d"), norm, 2) for m in (tritune, F))
+            table[f"lp_pool{rank}d {norm}"] = Row(*pair, (x,), "lp" if norm == 2 else "avg")
+        unpool = [_unpooled(getattr(m, f"max_unpool{rank}d"), rank) for m in (tritune, F)]
+        table[f"max_unpool{rank}d"] = Row(*unpool, (x,), "max_unpool")
+        averages = getattr(F, f"adaptive_avg_pool{rank}d")
+        table[f"global_avg_pool {rank}"] = Row(tritune.global_avg_pool, _partial(averages, 1), (x,), "avg")
+        maxima = getattr(F, f"adaptive_max_pool{rank}d")
+        table[f"global_max_pool {rank}"] = Row(tritune.global_max_pool, _partial(maxima, 1), (x,), "max")
+    image, filters = (2, 4, 6, 6), (4, 4, 3, 3)
+    table["conv2d_max_pool2d"] = Row(
+        tritune.conv2d_max_pool2d, lambda x, w: F.max_pool2d(F.relu(F.conv2d(x, w)), 2), (image, filters), "conv2d_max"
+    )
+    sdpa = (tritune.scaled_dot_product_attention, F.scaled_dot_product_attention)
+    q = (2, 4, 6, 8)
+    for options in ({}, {"is_causal": True}, {"scale": 0.5}):
+        table[f"scaled_dot_product_attention {options}"] = Row(
+            *(_with(f, **options) for f in sdpa), (q, q, q), "attention"
+        )
+    table["scaled_dot_product_attention 3d"] = Row(*sdpa, (q[1:],) * 3, "attention")
+    table["scaled_dot_product_attention bias"] = Row(*sdpa, (q, q, q, (6, 6)), "attention")
+    groups = [_with(f, enable_gqa=True) for f in sdpa]
+    table["scaled_dot_product_attention groups"] = Row(*groups, (q, (2, 2, 6, 8), (2, 2, 6, 8)), "attention")
+    return table
+
+
+def _with(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+    return lambda *tensors: function(*tensors, **options)
+
+
+def _partial(function: Callable[..., Any], *options: Any, **named: Any) -> Callable[..., Any]:
+    return lambda tensor: function(tensor, *options, **named)
+
+
+def _then(last: Callable[..., Any], function: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda *tensors: last(function(*tensors))
+
+
+def _unpooled(function: Callable[..., Any], rank: int) -> Callable[..., Any]:
+    def run(x: torch.Tensor) -> torch.Tensor:
+        indices = torch.arange(6**rank).view(1, 1, *(6,) * rank).expand(x.shape)
+        return function(x, indices, 2)
+
+    return run
+
+
+TABLE = rows()
+# Of recurrences torch traces nothing with gradients, so that an operator stands for them; scores by cosine, lse and
+# learned queries are not torch's: their own files hold their graphs.
+ELSEWHERE = {"rnn", "gru", "lstm", "elman_step", "attention", "attention_pool"}
+
+
+@pytest.mark.torch
+def test_every_function_has_a_row() -> None:
+    operators = {name for name in tritune.__all__ if getattr(getattr(tritune, name), "__module__", "").count(".ops.")}
+    missing = {name for name in operators - ELSEWHERE if not any(row.split()[0] == name for row in TABLE)}
+    assert missing == {"explain", "use_backend", "Decision", "UnsupportedError"}
+
+
+class _Call(torch.nn.Module):
+    def __init__(self, function: Callable[..., Any]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, *tensors: torch.Tensor) -> Any:
+        return self.function(*tensors)
+
+
+def exported(function: Callable[..., Any], tensors: list[torch.Tensor]) -> list[str]:
+    """The operators of the strictly exported program."""
+    program = torch.export.export(_Call(function), tuple(tensors), strict=True)
+    return [str(node.target) for node in program.graph.nodes if node.op == "call_function" and not _is_check(node)]
+
+
+def _is_check(node: torch.fx.Node) -> bool:
+    return not isinstance(node.target, torch._ops.OpOverload) or "assert" in str(node.target)
+
+
+def compiled(function: Callable[..., Any], tensors: list[torch.Tensor]) -> tuple[list[str], Any]:
+    """The operators that a compiler is given for forward and backward, and the result."""
+    from functorch.compile import make_boxed_func
+    from torch._dynamo.backends.common import aot_autograd
+
+    seen: list[str] = []
+
+    def keep(graph: torch.fx.GraphModule, _: Any) -> Any:
+        seen.extend(str(n.target) for n in graph.graph.nodes if n.op == "call_function" and not _is_check(n))
+        return make_boxed_func(graph.forward)
+
+    torch._dynamo.reset()
+    result = torch.compile(function, fullgraph=True, backend=aot_autograd(fw_compiler=keep, bw_compiler=keep))(*tensors)
+    first = result[0] if isinstance(result, tuple) else result
+    if first.requires_grad:
+        first.sum().backward()
+    return seen, result
+
+
+def operands(row: Row, grad: bool, dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
+    return [torch.randn(shape, dtype=dtype, requires_grad=grad) for shape in row.shapes]
+
+
+@pytest.mark.torch
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
+@pytest.mark.parametrize(
+    "name, dtype",
+    [*((name, torch.float32) for name in TABLE), *((name, torch.bfloat16) for name in TABLE if "attention" in name)],
+    ids=str,
+)
+def test_graph_is_torchs(name: str, dtype: torch.dtype) -> None:
+    row = TABLE[name]
+    tensors = operands(row, grad=dtype is torch.float32, dtype=dtype)
+    ours, result = compiled(row.ours, tensors)
+    theirs, _ = compiled(row.torchs, [t.detach().requires_grad_(t.requires_grad) for t in tensors])
+    assert ours == theirs
+    for mine, eager in zip(_all(result), _all(row.ours(*tensors)), strict=True):
+        assert mine.stride() == eager.stride() and mine.dtype is eager.dtype
+        torch.testing.assert_close(mine, eager, equal_nan=True)
+    plain = [t.detach() for t in tensors]
+    assert exported(row.ours, plain) == exported(row.torchs, plain)
+
+
+def _all(result: Any) -> tuple[torch.Tensor, ...]:
+    return result if isinstance(result, tuple) else (result,)
+
+
+@pytest.mark.interpret
+@pytest.mark.parametrize("name", TABLE)
+def test_graph_is_ours_on_the_kernels(name: str) -> None:
+    """Nothing runs here: what is exported for the kernels is traced on fake tensors."""
+    row = TABLE[name]
+    assert conv_ops.OP is torch.ops.tritune.conv.default
+    with tritune.use_backend("triton"):
+        operators = [op for op in exported(row.ours, operands(row, grad=False)) if op.startswith("tritune.")]
+    assert operators and all(op.startswith(f"tritune.{row.kernels}") for op in operators)
