@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -296,4 +297,5 @@ if __name__ == "__main__":
     except OSError as error:
         print(f"{command_line.prog}: {in_words(error)}", file=sys.stderr)
         status = 2
-    sys.exit(status)
+    sys.stdout.flush()
+    os._exit(status)  # all is written: whoever interrupts does not wait a second for torch to be unloaded

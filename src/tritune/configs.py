@@ -21,6 +21,7 @@ from .autotune.config import Tunable
 from .autotune.device import DEVICES, named
 from .autotune.log import warnings
 from .autotune.store import Entry
+from .paths import writable_file, writable_folder
 
 Store = dict[str, tuple[Entry, ...]]  # "sm_90/conv.json" -> its entries
 
@@ -33,7 +34,7 @@ def main(args: argparse.Namespace) -> int:
     store.clear()  # a file that was read before would not be complained of again
     try:
         return {"list": _list, "show": _show, "diff": _diff, "merge": _merge}[args.action](args)
-    except (Unreadable, OSError) as error:
+    except Unreadable as error:
         print(f"tritune configs {args.action}: {error}", file=sys.stderr)
         return 2
 
@@ -267,6 +268,7 @@ def _merge(args: argparse.Namespace) -> int:
         raise Unreadable(f"{args.out} exists: name a new place, or {args.left} itself to add to it")
     if args.left.is_file() != args.right.is_file():
         raise Unreadable(f"{args.left} and {args.right} are a file and a folder")
+    (writable_file if args.left.is_file() else writable_folder)(args.out)
     kept: Counter[str] = Counter()
     files = []
     for name in sorted(left.keys() | right.keys()):
