@@ -114,7 +114,8 @@ class Profiles:
             for line in self.path.read_text(encoding="utf-8").splitlines():
                 with contextlib.suppress(ValueError, TypeError, KeyError):  # the last one of a run that was killed
                     found = json.loads(line)
-                    self.known[found.pop("binary")] = StaticProfile(**found)
+                    binary = found.pop("binary")
+                    self.known[binary] = StaticProfile(**found)
 
     def find(self, binary: str) -> StaticProfile | None:
         return self.known.get(binary)

@@ -31,8 +31,8 @@ from tritune.autotune.resolve import ranked, resolve  # noqa: E402
 from tritune.kernels import attention, conv, conv_pool, pool, registered, rnn  # noqa: E402
 from tritune.kernels._launch import Launch  # noqa: E402
 from tritune.ops.conv import module_of, weight_grad_module_of  # noqa: E402
-from tritune.perf import conv as conv_layers  # noqa: E402
 from tritune.perf import compilers, families, static, tune_worker  # noqa: E402
+from tritune.perf import conv as conv_layers  # noqa: E402
 from tritune.perf.case import ALL_LAYERS, Kernel  # noqa: E402
 from tritune.perf.check import Machine, Verdict  # noqa: E402
 from tritune.perf.sweep import Bench, Target  # noqa: E402
@@ -503,8 +503,8 @@ class TestCompilers:
             refused = pool.attempt(bad)
             assert refused.startswith("does not compile: ") and "\n" not in refused
             (child,) = pool.children
-            child.kill()
-            assert pool.attempt(dataclasses.replace(bad)) == "does not compile: the compiler died of SIGKILL"
+            os.kill(child.process.pid, signal.SIGKILL)
+            assert pool.attempt(bad) == "does not compile: the compiler died of SIGKILL"
             assert pool.attempt(row) == row.profile()
 
     @pytest.mark.slow
