@@ -1,8 +1,10 @@
 """The ``tritune`` command: what it says, what it returns, and what it does without its extras."""
 
+import argparse
 import inspect
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -215,6 +217,16 @@ class TestEveryCommand:
 PATHS = [(words, name) for words, options in COMMANDS for name, is_path in options.items() if is_path]
 
 
+def test_bench_run_takes_what_its_module_takes():
+    """`make gpu` runs where no typer is: its options are argparse's, and the same."""
+    gpu = pytest.importorskip("tritune.perf.gpu", reason="needs triton")
+    parser = argparse.ArgumentParser(add_help=False)
+    gpu.add_arguments(parser)
+    theirs = {action.option_strings[0] for action in parser._actions}
+    assert theirs == set(dict(COMMANDS)["bench", "run"])
+    assert vars(parser.parse_args([])) == {**vars(gpu.Options()), "tests": ["tests"], "patterns": []}
+
+
 class TestPaths:
     """What is wrong with a path is said in one line that names it, before anything is done."""
 
@@ -350,6 +362,14 @@ class TestExplain:
             text = self.explain(capsys, name, *op.example.split(), *hidden)
             assert '_backend("triton") is in force\n  ' in text
 
+    @pytest.mark.parametrize("options", ["--backend torch", "--backend auto", "--backend auto --device cpu"])
+    @pytest.mark.parametrize("name", explain_command.OPS)
+    def test_the_function_that_was_called_is_named(self, name, options, capsys):
+        """Not another one that it is made of."""
+        op = explain_command.OPS[name]
+        hidden = ["--hidden", "64"] if "--hidden" in op.options else []
+        assert self.explain(capsys, name, *op.example.split(), *hidden, *options.split()).startswith(f"{name}: ")
+
     @pytest.mark.parametrize("op, gates", [("rnn", 1), ("gru", 3), ("lstm", 4)])
     def test_recurrence(self, op, gates, capsys):
         text = self.explain(
@@ -405,20 +425,70 @@ class TestDoctor:
         assert document["problems"] == []
         assert document["tritune"] == tritune.__version__
 
-    @pytest.mark.parametrize(
-        "name, value, problem",
-        [
-            ("TRITUNE_BACKND", "torch", "TRITUNE_BACKND is not a variable of tritune"),
-            ("TRITUNE_DEVICE", "abacus", "unknown device 'abacus'"),
-            ("TRITUNE_CACHE_DIR", __file__, f"{__file__} is not a folder"),
-        ],
-    )
-    def test_a_problem(self, name, value, problem, capsys, monkeypatch):
+    # A wrong value of each variable, and what is said of it.
+    WRONG = {
+        "TRITUNE_BACKEND": ("foo", "TRITUNE_BACKEND must be one of auto, triton, torch, got 'foo'"),
+        "TRITUNE_AUTOTUNE": ("foo", "TRITUNE_AUTOTUNE must be one of cached, missing, always, got 'foo'"),
+        "TRITUNE_LOG": ("foo", "TRITUNE_LOG must be one of debug, info, warning, error, got 'foo'"),
+        "TRITUNE_CONFIG_PATH": ("/no/such/folder", "TRITUNE_CONFIG_PATH: /no/such/folder: No such file or directory"),
+        "TRITUNE_CACHE_DIR": (__file__, f"TRITUNE_CACHE_DIR: {__file__} is not a folder"),
+        "TRITUNE_DEVICE": ("abacus", "TRITUNE_DEVICE: unknown device 'abacus'"),
+        "TRITUNE_ASSERT_TUNED": ("perhaps", "TRITUNE_ASSERT_TUNED must be 1 or 0, got 'perhaps'"),
+        "TRITUNE_BACKND": ("torch", "TRITUNE_BACKND is not a variable of tritune"),
+    }
+
+    def test_every_variable_has_a_wrong_value(self):
+        assert set(self.WRONG) == {*doctor.VARIABLES, "TRITUNE_BACKND"}
+
+    @pytest.mark.checkout
+    def test_every_variable_is_looked_at(self):
+        table = (SOURCE.parent / "docs/environment.md").read_text(encoding="utf-8")
+        assert set(re.findall(r"^\| `(TRITUNE_\w+)`", table, flags=re.MULTILINE)) == set(doctor.VARIABLES)
+
+    @pytest.mark.parametrize("name", WRONG)
+    def test_a_wrong_variable_is_named(self, name, capsys, monkeypatch):
+        value, problem = self.WRONG[name]
         monkeypatch.setenv(name, value)
         assert cli.main(["doctor"]) == 1
         lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("PROBLEM: ")]
         assert len(lines) == 1
-        assert problem in lines[0]
+        assert lines[0].startswith(f"PROBLEM: {problem}")
+
+    def test_all_of_them_at_once_in_a_process_of_its_own(self):
+        """What goes wrong while the package is imported must not keep the command from saying so."""
+        done = run_in_child(
+            "import sys; from tritune import cli; sys.exit(cli.main(['doctor', '--json']))",
+            **{name: value for name, (value, _) in self.WRONG.items()},
+        )
+        assert done.returncode == 1 and "Traceback" not in done.stderr
+        problems = json.loads(done.stdout)["problems"]
+        assert all(any(one.startswith(problem) for one in problems) for _, problem in self.WRONG.values())
+
+    @pytest.mark.parametrize("section", doctor.SECTIONS)
+    def test_what_fails_while_it_is_looked_at_is_a_problem(self, section, capsys, monkeypatch):
+        def fail(facts, hints):
+            raise RuntimeError("driver gone\nstack of the driver")
+
+        monkeypatch.setitem(doctor.SECTIONS, section, fail)
+        assert cli.main(["doctor"]) == 1
+        assert (
+            f"PROBLEM: looking at {section} failed: RuntimeError: driver gone\n1 problem\n" in capsys.readouterr().out
+        )
+
+    def test_without_a_gpu_there_is_none(self, capsys, monkeypatch):
+        monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+        assert cli.main(["doctor"]) == 0
+        out = capsys.readouterr().out
+        assert "\ngpu            none\n" in out
+        facts = [line for line in out.splitlines() if not line.startswith(("hint: ", "entries"))]
+        assert not [line for line in facts if "h200" in line or "sm_" in line]
+
+    @pytest.mark.parametrize("minor", ["3.6", "3.7", "3.8", "3.9"])
+    def test_what_ships_is_in_order_with_every_supported_triton(self, minor, monkeypatch):
+        monkeypatch.setattr(store, "_minor", minor)
+        _, problems, hints = doctor.examine()
+        assert problems == []
+        assert not [hint for hint in hints if "another Triton minor" in hint]
 
     def test_unsupported_triton(self, monkeypatch):
         monkeypatch.setattr(doctor, "_version_of", lambda package: "3.4.0" if package == "triton" else "1.0")

@@ -9,7 +9,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -228,7 +228,8 @@ def main(request: Request) -> int:
     try:
         if request.device != "cpu":
             os.environ["TRITUNE_DEVICE"] = named(request.device).slug
-        decision = _decide(op, request)
+        # Some functions are another one with more arguments: what was asked about is named.
+        decision = replace(_decide(op, request), op=request.op)
     except NotImplementedError as error:
         return _fail(str(error), 1)
     except (RuntimeError, TypeError, ValueError) as error:
