@@ -240,9 +240,7 @@ def rows(targets: Iterable[str] = TARGETS, pattern: str = "") -> Iterator[Row]:
 Made = TypeVar("Made")
 
 
-def measure(
-    selected: Sequence[Row], compiled: Callable[[Row], Made] = Row.profile, jobs: int = 2
-) -> Iterator[tuple[Row, Made]]:
+def measure(selected: Sequence[Row], compiled: Callable[[Row], Made], jobs: int = 2) -> Iterator[tuple[Row, Made]]:
     """Each row with what became of it, in order, as soon as that is known; what several rows need is made once.
 
     Args:

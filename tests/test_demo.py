@@ -106,7 +106,7 @@ def test_one_model(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize("count", ["0", "-3"])
 def test_no_epochs(count, capsys):
     assert cli.main(["demo", "--epochs", count]) == 2
-    assert f"Invalid value for '--epochs': {count} is not in the range x>=1" in capsys.readouterr().err
+    assert "tritune demo: Invalid value for '--epochs': " in capsys.readouterr().err
 
 
 def test_what_is_printed(tmp_path, monkeypatch, capsys):

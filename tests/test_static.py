@@ -60,7 +60,7 @@ def test_shipped_configs(target, kernel):
     selected = list(static.rows([target], f"/{kernel}/"))
     assert len(selected) >= (7 if target in ALL_LAYERS else 2)
     bad = {}
-    for row, one in static.measure(selected):
+    for row, one in static.measure(selected, static.Row.profile):
         assert row.name in baseline
         found = static.faults(kernel, row.problem, one, target) if row.is_main else []
         found += static.regressions(baseline[row.name], one)

@@ -494,6 +494,12 @@ class TestUsage:
         assert message.startswith(f"tritune tune: Invalid value for '{option}': {value!r} is not ")
         assert message.count("\n") == 1
 
+    def test_the_defaults_are_the_modules(self):
+        lists = {"ops": [], "shapes": [], "dtypes": []}
+        assert args() == tune_module().Options(**lists)
+        assert args("--budget", "5m", "--trial-limit", "1.5").budget == 300
+        assert args("--budget", "5m", "--trial-limit", "1.5").trial_limit == 1.5
+
     def test_every_operator_of_the_families_can_be_tuned(self):
         from tritune.perf import families
 

@@ -28,7 +28,7 @@ UsageError = typer.BadParameter.__base__
 class Root(TyperGroup):
     """The ``tritune`` command itself."""
 
-    def invoke(self, ctx: typer.Context) -> Any:
+    def invoke(self, ctx: Any) -> Any:
         try:
             status = super().invoke(ctx)
             sys.stdout.flush()  # here, where a reader that has gone is no error
@@ -77,8 +77,9 @@ def _one_of(words: Iterable[str]) -> dict[str, Any]:
     return {"parser": parse, "autocompletion": complete, "metavar": "|".join(known)}
 
 
-def _seconds(text: str) -> float:
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)([smh]?)", text)
+def _seconds(text: str | float) -> float:
+    """From a word, or from a default."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([smh]?)", str(text))
     if not match:
         raise typer.BadParameter(f"{text!r} is not a time such as 120s, 5m or 1h")
     return float(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[match[2]]
@@ -166,11 +167,23 @@ def tune(
     ] = "",
     direction: Annotated[str, typer.Option(help="Which kernels.", **_one_of(("fwd", "bwd", "fwd,bwd")))] = "fwd",
     budget: Annotated[
-        float, typer.Option(parser=_seconds, metavar="TIME", help="For everything, such as 120s or 5m.")
-    ] = "120s",
+        float,
+        typer.Option(
+            parser=_seconds,
+            show_default=False,
+            metavar="TIME",
+            help="For everything, such as 120s or 5m; default: 120s.",
+        ),
+    ] = 120.0,
     trial_limit: Annotated[
-        float, typer.Option(parser=_seconds, metavar="TIME", help="After this a config counts as hung.")
-    ] = "30s",
+        float,
+        typer.Option(
+            parser=_seconds,
+            show_default=False,
+            metavar="TIME",
+            help="After this a config counts as hung; default: 30s.",
+        ),
+    ] = 30.0,
     force: Annotated[bool, typer.Option("--force", help="Measure again what is in the store already.")] = False,
     out: Annotated[
         Path | None, typer.Option(metavar="STORE", help="To write to; default: this user's, with --static none.")
@@ -356,15 +369,20 @@ def bench_run(
             metavar="FOLDER", help="For the results; default: perf/results/<GPU>; with --merge the store to add to."
         ),
     ] = None,
-    budget: Annotated[float, typer.Option(parser=_seconds, metavar="TIME", help="For everything.")] = "460s",
+    budget: Annotated[
+        float, typer.Option(parser=_seconds, show_default=False, metavar="TIME", help="For everything; default: 460s.")
+    ] = 460.0,
     tests: Annotated[bool, typer.Option(help="Run the tests that need a GPU as well.")] = True,
     patterns: Annotated[
         list[str],
         typer.Option("-k", metavar="TEXT", help="Only <family>/<case> names that contain this; may be repeated."),
     ] = [],
     item_limit: Annotated[
-        float, typer.Option(parser=_seconds, metavar="TIME", help="After this a case counts as hung.")
-    ] = "60s",
+        float,
+        typer.Option(
+            parser=_seconds, show_default=False, metavar="TIME", help="After this a case counts as hung; default: 60s."
+        ),
+    ] = 60.0,
     merge: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="Only put a measured_configs.json into the store that --out names."),
