@@ -78,6 +78,7 @@ def run(target: str, kernels: Set[str], pattern: str | None, out: Path | None, *
     started = time.monotonic()
     try:
         with Progress(stream, len(selected)) as progress:
+            progress.update(0, state="the compilers start")
             for done, (name, tunable, problem, (config, one, passed_over)) in enumerate(rank(target, selected), 1):
                 for reason in passed_over:
                     progress.line(f"{tunable.name}/{name}: passed over {reason}")
@@ -95,8 +96,8 @@ def run(target: str, kernels: Set[str], pattern: str | None, out: Path | None, *
                 elapsed = time.monotonic() - started
                 progress.update(done, elapsed * (len(selected) - done) / done, f"{tunable.name}/{name}")
     except KeyboardInterrupt:
-        kept = f" and written to {out / target}" if out else ""
         count = sum(map(len, entries.values()))
+        kept = f" and written to {out / target}" if out and count else ""
         print(f"tritune tune: interrupted, {count} of {len(selected)} layers ranked{kept}; "
               "the next run goes on from there", file=sys.stderr)  # fmt: skip
         return 130

@@ -333,6 +333,7 @@ def main(options: Options) -> int:
     out = sys.stderr if options.json else sys.stdout
     try:
         with Progress(out, len(selected)) as progress, Compilers() as compilers:
+            progress.update(0, state="the compilers start")
             for done, (row, one) in enumerate(measure(selected, compilers.attempt, compilers.count), 1):
                 if isinstance(one, StaticProfile):
                     profiles[row.name] = one

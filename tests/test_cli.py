@@ -5,6 +5,7 @@ import inspect
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -215,6 +216,27 @@ class TestEveryCommand:
 
 # Everything that takes a path: (command, option or argument).
 PATHS = [(words, name) for words, options in COMMANDS for name, is_path in options.items() if is_path]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
+def test_an_interrupted_demo_says_one_line(number, tmp_path):
+    for module in ("rich", "matplotlib", "sklearn"):
+        pytest.importorskip(module)
+    command = [sys.executable, "-m", "tritune", "demo", "--epochs", "100000", "--model", "rnn", "--out", str(tmp_path)]
+    env = {**os.environ, "PYTHONPATH": str(SOURCE)}
+    with subprocess.Popen(
+        command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True
+    ) as process:
+        try:
+            assert re.fullmatch(r"\d+/100000  \d+:\d\d left  epochs, rnn: .*\n", process.stderr.readline())
+            os.killpg(process.pid, number)
+            _, err = process.communicate(timeout=30)
+        finally:
+            process.kill()
+    assert process.returncode == 130
+    assert [line for line in err.splitlines() if "epochs" not in line] == ["tritune: interrupted"]
+    assert not list(tmp_path.iterdir())
 
 
 def test_bench_run_takes_what_its_module_takes():
