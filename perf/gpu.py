@@ -41,6 +41,7 @@ TESTS_SHARE = 0.44  # of the budget, at most: tests and compiling
 START_SECONDS = 120.0  # a worker's imports, on a machine that has not read torch from its disk yet
 ITEM_SECONDS = 60.0
 LAST_SECONDS = 8.0  # kept for the imports of this process, the files and the table
+INTERRUPTED = 130  # exit status
 MAX_IDLE_STARTS = 2  # workers in a row that ended before they began anything
 
 
@@ -94,7 +95,7 @@ def main(args: Options) -> int:
         return run(args)
     except KeyboardInterrupt:
         print("interrupted before anything was measured", file=sys.stderr)
-        return 130
+        return INTERRUPTED
 
 
 def run(args: Options) -> int:
@@ -113,7 +114,7 @@ def run(args: Options) -> int:
             measure(args, results, progress, deadline)
     except KeyboardInterrupt:
         print(f"interrupted, {results.counts()}; written to {out}", file=sys.stderr)
-        return 130
+        return INTERRUPTED
     finally:
         results.write()
     print(f"\n{results.table()}\nwritten to {out}", file=stream, flush=True)
@@ -297,5 +298,7 @@ if __name__ == "__main__":
     except OSError as error:
         print(f"{command_line.prog}: {in_words(error)}", file=sys.stderr)
         status = 2
-    sys.stdout.flush()
-    os._exit(status)  # all is written: whoever interrupts does not wait a second for torch to be unloaded
+    if status == INTERRUPTED:  # all is written: whoever interrupts does not wait a second for torch to be unloaded
+        sys.stdout.flush()
+        os._exit(status)
+    sys.exit(status)

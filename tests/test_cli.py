@@ -135,6 +135,7 @@ assert not [name for name in sys.modules if name.startswith("tritune.perf.") and
             package = {"sklearn": "scikit-learn"}.get(module, module)
             assert any(one.startswith(f"{package}>=") for one in project["optional-dependencies"][extra])
 
+    @pytest.mark.slow
     def test_completion(self):
         """Of commands, operators, their options, and words that an option takes."""
         for typed, expected in {
@@ -164,7 +165,15 @@ class TestEveryCommand:
         """Every command reports: one that does not has to be named here."""
         assert [words for words, options in COMMANDS if "--json" not in options] == []
 
-    @pytest.mark.parametrize("words", [words for words, _ in COMMANDS], ids=" ".join)
+    @pytest.mark.parametrize(
+        "words",
+        [
+            pytest.param(
+                words, marks=pytest.mark.slow if words[0] in ("demo", "tune", "bench") else (), id=" ".join(words)
+            )
+            for words, _ in COMMANDS
+        ],
+    )
     def test_json_and_nothing_else(self, words, tmp_path, monkeypatch, capfd):
         pytest.importorskip("triton")
         prepared = self.prepare(words, tmp_path, monkeypatch)
