@@ -534,7 +534,7 @@ class TestCompilers:
         busy = max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))
         assert time.monotonic() - started < 1.5 * busy, "a second, on a machine that has nothing else to do"
         assert process.returncode == 130, err
-        reports = re.compile(r"\d+/\d+  \d+:\d\d left  \S+")  # where it stands, every few seconds
+        reports = re.compile(r"\d+/\d+  .+")  # where it stands, every few seconds
         (last,) = (line for line in err.splitlines() if not reports.fullmatch(line))
         assert last.startswith(f"tritune {words[0]}") and "interrupted" in last and "goes on from there" in last
         assert all(re.fullmatch(r"\w+/[\w.-]+: \w+=.*", line) for line in out.splitlines()), out
