@@ -2,20 +2,17 @@
 switch them on; ``TRITUNE_LOG`` names another level (``debug`` shows each decision once) and adds a handler."""
 
 import logging
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-LEVELS = ("debug", "info", "warning", "error")
+from .variables import word
+
 logger = logging.getLogger("tritune")
-_level = os.environ.get("TRITUNE_LOG", "").lower()
-if _level in LEVELS:
+if _level := word("TRITUNE_LOG"):
     _handler = logging.StreamHandler()
     _handler.setFormatter(logging.Formatter("tritune: %(message)s"))
     logger.addHandler(_handler)
     logger.setLevel(_level.upper())
-elif _level:
-    logger.warning("TRITUNE_LOG=%s is none of %s", os.environ["TRITUNE_LOG"], ", ".join(LEVELS))
 
 
 @contextmanager

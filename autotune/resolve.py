@@ -18,13 +18,14 @@ from . import store
 from .config import Config, Tunable
 from .device import DeviceSpec
 from .log import logger
+from .variables import word
 
 MAX_DISTANCE = 2.0  # in doublings, summed over the sizes: farther away an entry says nothing
 MEMO_LIMIT = 4096  # changing sizes must not grow the memo without end
 
-if os.environ.get("TRITUNE_AUTOTUNE", "cached") != "cached":
+if (_mode := word("TRITUNE_AUTOTUNE")) not in ("", "cached"):
     # The call-time tuner is not written yet; saying so beats pretending.
-    logger.warning("TRITUNE_AUTOTUNE=%s: only 'cached' works in this version", os.environ["TRITUNE_AUTOTUNE"])
+    logger.warning("TRITUNE_AUTOTUNE=%s: only 'cached' works in this version", _mode)
 
 
 class Choice(NamedTuple):

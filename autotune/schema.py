@@ -147,7 +147,7 @@ def parse(text: str) -> Document:
         for name in ("schema", "entries"):
             if name not in fields:
                 raise ValueError(f"it has no {name}")
-        schema, kernel, entries = (fields.pop(name, None) for name in ("schema", "kernel", "entries"))
+        schema, entries, kernel = fields.pop("schema"), fields.pop("entries"), fields.pop("kernel", None)
         if text[slice(*schema)] != str(SCHEMA):
             raise ValueError(f"its schema is {reprlib.repr(text[slice(*schema)])}, this version reads {SCHEMA}")
         of = "" if kernel is None else json.loads(text[slice(*kernel)])

@@ -16,8 +16,9 @@ import torch
 from ..autotune.device import DeviceSpec, detect
 from ..autotune.log import logger
 from ..autotune.resolve import Choice
+from ..autotune.variables import WORDS, word
 
-BACKENDS = ("auto", "triton", "torch")
+BACKENDS = WORDS["TRITUNE_BACKEND"]
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -25,13 +26,7 @@ class UnsupportedError(NotImplementedError):
     """Raised under ``use_backend("triton")`` for a call that no kernel covers; the message names the argument."""
 
 
-def _checked(name: str, origin: str) -> str:
-    if name not in BACKENDS:
-        raise ValueError(f"{origin} must be one of {', '.join(BACKENDS)}, got {name!r}")
-    return name
-
-
-DEFAULT_BACKEND = _checked(os.environ.get("TRITUNE_BACKEND") or "auto", "TRITUNE_BACKEND")
+DEFAULT_BACKEND = word("TRITUNE_BACKEND") or "auto"
 # Triton reads the variable when its kernels are defined, so it must be set before they are imported.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -69,7 +64,9 @@ class use_backend(ContextDecorator):  # a context manager, named like torch.no_g
     """
 
     def __init__(self, name: str) -> None:
-        self.name = _checked(name, "backend")
+        if name not in BACKENDS:
+            raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {name!r}")
+        self.name = name
         self.previous: list[str] = []
 
     def _recreate_cm(self) -> use_backend:

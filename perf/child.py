@@ -51,13 +51,15 @@ class Child:
         threading.Thread(target=self._read_errors, args=(self.process.stderr,), daemon=True).start()
 
     def _read_lines(self, stream: IO[str]) -> None:
-        for line in stream:
-            self._lines.put(line.rstrip("\n"))
+        with stream:
+            for line in stream:
+                self._lines.put(line.rstrip("\n"))
         self._lines.put(END)
 
     def _read_errors(self, stream: IO[str] | None) -> None:
-        for line in stream or ():
-            self.errors.append(line.rstrip("\n"))
+        if stream is not None:
+            with stream:
+                self.errors.extend(line.rstrip("\n") for line in stream)
 
     def line(self, timeout: float) -> str | None:
         """The next line, or END. Raises TimeoutError after ``timeout`` seconds."""

@@ -9,19 +9,27 @@ Nothing here can take the run down: tests and cases run in child processes with 
 is reported by name and the next begins behind it, and the files are written after every result. ``--rehearse`` does all
 of it on a CPU with tiny layers in Triton's interpreter; the times mean nothing then.
 
-Exit status: 0 all is right, 1 a wrong result, a failed test or a crash, 2 no GPU or no such case, 130 interrupted.
+Exit status: 0 all is right, 1 a wrong result, a failed test or a crash, 2 no GPU, no such case or bad usage, 130
+interrupted.
+
+The command line is argparse's: a machine with a GPU needs nothing but torch, triton and pytest.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import time
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from ..autotune import store
+from ..paths import in_words, readable_file, writable_folder
+from ..progress import Progress
 from . import gpu_tests
 from .child import Child, child_environment, next_event, terminated_like_interrupted
 from .environment import without_paths
@@ -33,63 +41,92 @@ TESTS_SHARE = 0.44  # of the budget, at most: tests and compiling
 START_SECONDS = 120.0  # a worker's imports, on a machine that has not read torch from its disk yet
 ITEM_SECONDS = 60.0
 LAST_SECONDS = 8.0  # kept for the imports of this process, the files and the table
+INTERRUPTED = 130  # exit status
 MAX_IDLE_STARTS = 2  # workers in a row that ended before they began anything
 
 
+@dataclass(frozen=True)
+class Options:
+    """What was asked.
+
+    Attributes:
+        out: folder for the results; with ``merge`` the store that entries are added to. Default: DEFAULT_OUT, and in it
+            a folder for each GPU.
+        tests: what ``pytest -m gpu`` runs; none: no tests.
+        patterns: only <family>/<case> names that contain one of these; all if there are none.
+        merge: a measured_configs.json to put into a store, instead of measuring.
+        cases: module whose CASES are measured.
+        item_limit: seconds after which a case counts as hung.
+    """
+
+    out: Path | None = None
+    budget: float = BUDGET_SECONDS
+    rehearse: bool = False
+    tests: Sequence[str] = ("tests",)
+    patterns: Sequence[str] = ()
+    merge: Path | None = None
+    json: bool = False
+    cases: str = ".families"
+    item_limit: float = ITEM_SECONDS
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--out", default=str(DEFAULT_OUT), help=f"folder for the results; in {DEFAULT_OUT} a folder for each GPU"
+    add = parser.add_argument
+    add(
+        "--out",
+        type=Path,
+        help=f"folder for the results; default: {DEFAULT_OUT}/<GPU>; with --merge the store to add to",
     )
-    parser.add_argument("--budget", type=float, default=BUDGET_SECONDS, help="seconds for everything")
-    parser.add_argument("--rehearse", action="store_true", help="on the CPU, tiny layers, Triton's interpreter")
-    parser.add_argument("--tests", nargs="*", default=["tests"], help="what pytest -m gpu runs; nothing: no tests")
-    parser.add_argument("--cases", default=".families", help="module whose CASES are measured")
-    parser.add_argument(
-        "-k",
-        dest="patterns",
-        action="append",
-        default=[],
-        metavar="PATTERN",
-        help='only <family>/<case> names that contain this, or another one given so; "sweep-" begins those of sweeps',
-    )
-    parser.add_argument(
-        "--item-limit", type=float, default=ITEM_SECONDS, help="seconds after which a case counts as hung"
-    )
-    parser.add_argument("--merge", metavar="FILE", help="only put a measured_configs.json into the shipped configs")
+    add("--budget", type=float, default=BUDGET_SECONDS, help="seconds for everything")
+    add("--rehearse", action="store_true", help="on the CPU, tiny layers, Triton's interpreter")
+    add("--tests", nargs="*", default=["tests"], help="what pytest -m gpu runs; nothing: no tests")
+    add("--cases", default=".families", help="module whose CASES are measured")
+    names = 'only <family>/<case> names that contain this, or another one given so; "sweep-" begins those of sweeps'
+    add("-k", dest="patterns", action="append", default=[], metavar="TEXT", help=names)
+    add("--item-limit", type=float, default=ITEM_SECONDS, help="seconds after which a case counts as hung")
+    add("--merge", type=Path, metavar="FILE", help="only put a measured_configs.json into the store that --out names")
+    add("--json", action="store_true", help="the results as one JSON document, and nothing else on standard output")
 
 
-def main(args: argparse.Namespace) -> int:
-    if args.merge:
-        return merge(Path(args.merge))
+def main(args: Options) -> int:
     try:
-        with terminated_like_interrupted():
-            return run(args)
+        if args.merge:
+            return merge(args.merge, args.out, as_json=args.json)
+        return run(args)
     except KeyboardInterrupt:
-        return 130
+        print("interrupted before anything was measured", file=sys.stderr)
+        return INTERRUPTED
 
 
-def run(args: argparse.Namespace) -> int:
+def run(args: Options) -> int:
     deadline = time.monotonic() + args.budget - LAST_SECONDS
-    hello = probe(args, deadline)
+    stream = sys.stderr if args.json else sys.stdout
+    out = writable_folder(args.out or DEFAULT_OUT)
+    hello = probe(args, deadline, stream)
     if hello is None:
         return 2
-    out = Path(args.out)
     if out == DEFAULT_OUT:
         out /= hello["env"]["slug"]
     results = Results(out, hello["env"], hello["items"])
     try:
-        tests_and_warm_up(args, results, time.monotonic() + TESTS_SHARE * args.budget)
-        measure(args, results, deadline)
+        with Progress(stream, len(hello["items"])) as progress:
+            tests_and_warm_up(args, results, progress, time.monotonic() + TESTS_SHARE * args.budget)
+            measure(args, results, progress, deadline)
+    except KeyboardInterrupt:
+        print(f"interrupted, {results.counts()}; written to {out}", file=sys.stderr)
+        return INTERRUPTED
     finally:
         results.write()
-        print(f"\n{results.table()}\nwritten to {out}", flush=True)
+    print(f"\n{results.table()}\nwritten to {out}", file=stream, flush=True)
+    if args.json:
+        print(json.dumps(results.to_json(), indent=1))
     return 0 if results.ok else 1
 
 
 # --- children --------------------------------------------------------------------------------------------------------
 
 
-def start_worker(args: argparse.Namespace, *options: str) -> Child:
+def start_worker(args: Options, *options: str) -> Child:
     command = [sys.executable, "-m", f"{__package__}.worker", "--child", "--cases", args.cases, *options]
     command += [f"-k={pattern}" for pattern in args.patterns]  # an empty one, too, or one that begins with "="
     if args.rehearse:
@@ -97,7 +134,7 @@ def start_worker(args: argparse.Namespace, *options: str) -> Child:
     return Child(command, child_environment(args.rehearse))
 
 
-def probe(args: argparse.Namespace, deadline: float) -> dict[str, Any] | None:
+def probe(args: Options, deadline: float, out: TextIO) -> dict[str, Any] | None:
     """What a worker finds here, or nothing and a word why."""
     child = start_worker(args, "--probe")
     try:
@@ -116,14 +153,14 @@ def probe(args: argparse.Namespace, deadline: float) -> dict[str, Any] | None:
     if not hello["items"]:
         print(f"no case has {' or '.join(args.patterns)} in its name", file=sys.stderr)
         return None
-    print(f"{hello['env']['gpu'] or 'rehearsal'}: {len(hello['items'])} items", flush=True)
+    print(f"{hello['env']['gpu'] or 'rehearsal'}: {len(hello['items'])} items", file=out, flush=True)
     return hello
 
 
 # --- tests, and compiling beside them --------------------------------------------------------------------------------
 
 
-def tests_and_warm_up(args: argparse.Namespace, results: Results, deadline: float) -> None:
+def tests_and_warm_up(args: Options, results: Results, progress: Progress, deadline: float) -> None:
     """Tests and compiling use the processors, not much of the GPU, so they share this time; timing is alone later."""
     count = gpu_tests.warmers()
     memory = f"{0.4 / count:.3f}"  # the tests need some, too
@@ -133,7 +170,8 @@ def tests_and_warm_up(args: argparse.Namespace, results: Results, deadline: floa
     ]
     try:
         if args.tests and gpu_tests.has_tests():
-            run_tests(args, results, deadline)
+            run_tests(args, results, progress, deadline)
+        progress.update(0, state="compiling")
         while not args.rehearse and any(child.process.poll() is None for child in warmers):
             if time.monotonic() > deadline:
                 break
@@ -143,23 +181,24 @@ def tests_and_warm_up(args: argparse.Namespace, results: Results, deadline: floa
             child.kill()
 
 
-def run_tests(args: argparse.Namespace, results: Results, deadline: float) -> None:
-    run = gpu_tests.TierFour(child_environment(rehearse=False), args.tests, gpu_tests.jobs())
+def run_tests(args: Options, results: Results, progress: Progress, deadline: float) -> None:
+    progress.update(0, deadline - time.monotonic(), "GPU tests")
+    tests = gpu_tests.TierFour(child_environment(rehearse=False), list(args.tests), gpu_tests.jobs())
     try:
-        run.wait(deadline)
+        tests.wait(deadline, lambda ran: progress.update(0, deadline - time.monotonic(), f"GPU tests: {ran} ran"))
     finally:
-        results.write_tests(run.to_json())
-    print(gpu_tests.in_words(results.tests), flush=True)
+        results.write_tests(tests.to_json())
+    progress.line(gpu_tests.in_words(results.tests))
 
 
 # --- measuring -------------------------------------------------------------------------------------------------------
 
 
-def measure(args: argparse.Namespace, results: Results, deadline: float) -> None:
+def measure(args: Options, results: Results, progress: Progress, deadline: float) -> None:
     """All items in order, by one worker after the other, until there are none left or the time is up."""
     index = idle_starts = 0
     while index < len(results.headers) and time.monotonic() < deadline:
-        reached = one_worker(args, results, index, deadline)
+        reached = one_worker(args, results, progress, index, deadline)
         idle_starts = idle_starts + 1 if reached == index else 0
         index = reached
         if idle_starts == MAX_IDLE_STARTS:
@@ -168,7 +207,7 @@ def measure(args: argparse.Namespace, results: Results, deadline: float) -> None
     results.write()
 
 
-def one_worker(args: argparse.Namespace, results: Results, first: int, deadline: float) -> int:
+def one_worker(args: Options, results: Results, progress: Progress, first: int, deadline: float) -> int:
     """Reads one worker's events until it ends or must be ended. Returns the index of the item after its last."""
     child = start_worker(args, "--first", str(first))
     index, running = first, False
@@ -180,12 +219,13 @@ def one_worker(args: argparse.Namespace, results: Results, first: int, deadline:
                 break
             if event["event"] == "begin":
                 running, limit = True, args.item_limit
+                progress.update(index, deadline - time.monotonic(), results.headers[index]["id"])
             elif event["event"] == "done":
                 return len(results.headers)
             else:
                 results.add(results.headers[index], event)
                 results.write()
-                show(index, results)
+                show(index, results, progress)
                 index, running = event["index"] + 1, False
         how = without_paths(child.how_it_ended())
     except TimeoutError:
@@ -197,14 +237,14 @@ def one_worker(args: argparse.Namespace, results: Results, first: int, deadline:
     if running:
         results.fail(results.headers[index], how)
         results.write()
-        show(index, results)
+        show(index, results, progress)
         return index + 1
-    print(f"a worker {how}", flush=True)
+    progress.line(f"a worker {how}")
     return index
 
 
-def show(index: int, results: Results) -> None:
-    """One line of progress."""
+def show(index: int, results: Results, progress: Progress) -> None:
+    """What came of an item, in a line."""
     name = results.headers[index]["id"]
     if name in results.failures:
         result = results.failures[name][:150]
@@ -214,28 +254,51 @@ def show(index: int, results: Results) -> None:
     else:
         times = {one["provider"]: one.get("device_us") for one in results.records if one["id"] == name}
         result = ", ".join(f"{provider} {us['p50']:.1f}" for provider, us in times.items() if us) + " us"
-    print(f"[{index + 1}/{len(results.headers)}] {name}: {result}", flush=True)
+    progress.line(f"[{index + 1}/{len(results.headers)}] {name}: {result}")
 
 
 # --- putting what was found into the store ---------------------------------------------------------------------------
 
 
-def merge(file: Path, folder: Path = store.SHIPPED) -> int:
-    """Adds the entries of a measured_configs.json to ``<folder>/<slug>/<kernel>.json``; a key there is replaced."""
-    document = json.loads(file.read_text(encoding="utf-8"))
-    for kernel, raw in document["kernels"].items():
-        entries = [store.Entry.from_json(data) for data in raw]
-        if any(entry.source != "measured" for entry in entries):
-            print(f"{file.name} is from a rehearsal: nothing in it was measured on a GPU", file=sys.stderr)
-            return 1
-        path = folder / document["slug"] / f"{kernel}.json"
+def merge(file: Path, out: Path | None, *, as_json: bool = False) -> int:
+    """Adds the entries of a measured_configs.json to ``<out>/<slug>/<kernel>.json``; a key there is replaced."""
+    if out is None:
+        print("--merge needs --out STORE to add to; in a checkout autotune/configs", file=sys.stderr)
+        return 2
+    writable_folder(out)
+    try:
+        document = json.loads(readable_file(file).read_text(encoding="utf-8"))
+        found = {kernel: [store.Entry.from_json(data) for data in raw] for kernel, raw in document["kernels"].items()}
+        folder = out / document["slug"]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        print(f"{file} is no measured_configs.json: {type(error).__name__} {error}", file=sys.stderr)
+        return 2
+    if any(entry.source != "measured" for entries in found.values() for entry in entries):
+        print(f"{file.name} is from a rehearsal: nothing in it was measured on a GPU", file=sys.stderr)
+        return 1
+    for kernel, entries in found.items():
+        path = folder / f"{kernel}.json"
         store.write(path, kernel, entries)
-        Path(f"{path}.lock").unlink(missing_ok=True)  # the folder is part of the package
-        print(f"{kernel}: {len(entries)} entries for {document['slug']}")
+        Path(f"{path}.lock").unlink(missing_ok=True)  # the store may be part of a checkout
+        if not as_json:
+            print(f"{kernel}: {len(entries)} entries for {folder.name}")
+    if as_json:
+        counts = {kernel: len(entries) for kernel, entries in found.items()}
+        print(json.dumps({"folder": str(folder), "entries": counts}, indent=1))
     return 0
 
 
 if __name__ == "__main__":
     command_line = argparse.ArgumentParser(prog=f"python -m {__package__}.gpu", description=__doc__.split("\n")[0])
     add_arguments(command_line)
-    sys.exit(main(command_line.parse_args()))
+    options = Options(**vars(command_line.parse_args()))
+    try:
+        with terminated_like_interrupted():
+            status = main(options)
+    except OSError as error:
+        print(f"{command_line.prog}: {in_words(error)}", file=sys.stderr)
+        status = 2
+    if status == INTERRUPTED:  # all is written: whoever interrupts does not wait a second for torch to be unloaded
+        sys.stdout.flush()
+        os._exit(status)
+    sys.exit(status)

@@ -89,6 +89,14 @@ class Results:
             self._replace("measured_configs.json", self._configs())
         self._replace("summary.md", self.markdown())
 
+    def to_json(self) -> dict[str, Any]:
+        """All of it in one document."""
+        return {
+            "schema": SCHEMA, "env": self.env, "folder": str(self.out), "cases": self.records,
+            "configs": list(self.sweeps.values()), "tests": self.tests, "failures": self.failures,
+            "not_run": self.not_run(),
+        }  # fmt: skip
+
     def write_tests(self, tests: dict[str, Any]) -> None:
         self.tests = tests
         self.out.mkdir(parents=True, exist_ok=True)
@@ -133,9 +141,9 @@ class Results:
         failures = [f"FAILED {name}: {why[:150]}" for name, why in list(self.failures.items())[:6]]
         if len(self.failures) > len(failures):
             failures.append(f"... {len(self.failures) - len(failures)} more failures in summary.md")
-        return "\n".join([*lines, *failures, in_words(self.tests), self._not_run_in_words()])
+        return "\n".join([*lines, *failures, in_words(self.tests), self.counts()])
 
-    def _not_run_in_words(self) -> str:
+    def counts(self) -> str:
         left = self.not_run()
         return f"{len(self.done)} of {len(self.headers)} items measured" + (f", {len(left)} not run" if left else "")
 

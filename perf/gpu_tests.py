@@ -7,6 +7,7 @@ import os
 import re
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -47,11 +48,16 @@ class TierFour:
             env["OMP_NUM_THREADS"] = "1"
         self.child = Child(command, env, ROOT, merge_errors=True)
 
-    def wait(self, deadline: float) -> None:
-        """Reads until the end, or until ``deadline`` (of time.monotonic): then the run is interrupted and killed."""
+    def wait(self, deadline: float, watch: Callable[[int], None] = lambda ran: None) -> None:
+        """Reads until the end, or until ``deadline`` (of time.monotonic): then the run is interrupted and killed.
+
+        Args:
+            watch: told after every line how many tests have ended.
+        """
         try:
             while (line := self.child.line(deadline - time.monotonic())) is not END:
                 self.read(line)
+                watch(len(self.outcomes))
             self.ended = self.child.how_it_ended()
         except TimeoutError:
             self.child.interrupt()

@@ -1,16 +1,16 @@
 """Configs for a machine that is not here: the cost model orders them, the compiler has the last word.
 
-``tritune tune --static --target sm_90`` writes ``autotune/configs/<target>/<kernel>.json``: for each layer of
-:mod:`.families` the best config by the model that also compiles clean (:func:`.static.faults`). The entries say
-``"source": "model"``: a guess that measured entries replace.
+``tritune tune --static --target sm_90`` shows for each layer of :mod:`.families` the best config by the model that also
+compiles clean (:func:`.static.faults`). With ``--out`` it goes into ``<out>/<target>/<kernel>.json`` as soon as it is
+known. The entries say ``"source": "model"``: a guess that measured entries replace.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
@@ -23,13 +23,13 @@ from ..autotune import store
 from ..autotune.config import Config, Tunable
 from ..autotune.device import named
 from ..autotune.resolve import ranked
+from ..progress import Progress
 from .case import Layers
+from .compilers import Compilers
 from .families import layers
-from .progress import Progress
-from .static import TRITON, StaticProfile, faults, profile
+from .static import TRITON, Row, StaticProfile, faults
 
 CANDIDATES = 16  # of the model's order are compiled, then the layer gets no entry
-
 
 Best = tuple[Config | None, StaticProfile | None, list[str]]
 
@@ -37,59 +37,92 @@ Best = tuple[Config | None, StaticProfile | None, list[str]]
 def rank(target: str, selected: Sequence[Layers]) -> Iterator[tuple[str, Tunable, Any, Best]]:
     """``(layer, kernel, problem, (config, profile, passed over))``; no config if none of the first compiles clean."""
 
-    def best(tunable: Tunable, problem: Any) -> Best:
+    def best(compilers: Compilers, layer: str, tunable: Tunable, problem: Any) -> Best:
         passed_over: list[str] = []
         for config, _ in ranked(tunable, problem, named(target))[:CANDIDATES]:
-            one = profile(tunable.launches(problem, config)[0], target)
-            found = faults(tunable.name, problem, one, target)
-            if not found:
+            one = compilers.attempt(
+                Row(target, tunable, layer, problem, config, 0, tunable.launches(problem, config)[0])
+            )
+            found = faults(tunable.name, problem, one, target) if isinstance(one, StaticProfile) else [one]
+            if isinstance(one, StaticProfile) and not found:
                 return config, one, passed_over
             passed_over.append(f"{dict(config)}: {'; '.join(found)}")
         return None, None, passed_over
 
-    with ThreadPoolExecutor(2) as pool:
-        futures = [pool.submit(best, tunable, problem) for _, tunable, problem in selected]
+    compilers = Compilers()
+    with ThreadPoolExecutor(compilers.count) as pool, compilers:  # the compilers end first: then no thread waits
+        futures = [pool.submit(best, compilers, *one) for one in selected]
         try:
-            for (name, tunable, problem), future in zip(selected, futures, strict=True):
-                yield name, tunable, problem, future.result()
+            for one, future in zip(selected, futures, strict=True):
+                yield *one, future.result()
         finally:  # an interrupt does not wait for the rest
-            for future in futures:
-                future.cancel()
+            pool.shutdown(wait=False, cancel_futures=True)
 
 
-def run(args: argparse.Namespace, kernels: Set[str]) -> int:
+def run(target: str, kernels: Set[str], pattern: str | None, out: Path | None, *, dry_run: bool, as_json: bool) -> int:
     """The command; ``kernels`` names those to rank, all if it is empty."""
-    out = sys.stderr if args.json else sys.stdout
-    folder = (args.out or store.SHIPPED) / args.target
     selected = [
         (name, tunable, problem)
-        for name, tunable, problem in layers(args.target)
-        if args.pattern in f"{tunable.name}/{name}" and (not kernels or tunable.name in kernels)
+        for name, tunable, problem in layers(target)
+        if (pattern or "") in f"{tunable.name}/{name}" and (not kernels or tunable.name in kernels)
     ]
+    if not selected:
+        wanted = f" with {pattern!r} in its name <kernel>/<layer>" if pattern else " of these operators"
+        print(f"tritune tune: no layer{wanted} is ranked for {target}", file=sys.stderr)
+        return 2
+    if dry_run:
+        return _listed(target, selected, as_json)
+    stream = sys.stderr if as_json else sys.stdout
     entries: dict[str, list[store.Entry]] = {}
     without = []
     started = time.monotonic()
-    with Progress(out, len(selected)) as progress:
-        for done, (name, tunable, problem, (config, one, passed_over)) in enumerate(rank(args.target, selected), 1):
-            elapsed = time.monotonic() - started
-            progress.update(done, elapsed * (len(selected) - done) / done, f"{tunable.name} {name}")
-            for reason in passed_over:
-                progress.line(f"{tunable.name} {name}: passed over {reason}")
-            if config is None or one is None:
-                progress.line(f"{tunable.name} {name}: no clean config among the first {CANDIDATES}")
-                without.append(f"{tunable.name}/{name}")
-                continue
-            made_with = {"triton": TRITON, "torch": torch.__version__.split("+")[0]}
-            extra = {"static": asdict(one), "env": made_with}
-            entry = store.Entry(tunable.features(problem), config, "model", tunable.version, extra=extra)
-            entries.setdefault(tunable.name, []).append(entry)
+    try:
+        with Progress(stream, len(selected)) as progress:
+            progress.update(0, state="the compilers start")
+            for done, (name, tunable, problem, (config, one, passed_over)) in enumerate(rank(target, selected), 1):
+                for reason in passed_over:
+                    progress.line(f"{tunable.name}/{name}: passed over {reason}")
+                if config is None or one is None:
+                    progress.line(f"{tunable.name}/{name}: no clean config among the first {CANDIDATES}")
+                    without.append(f"{tunable.name}/{name}")
+                else:
+                    progress.line(f"{tunable.name}/{name}: {config}")
+                    made_with = {"triton": TRITON, "torch": torch.__version__.split("+")[0]}
+                    extra = {"static": asdict(one), "env": made_with}
+                    entry = store.Entry(tunable.features(problem), config, "model", tunable.version, extra=extra)
+                    entries.setdefault(tunable.name, []).append(entry)
+                    if out is not None:
+                        _write(out / target / f"{tunable.name}.json", tunable.name, entry)
+                elapsed = time.monotonic() - started
+                progress.update(done, elapsed * (len(selected) - done) / done, f"{tunable.name}/{name}")
+    except KeyboardInterrupt:
+        count = sum(map(len, entries.values()))
+        kept = f" and written to {out / target}" if out and count else ""
+        print(f"tritune tune: interrupted, {count} of {len(selected)} layers ranked{kept}; "
+              "the next run goes on from there", file=sys.stderr)  # fmt: skip
+        return 130
     for kernel, found in entries.items():
-        if not args.dry_run:
-            path = folder / f"{kernel}.json"
-            store.write(path, kernel, found)
-            Path(f"{path}.lock").unlink(missing_ok=True)  # the folder may be part of the package
-        print(f"{len(found):4} entries for {kernel} on {args.target}", file=out)
-    if args.json:
+        print(f"{len(found):4} entries for {kernel} on {target}", file=stream)
+    print(f"written to {out / target}" if out else "written nowhere: --out STORE names a place", file=stream)
+    if as_json:
         documents = {kernel: [entry.to_json() for entry in found] for kernel, found in entries.items()}
-        print(json.dumps({"target": args.target, "kernels": documents, "without": without}, indent=1))
+        print(json.dumps({"target": target, "kernels": documents, "without": without}, indent=1))
     return 1 if without else 0
+
+
+def _listed(target: str, selected: Sequence[Layers], as_json: bool) -> int:
+    """What would be ranked; nothing is compiled."""
+    if as_json:
+        kernels: dict[str, list[str]] = {}
+        for name, tunable, _ in selected:
+            kernels.setdefault(tunable.name, []).append(name)
+        print(json.dumps({"target": target, "layers": kernels}, indent=1))
+        return 0
+    for kernel, count in Counter(tunable.name for _, tunable, _ in selected).items():
+        print(f"{count:4} layers of {kernel} on {target}")
+    return 0
+
+
+def _write(path: Path, kernel: str, entry: store.Entry) -> None:
+    store.write(path, kernel, [entry])
+    Path(f"{path}.lock").unlink(missing_ok=True)  # the store may be part of a checkout

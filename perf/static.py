@@ -2,32 +2,36 @@
 
 ``tritune bench static`` compiles the config that each layer of :mod:`.families` gets on a target, holds the result to
 absolute rules (no spill, within shared memory, tensor cores and 16-byte loads where they are due) and compares it with
-the baseline in ``perf/baselines/static-<Triton minor>.json``. ``--update`` writes a new baseline: it prints what
-changes and refuses a regression unless ``--accept`` is given.
+the baseline in ``perf/baselines/static-<Triton minor>.json``. ``--update`` writes the file that ``--baseline`` names:
+it prints what changes and refuses a regression unless ``--accept`` is given.
+
+Exit status: 0; 1 a kernel at fault or a refused update; 2 bad usage; 130 interrupted, and the next run goes on from
+there.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
-import os
 import re
 import subprocess
 import sys
 import tempfile
+import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from functools import cache
+from functools import cache, cached_property
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO, TypeVar
 
 from ..autotune.config import Config, Tunable
 from ..autotune.device import TARGETS, DeviceSpec, named
 from ..autotune.resolve import resolve
 from ..autotune.store import sweep
+from ..paths import readable_file, writable_file
+from ..progress import Progress
 from .families import family_of_kernel, layers
 
 BASELINES = Path(__file__).resolve().parent / "baselines"
@@ -202,19 +206,35 @@ def regressions(old: StaticProfile, new: StaticProfile) -> list[str]:
 
 @dataclass(frozen=True)
 class Row:
-    """One launch of one layer on one target."""
+    """One launch of one layer on one target.
 
-    name: str
+    Attributes:
+        index: of the launch; 0 is the kernel that the config is for, another one adds partial results.
+    """
+
     target: str
     tunable: Tunable
+    layer: str
     problem: Any
     config: Config
+    index: int
     launch: Any
 
     @property
+    def name(self) -> str:
+        return f"{self.target}/{self.tunable.name}/{self.layer}/{self.index}"
+
+    @property
     def is_main(self) -> bool:
-        """The kernel that the config is for, not the one that adds partial results."""
-        return self.name.endswith("/0")
+        return self.index == 0
+
+    @cached_property
+    def binary(self) -> str:
+        """What the compiler is given: rows that agree in it become the same binary."""
+        return f"{self.target} {self.launch.source().hash()} {self.launch.num_warps} {self.launch.num_stages}"
+
+    def profile(self) -> StaticProfile:
+        return profile(self.launch, self.target)
 
 
 def rows(targets: Iterable[str] = TARGETS, pattern: str = "") -> Iterator[Row]:
@@ -222,26 +242,30 @@ def rows(targets: Iterable[str] = TARGETS, pattern: str = "") -> Iterator[Row]:
         for name, tunable, problem in layers(target):
             config = resolve(tunable, problem, named(target)).config
             for index, launch in enumerate(tunable.launches(problem, config)):
-                full = f"{target}/{tunable.name}/{name}/{index}"
-                if pattern in full:
-                    yield Row(full, target, tunable, problem, config, launch)
+                row = Row(target, tunable, name, problem, config, index, launch)
+                if pattern in row.name:
+                    yield row
 
 
-def measure(selected: list[Row]) -> Iterator[tuple[Row, StaticProfile]]:
-    """Profiles in order, two compilations at a time; launches that make the same binary are compiled once."""
-    done: dict[str, Any] = {}
-    with ThreadPoolExecutor(2) as pool:
+Made = TypeVar("Made")
+
+
+def measure(selected: Sequence[Row], compiled: Callable[[Row], Made], jobs: int = 2) -> Iterator[tuple[Row, Made]]:
+    """Each row with what became of it, in order, as soon as that is known; what several rows need is made once.
+
+    Args:
+        compiled: makes it, in one of ``jobs`` threads.
+    """
+    pool = ThreadPoolExecutor(jobs)
+    try:
+        made: dict[str, Future[Made]] = {}
         for row in selected:
-            key = f"{row.target} {row.launch.source().hash()} {row.launch.num_warps} {row.launch.num_stages}"
-            if key not in done:
-                done[key] = pool.submit(profile, row.launch, row.target)
-            done[row.name] = done[key]
-        try:
-            for row in selected:
-                yield row, done[row.name].result()
-        finally:
-            for future in done.values():
-                future.cancel()
+            if row.binary not in made:
+                made[row.binary] = pool.submit(compiled, row)
+        for row in selected:
+            yield row, made[row.binary].result()
+    finally:  # an interrupt does not wait for what is under way: who gave `compiled` ends that
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 def load_baseline(path: Path) -> dict[str, StaticProfile]:
@@ -257,13 +281,13 @@ def save_baseline(path: Path, profiles: dict[str, StaticProfile]) -> None:
     path.write_text(f'{{"triton": "{TRITON}", "profiles": {{\n{lines}\n}}}}\n', encoding="utf-8")
 
 
-def update(path: Path, profiles: dict[str, StaticProfile], accept: bool) -> bool:
+def update(path: Path, profiles: dict[str, StaticProfile], accept: bool, out: TextIO | None = None) -> bool:
     """Merges profiles into a baseline and prints what changes; refuses a regression unless accepted."""
     old = load_baseline(path)
     refused = False
     for name, new in profiles.items():
         if name not in old:
-            print(f"{'new':8} {name}")
+            print(f"{'new':8} {name}", file=out)
         elif old[name] != new:
             worse = regressions(old[name], new)
             refused |= bool(worse)
@@ -272,50 +296,84 @@ def update(path: Path, profiles: dict[str, StaticProfile], accept: bool) -> bool
                 for field, value in asdict(old[name]).items()
                 if value != getattr(new, field)
             )
-            print(f"{'WORSE' if worse else 'changed':8} {name}: {changes}")
+            print(f"{'WORSE' if worse else 'changed':8} {name}: {changes}", file=out)
     if refused and not accept:
-        print("refused: the profiles got worse; --accept takes them all the same")
+        print("refused: the profiles got worse; --accept takes them all the same", file=out)
         return False
     save_baseline(path, {**old, **profiles})
     return True
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--target", action="append", choices=TARGETS, help="only this target (repeatable)")
-    parser.add_argument("-k", dest="pattern", default="", help="only names that contain this")
-    parser.add_argument("--baseline", type=Path, default=BASELINES / f"static-{minor(TRITON)}.json")
-    parser.add_argument("--update", action="store_true", help="write the baseline; prints what changes")
-    parser.add_argument("--accept", action="store_true", help="with --update: even if something got worse")
-    parser.add_argument("--json", action="store_true", help="print the profiles as JSON")
+# --- the command -----------------------------------------------------------------------------------------------------
 
 
-def main(args: argparse.Namespace) -> int:
-    selected = list(rows(args.target or TARGETS, args.pattern))
-    old = load_baseline(args.baseline)
+@dataclass(frozen=True)
+class Options:
+    """What ``tritune bench static`` was asked."""
+
+    targets: Sequence[str] = ()
+    pattern: str | None = None
+    baseline: Path | None = None
+    update: bool = False
+    accept: bool = False
+    json: bool = False
+
+
+def main(options: Options) -> int:
+    from .compilers import Compilers
+
+    shipped = BASELINES / f"static-{minor(TRITON)}.json"
+    if options.update:
+        if options.baseline is None:
+            return _usage(f"--update needs --baseline FILE to write to; in a checkout perf/baselines/{shipped.name}")
+        writable_file(options.baseline)
+    elif options.baseline is not None:
+        readable_file(options.baseline)
+    try:
+        old = load_baseline(options.baseline or shipped)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        return _usage(f"{options.baseline or shipped} is not a baseline: {type(error).__name__} {error}")
+    selected = list(rows(options.targets or TARGETS, options.pattern or ""))
+    if not selected:
+        return _usage(f"no kernel has {options.pattern!r} in its name <target>/<kernel>/<layer>/<launch>")
+
     profiles: dict[str, StaticProfile] = {}
     bad: dict[str, list[str]] = {}
-    for number, (row, one) in enumerate(measure(selected), 1):
-        profiles[row.name] = one
-        problem_faults = faults(row.tunable.name, row.problem, one, row.target) if row.is_main else []
-        worse = regressions(old[row.name], one) if row.name in old and not args.update else []
-        if problem_faults or worse:
-            bad[row.name] = problem_faults + worse
-        _progress(number, len(selected), row.name)
-    _progress(0, 0, "")
-    if args.json:
-        print(json.dumps({name: asdict(one) for name, one in profiles.items()}, indent=1))
+    started = time.monotonic()
+    out = sys.stderr if options.json else sys.stdout
+    try:
+        with Progress(out, len(selected)) as progress, Compilers() as compilers:
+            progress.update(0, state="the compilers start")
+            for done, (row, one) in enumerate(measure(selected, compilers.attempt, compilers.count), 1):
+                if isinstance(one, StaticProfile):
+                    profiles[row.name] = one
+                    reasons = faults(row.tunable.name, row.problem, one, row.target) if row.is_main else []
+                    reasons += regressions(old[row.name], one) if row.name in old and not options.update else []
+                else:
+                    reasons = [one]
+                if reasons:
+                    bad[row.name] = reasons
+                elapsed = time.monotonic() - started
+                progress.update(done, elapsed * (len(selected) - done) / done, row.name)
+    except KeyboardInterrupt:
+        print(f"tritune bench static: interrupted after {len(profiles)} of {len(selected)} kernels; "
+              "the next run goes on from there", file=sys.stderr)  # fmt: skip
+        return 130
+    missing = [name for name in profiles if name not in old]
+    if options.json:
+        found = {name: asdict(one) for name, one in profiles.items()}
+        print(json.dumps({"triton": TRITON, "profiles": found, "faults": bad, "new": missing}, indent=1))
     for name, reasons in bad.items():
-        print(f"FAULT {name}: {'; '.join(reasons)}")
-    missing = len([name for name in profiles if name not in old])
-    print(f"{len(profiles)} kernels compiled with Triton {TRITON}, {len(bad)} at fault, {missing} not in the baseline")
-    if args.update and not update(args.baseline, profiles, args.accept):
-        return 1
+        print(f"FAULT {name}: {'; '.join(reasons)}", file=out)
+    print(f"{len(selected)} kernels compiled with Triton {TRITON}, {len(bad)} at fault, "
+          f"{len(missing)} not in the baseline", file=out)  # fmt: skip
+    if options.update:
+        assert options.baseline is not None
+        if not update(options.baseline, profiles, options.accept, out):
+            return 1
     return 1 if bad else 0
 
 
-def _progress(number: int, total: int, name: str) -> None:
-    if not sys.stderr.isatty():
-        return
-    line = f"[{number}/{total}] {name}" if total else ""
-    sys.stderr.write(f"\r\x1b[K{line[: os.get_terminal_size(2).columns - 1]}")
-    sys.stderr.flush()
+def _usage(message: str) -> int:
+    print(f"tritune bench static: {message}", file=sys.stderr)
+    return 2

@@ -11,11 +11,9 @@ Exit status: 0 done, or the budget is used up; 1 a kernel without a config that 
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import inspect
 import json
-import re
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -27,21 +25,47 @@ import torch
 
 from ..autotune import store
 from ..autotune.config import Config, Tunable
-from ..autotune.device import TARGETS, DeviceSpec
+from ..autotune.device import DeviceSpec
 from ..autotune.resolve import ranked
 from ..autotune.tuner import SEARCH_SHARE, Final, OutOfTime, Search, Trial, is_tuned, share
+from ..paths import writable_folder
+from ..progress import Progress, clock
 from .case import PRECISIONS, Case
-from .child import Child, child_environment, next_event, terminated_like_interrupted
+from .child import Child, child_environment, next_event
 from .environment import without_paths
 from .families import FAMILIES, family_of_op, operator_of, tiny, training_cases
-from .progress import Progress, clock
 from .sweep import Target, entry_environment, source_of
 
 BUDGET_SECONDS = 120.0
 START_SECONDS = 120.0  # a worker's imports, on a machine that has not read torch from its disk yet
 OPEN_SECONDS = 60.0  # tensors and references of one kernel
 TRIAL_SECONDS = 30.0
-DIRECTIONS = ("fwd", "bwd", "fwd,bwd")
+
+
+@dataclass(frozen=True)
+class Options:
+    """What ``tritune tune`` was asked; the command line says what each means.
+
+    Attributes:
+        rehearse, cases: for the tests: on the CPU with tiny layers in Triton's interpreter, and a module to import
+            first, which may add a family and bring a TIMER.
+    """
+
+    ops: Sequence[str] = ()
+    shapes: Sequence[str] = ()
+    dtypes: Sequence[str] = ()
+    direction: str = "fwd"
+    budget: float = BUDGET_SECONDS
+    trial_limit: float = TRIAL_SECONDS
+    force: bool = False
+    out: Path | None = None
+    dry_run: bool = False
+    json: bool = False
+    static: bool = False
+    target: str | None = None
+    pattern: str | None = None
+    rehearse: bool = False
+    cases: str = ".families"
 
 
 def operators() -> dict[str, str]:
@@ -49,71 +73,41 @@ def operators() -> dict[str, str]:
     return {op: name for name, family in FAMILIES.items() for op in family.OPERATORS}
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add("op", nargs="*", help=f"what to tune: {', '.join(operators())}; default: all")
-    add("--shapes", nargs="+", default=[], metavar="LAYER",
-        help="names of layers in perf/, or shapes with options: 32x64x56x56,64x64x3x3,padding=1")  # fmt: skip
-    add("--dtype", type=_dtypes, default=[], help=f"one or more of {', '.join(PRECISIONS)}, with commas")
-    add("--direction", choices=DIRECTIONS, default="fwd", metavar="|".join(DIRECTIONS), help="default: fwd")
-    add("--budget", type=_seconds, default=BUDGET_SECONDS, help="for everything, such as 120s or 5m; default: 120s")
-    add("--trial-limit", type=_seconds, default=TRIAL_SECONDS, help="after which a config counts as hung")
-    add("--force", action="store_true", help="measure again what is in the store already")
-    add("--out", type=Path, help="store to write to; default: this user's (with --static: the shipped one)")
-    add("--dry-run", action="store_true", help="only say what would be tuned")
-    add("--json", action="store_true", help="the results as one JSON document; progress goes to standard error")
-    add("--static", action="store_true", help="rank by model and compiler for a --target, without a GPU")
-    add("--target", choices=TARGETS, help="with --static: the target")
-    add("-k", dest="pattern", default="", help="only <kernel>/<layer> names that contain this")
-    add("--rehearse", action="store_true", help=argparse.SUPPRESS)  # on the CPU, tiny layers, Triton's interpreter
-    add(
-        "--cases", default=".families", help=argparse.SUPPRESS
-    )  # module to import first: it may add a family and bring a TIMER
-
-
-def _seconds(text: str) -> float:
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)([smh]?)", text)
-    if not match:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a time such as 120s, 5m or 1h")
-    return float(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[match[2]]
-
-
-def _dtypes(text: str) -> list[str]:
-    labels = text.split(",")
-    if unknown := [label for label in labels if label not in PRECISIONS]:
-        raise argparse.ArgumentTypeError(f"{unknown[0]!r} is not one of {', '.join(PRECISIONS)}")
-    return labels
-
-
-def main(args: argparse.Namespace) -> int:
+def main(args: Options) -> int:
     if args.cases != ".families":
         importlib.import_module(args.cases)
-    if unknown := [op for op in args.op if op not in operators()]:
+    if unknown := [op for op in args.ops if op not in operators()]:
+        if any(case.name == unknown[0] for family in FAMILIES.values() for case in family.CASES):
+            return _usage(f"{unknown[0]!r} is a layer: give each its own --shapes")
         return _usage(f"{unknown[0]!r} cannot be tuned: known are {', '.join(operators())}")
+    if unknown := [label for label in args.dtypes if label not in PRECISIONS]:
+        return _usage(f"{unknown[0]!r} is not one of {', '.join(PRECISIONS)}")
+    if args.out is not None:
+        writable_folder(args.out)
     if args.static:
         from . import rank
 
         if not args.target:
             return _usage("--static needs a --target: which GPU shall the configs be for?")
-        if args.shapes or args.dtype:
+        if args.shapes or args.dtypes:
             return _usage("--static ranks what ships for a target: choose among that with -k")
-        return rank.run(args, {kernel for op in args.op for kernel in FAMILIES[family_of_op(op)].TRAFFIC})
+        kernels = {kernel for op in args.ops for kernel in FAMILIES[family_of_op(op)].TRAFFIC}
+        return rank.run(args.target, kernels, args.pattern, args.out, dry_run=args.dry_run, as_json=args.json)
     if args.target:
         return _usage("--target goes with --static; without it this machine's GPU is measured")
     try:
         chosen = targets(args)
     except (TypeError, ValueError) as error:
         return _usage(str(error))
+    if not chosen:
+        return _usage(f"no kernel has {args.pattern!r} in its name <kernel>/<layer>" if args.pattern
+                      else f"there is nothing to tune of {', '.join(args.ops)} in this direction")  # fmt: skip
     if not args.rehearse and not torch.cuda.is_available():
         return _usage(
             "torch finds no GPU here, so nothing can be measured; "
             "--static --target sm_90 ranks configs for a GPU that is elsewhere"
         )
-    try:
-        with terminated_like_interrupted():
-            return tune(args, chosen)
-    except KeyboardInterrupt:
-        return 130
+    return tune(args, chosen)
 
 
 def _usage(message: str) -> int:
@@ -124,9 +118,9 @@ def _usage(message: str) -> int:
 # --- what to tune ----------------------------------------------------------------------------------------------------
 
 
-def targets(args: argparse.Namespace) -> list[Target]:
+def targets(args: Options) -> list[Target]:
     """The kernels, the forward of every layer first. Raises TypeError or ValueError for layers that make no sense."""
-    ops = args.op or list(operators())
+    ops = args.ops or list(operators())
     known = {case.name for op in ops for case in FAMILIES[family_of_op(op)].CASES if case.op == op}
     explicit = [layer for layer in args.shapes if _is_explicit(layer)]
     if unknown := [layer for layer in args.shapes if layer not in known and layer not in explicit]:
@@ -137,7 +131,7 @@ def targets(args: argparse.Namespace) -> list[Target]:
     for op in ops:
         family = FAMILIES[family_of_op(op)]
         for place, one in enumerate(_cases(op, args.shapes)):
-            for label in args.dtype or [one.precision]:
+            for label in args.dtypes or [one.precision]:
                 case = with_precision(one, label)
                 if args.rehearse:
                     case = tiny(case)
@@ -146,7 +140,7 @@ def targets(args: argparse.Namespace) -> list[Target]:
                         rank = place if args.shapes else family.TUNED.index(one.name)
                         found.append((index > 0, rank, Target(case, kind)))
     chosen = [target for _, _, target in sorted(found, key=lambda row: row[:2])]
-    return [target for target in chosen if args.pattern in f"{target.identity()[0].name}/{target.case.name}"]
+    return [target for target in chosen if (args.pattern or "") in f"{target.identity()[0].name}/{target.case.name}"]
 
 
 def _cases(op: str, layers: Sequence[str]) -> list[Case]:
@@ -270,7 +264,7 @@ class Remote:
         deadline: of the whole run, on the monotonic clock.
     """
 
-    def __init__(self, args: argparse.Namespace, deadline: float) -> None:
+    def __init__(self, args: Options, deadline: float) -> None:
         self.args, self.deadline = args, deadline
         self.child: Child | None = None
         self.compiler: Child | None = None
@@ -382,7 +376,7 @@ class Run:
         out: stream for people.
     """
 
-    def __init__(self, args: argparse.Namespace, out: TextIO) -> None:
+    def __init__(self, args: Options, out: TextIO) -> None:
         self.args, self.out = args, out
         self.started = time.monotonic()
         self.deadline = self.started + args.budget
@@ -433,8 +427,7 @@ class Run:
             except KeyboardInterrupt:
                 self.keep(key, search, cut=True)
                 raise
-            finally:
-                self.report(progress, number, key, search)
+            self.report(progress, number, key, search)
 
     def keep(self, key: Key, search: Search, *, cut: bool = False) -> None:
         """Into the store, at once. What an interrupt left is no better than an entry that was finished."""
@@ -515,9 +508,10 @@ def _times(entry: store.Entry) -> str:
     return ", ".join(words)
 
 
-def tune(args: argparse.Namespace, chosen: Sequence[Target]) -> int:
+def tune(args: Options, chosen: Sequence[Target]) -> int:
     out = sys.stderr if args.json else sys.stdout
     run = Run(args, out)
+    interrupted = False
     try:
         run.prepare(chosen)
         where = run.env["gpu"] or "a rehearsal, where times mean nothing"
@@ -532,12 +526,16 @@ def tune(args: argparse.Namespace, chosen: Sequence[Target]) -> int:
                 run.go(progress)
     except (Broken, OutOfTime) as error:
         return _usage(str(error) or "no worker could start within the budget")
+    except KeyboardInterrupt:
+        interrupted = True
     finally:
         run.remote.end()
-        if run.keys and not args.dry_run:
-            print(run.summary(), file=out)
-            if any(key.status in ("tuned", "cut") for key in run.keys):
-                print(f"written to {run.folder}", file=out)
-        if run.keys and args.json:
-            print(json.dumps(run.to_json(), indent=1))
-    return 1 if any(key.status == "failed" for key in run.keys) else 0
+    found = f"; written to {run.folder}" if any(key.status in ("tuned", "cut") for key in run.keys) else ""
+    if interrupted:
+        done = f", {run.summary()}{found}" if run.keys else " before anything was tried"
+        print(f"tritune tune: interrupted{done}", file=sys.stderr)
+    elif not args.dry_run:
+        print(f"{run.summary()}{found}", file=out)
+    if args.json:
+        print(json.dumps(run.to_json(), indent=1))
+    return 130 if interrupted else 1 if any(key.status == "failed" for key in run.keys) else 0

@@ -22,7 +22,7 @@ FOLDERS = {  # subpackage -> folder; a package imports only what stands above it
     "tritune.perf": "perf",
 }
 FLOORS = list(FOLDERS)
-ON_TOP = re.compile(r"tritune\.(cli|__main__)\b")  # the command stands on all floors
+ON_TOP = re.compile(r"tritune\.(cli|commands|__main__)\b")  # the command stands on all floors
 
 
 class Import(NamedTuple):

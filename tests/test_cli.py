@@ -1,20 +1,51 @@
 """The ``tritune`` command: what it says, what it returns, and what it does without its extras."""
 
+import argparse
+import inspect
 import json
 import os
+import re
+import signal
 import subprocess
 import sys
+import time
+import tomllib
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, get_args
 
 import pytest
 
 import tritune
-from tritune import cli, doctor
+from tritune import cli, doctor, explain_command
 from tritune.autotune import store
+
+pytest.importorskip("typer")
+from tritune import commands
 
 pytestmark = pytest.mark.torch
 
 SOURCE = Path(tritune.__file__).resolve().parents[1]
+
+
+def leaves(app: Any, words: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], dict[str, bool]]]:
+    """Every command that can be run, with its options and arguments; true for those that are paths."""
+    for group in app.registered_groups:
+        yield from leaves(group.typer_instance, (*words, group.name))
+    for command in app.registered_commands:
+        parameters = inspect.signature(command.callback, eval_str=True).parameters.values()
+        yield (*words, command.name or command.callback.__name__), dict(map(option, parameters))
+
+
+def option(parameter: inspect.Parameter) -> tuple[str, bool]:
+    kind, info = get_args(parameter.annotation)
+    named = [word for word in (info.default, *(info.param_decls or ())) if isinstance(word, str)]
+    flag = "--" + parameter.name.replace("_", "-")
+    own = flag if type(info).__name__ == "OptionInfo" else parameter.name
+    return (named or [own])[0], Path in (kind, *get_args(kind))
+
+
+COMMANDS = list(leaves(commands.app))
 
 
 def run_in_child(code: str, **variables: str) -> subprocess.CompletedProcess[str]:
@@ -24,46 +55,69 @@ def run_in_child(code: str, **variables: str) -> subprocess.CompletedProcess[str
 
 class TestCommand:
     def test_help_lists_every_command(self, capsys):
-        with pytest.raises(SystemExit) as end:
-            cli.main([])
-        assert end.value.code == 0
+        assert cli.main([]) == 0
         text = capsys.readouterr().out
-        for words in cli.COMMANDS:
-            assert f"  {' '.join(words)} " in text
+        for words, _ in COMMANDS:
+            assert f"  {words[0]} " in text
+        assert max(map(len, text.splitlines())) <= 80
+        assert "..." not in text.partition("Commands:")[2], "a summary is cut"
+
+    @pytest.mark.parametrize("words", [words for words, _ in COMMANDS], ids=" ".join)
+    def test_help(self, words, capsys):
+        assert cli.main([*words, "--help"]) == 0
+        text = capsys.readouterr().out
+        assert text.startswith(f"Usage: tritune {' '.join(words)} [OPTIONS]")
         assert max(map(len, text.splitlines())) <= 80
 
-    def test_help_of_every_command(self, capsys):
-        pytest.importorskip("triton")
-        for words in cli.COMMANDS:
-            with pytest.raises(SystemExit) as end:
-                cli.main([*words, "--help"])
-            assert end.value.code == 0
-            assert f"usage: tritune {' '.join(words)}" in capsys.readouterr().out
-
     @pytest.mark.parametrize(
-        "arguments", [["nonsense"], ["bench"], ["bench", "nonsense"], ["explain"], ["explain", "nonsense"]]
-    )
-    def test_bad_usage(self, arguments, capsys):
-        with pytest.raises(SystemExit) as end:
-            cli.main(arguments)
-        assert end.value.code == 2
-        assert "usage: tritune" in capsys.readouterr().err
+        "arguments, message",
+        [
+            (["nonsense"], "tritune: No such command 'nonsense'."),
+            (["benhc"], "tritune: No such command 'benhc'. Did you mean 'bench'?"),
+            (["bench"], "tritune bench: Missing command."),
+            (["bench", "statik"], "tritune bench: No such command 'statik'. Did you mean 'static'?"),
+            (["explain"], "tritune explain: Missing command."),
+            (["explain", "conv2"], "tritune explain: No such command 'conv2'. Did you mean 'conv2d'"),
+            (["explain", "conv2d"], "tritune explain conv2d: Missing argument 'SHAPE"),
+            (["explain", "conv2d", "1x8x8x8", "8x8x3x3", "--pading", "1"],
+             "tritune explain conv2d: No such option: --pading (Possible options: --padding)"),
+            (["explain", "max_pool2d", "1x8x8x8", "--groups", "1"], "tritune explain max_pool2d: No such option"),
+            (["explain", "lstm", "5x4x8"], "tritune explain lstm: Missing option '--hidden'"),
+            (["doctor", "--jsn"], "tritune doctor: No such option: --jsn (Possible options: --json)"),
+            (["demo", "--model", "gan"], "'gan' is not one of cnn, rnn, attention"),
+            (["bench", "static", "--update"], "--update needs --baseline FILE to write to"),
+        ],
+    )  # fmt: skip
+    def test_bad_usage_is_one_line(self, arguments, message, capsys):
+        assert cli.main(arguments) == 2
+        captured = capsys.readouterr()
+        assert message in captured.err
+        assert captured.err.count("\n") == 1 and captured.out == ""
 
     def test_version(self, capsys):
-        with pytest.raises(SystemExit):
-            cli.main(["--version"])
+        assert cli.main(["--version"]) == 0
         assert capsys.readouterr().out == f"tritune {tritune.__version__}\n"
 
-    def test_help_needs_no_triton(self):
-        code = "import sys\nfrom tritune import cli\nsys.modules['triton'] = None\ncli.main(['--help'])"
+    def test_help_loads_nothing_heavy(self):
+        code = """
+import sys
+from tritune import cli
+for name in ("triton", "rich", "matplotlib", "sklearn"):
+    sys.modules[name] = None
+assert cli.main(["--help"]) == 0
+assert not [name for name in sys.modules if name.startswith("tritune.perf.") and name != "tritune.perf.child"]
+"""
         done = run_in_child(code)
         assert done.returncode == 0, done.stderr
 
     @pytest.mark.parametrize(
         "missing, arguments",
-        [("triton", ["bench", "static"]), ("rich", ["demo"]), ("sklearn", ["demo"]), ("matplotlib", ["demo"])],
-    )
-    def test_a_missing_extra_is_named(self, missing, arguments):
+        [
+            ("typer", []), ("typer", ["doctor"]), ("triton", ["bench", "static"]), ("rich", ["demo"]),
+            ("sklearn", ["demo"]), ("matplotlib", ["demo"]),
+        ],
+    )  # fmt: skip
+    def test_what_is_missing_is_named(self, missing, arguments):
         for module in ("triton", "rich", "matplotlib", "sklearn"):
             pytest.importorskip(module)
         code = (
@@ -71,9 +125,188 @@ class TestCommand:
         )
         done = run_in_child(code)
         assert done.returncode == 2, done.stderr
-        extra = cli.COMMANDS[tuple(arguments)][2]
-        assert done.stderr == f"tritune {' '.join(arguments)} needs {missing}: pip install 'tritune[{extra}]'\n"
+        assert done.stderr == f"tritune needs {missing} for this: pip install 'tritune[{cli.EXTRAS[missing]}]'\n"
         assert done.stdout == ""
+
+    @pytest.mark.checkout
+    def test_what_may_be_missing_comes_with_its_extra(self):
+        project = tomllib.loads((SOURCE.parent / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+        for module, extra in cli.EXTRAS.items():
+            package = {"sklearn": "scikit-learn"}.get(module, module)
+            assert any(one.startswith(f"{package}>=") for one in project["optional-dependencies"][extra])
+
+    @pytest.mark.slow
+    def test_completion(self):
+        """Of commands, operators, their options, and words that an option takes."""
+        for typed, expected in {
+            "be": "bench",
+            "explain lp_pool2": "lp_pool2d",
+            "explain conv2d 1x8x8x8 --pad": "--padding",
+            "tune --static --target gf": "gfx942",
+        }.items():
+            place = str(len(typed.split(" ")))
+            environment = {
+                "_TRITUNE_COMPLETE": "complete_bash", "COMP_WORDS": f"tritune {typed}", "COMP_CWORD": place
+            }  # fmt: skip
+            done = run_in_child("from tritune import cli; cli.main()", **environment)
+            assert expected in done.stdout.split(), (typed, done)
+
+    def test_a_reader_that_has_seen_enough_is_no_error(self):
+        command = f"{sys.executable} -m tritune configs list --json | true"
+        env = {**os.environ, "PYTHONPATH": str(SOURCE)}
+        done = subprocess.run(["sh", "-c", command], env=env, capture_output=True, text=True, check=False)
+        assert done.stderr == ""
+
+
+class TestEveryCommand:
+    """A command that is added tomorrow is held to the same."""
+
+    def test_what_reports_has_json(self):
+        """Every command reports: one that does not has to be named here."""
+        assert [words for words, options in COMMANDS if "--json" not in options] == []
+
+    @pytest.mark.parametrize(
+        "words",
+        [
+            pytest.param(
+                words, marks=pytest.mark.slow if words[0] in ("demo", "tune", "bench") else (), id=" ".join(words)
+            )
+            for words, _ in COMMANDS
+        ],
+    )
+    def test_json_and_nothing_else(self, words, tmp_path, monkeypatch, capfd):
+        pytest.importorskip("triton")
+        prepared = self.prepare(words, tmp_path, monkeypatch)
+        code = cli.main([*words, *prepared, "--json"])
+        out, err = capfd.readouterr()
+        assert code in (0, 1), err
+        json.loads(out)
+
+    @pytest.mark.parametrize("words", [words for words, _ in COMMANDS], ids=" ".join)
+    def test_with_json_an_error_is_on_standard_error(self, words, capfd):
+        assert cli.main([*words, "--json", "--no-such-option"]) == 2
+        out, err = capfd.readouterr()
+        assert out == "" and err.count("\n") == 1
+
+    @pytest.mark.parametrize("words", [words for words, options in COMMANDS if "-k" in options], ids=" ".join)
+    def test_a_pattern_that_matches_nothing_is_an_error(self, words, tmp_path, capfd):
+        pytest.importorskip("triton")
+        more = {"tune": ["--dry-run"], "bench run": ["--rehearse", "--out", str(tmp_path)]}.get(" ".join(words), [])
+        assert cli.main([*words, *more, "-k", "no-such-layer"]) == 2
+        out, err = capfd.readouterr()
+        assert "no-such-layer" in err
+        assert err.count("\n") == 1 and out == ""
+
+    def prepare(self, words, tmp_path, monkeypatch):
+        """The arguments with which a command takes seconds."""
+        if words[0] == "explain":
+            op = explain_command.OPS[words[1]]
+            return [*op.example.split(), *(["--hidden", "64"] if "--hidden" in op.options else [])]
+        for side in ("left", "right"):
+            entry = store.Entry({"C": 8}, store.Config(BLOCK=1), "model", extra={"env": {"triton": "3.7.1"}})
+            store.write(tmp_path / side / "sm_90" / "conv.json", "conv", [entry])
+        left, right = str(tmp_path / "left"), str(tmp_path / "right")
+        monkeypatch.setattr("tritune.demo._has_triton", lambda: False)  # nothing is interpreted
+        for module in ("rich", "matplotlib", "sklearn"):
+            if words[0] == "demo":
+                pytest.importorskip(module)
+        one_layer = ["--target", "sm_90", "-k", "pool_backward/resnet50-maxpool-bf16-nhwc"]
+        return {
+            "demo": ["--epochs", "1", "--model", "rnn", "--out", str(tmp_path)],
+            "doctor": [],
+            "tune": ["--static", *one_layer],
+            "configs list": [], "configs show": ["conv"], "configs diff": [left, right],
+            "configs merge": [left, right, "--out", str(tmp_path / "new")],
+            "bench static": one_layer,
+            "bench run": ["--rehearse", "--no-tests", "--budget", "60s", "--out", str(tmp_path / "results"),
+                          "-k", "pool/resnet50-global"],
+        }[" ".join(words)]  # fmt: skip
+
+
+# Everything that takes a path: (command, option or argument).
+PATHS = [(words, name) for words, options in COMMANDS for name, is_path in options.items() if is_path]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
+def test_an_interrupted_demo_says_one_line(number, tmp_path):
+    for module in ("rich", "matplotlib", "sklearn"):
+        pytest.importorskip(module)
+    command = [sys.executable, "-m", "tritune", "demo", "--epochs", "100000", "--model", "rnn", "--out", str(tmp_path)]
+    env = {**os.environ, "PYTHONPATH": str(SOURCE)}
+    with subprocess.Popen(
+        command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True
+    ) as process:
+        try:
+            assert re.fullmatch(r"\d+/100000  \d+:\d\d left  epochs, rnn: .*\n", process.stderr.readline())
+            os.killpg(process.pid, number)
+            _, err = process.communicate(timeout=30)
+        finally:
+            process.kill()
+    assert process.returncode == 130
+    assert [line for line in err.splitlines() if "epochs" not in line] == ["tritune: interrupted"]
+    assert not list(tmp_path.iterdir())
+
+
+def test_bench_run_takes_what_its_module_takes():
+    """`make gpu` runs where no typer is: its options are argparse's, and the same."""
+    gpu = pytest.importorskip("tritune.perf.gpu", reason="needs triton")
+    parser = argparse.ArgumentParser(add_help=False)
+    gpu.add_arguments(parser)
+    theirs = {action.option_strings[0] for action in parser._actions}
+    assert theirs == set(dict(COMMANDS)["bench", "run"])
+    assert vars(parser.parse_args([])) == {**vars(gpu.Options()), "tests": ["tests"], "patterns": []}
+
+
+class TestPaths:
+    """What is wrong with a path is said in one line that names it, before anything is done."""
+
+    NEEDED = {"configs show": ["conv"], "configs diff": ["{left}", "{left}"], "configs merge": ["{left}", "{left}"],
+              "tune": ["--static", "--target", "sm_90"], "bench static": [], "bench run": ["--rehearse"], "demo": [],
+              "configs list": []}  # fmt: skip
+
+    def bad(self, name, wants, tmp_path):
+        """Paths of which each is wrong for a folder or a file to write, or to read."""
+        file, folder, fifo = tmp_path / "file", tmp_path / "folder", tmp_path / "fifo"
+        file.write_text("{")
+        folder.mkdir()
+        os.mkfifo(fifo)
+        found = {"a FIFO": fifo, "below a file": file / "below", "nowhere": Path("/proc/no/such/place")}
+        found |= {"a folder": folder} if wants == "file" else {"a file": file}
+        if os.geteuid():  # nothing is closed to root
+            folder.chmod(0o500)
+            found["closed"] = folder / "below"
+        return found
+
+    @pytest.mark.parametrize("words, name", PATHS, ids=[f"{' '.join(words)} {name}" for words, name in PATHS])
+    def test_bad_paths(self, words, name, tmp_path, capfd):
+        pytest.importorskip("triton")
+        for module in ("matplotlib", "sklearn") if words == ("demo",) else ():
+            pytest.importorskip(module)
+        left = tmp_path / "left"
+        entry = store.Entry({"C": 8}, store.Config(BLOCK=1), "model", extra={"env": {"triton": "3.7.1"}})
+        store.write(left / "sm_90" / "conv.json", "conv", [entry])
+        wants = "file" if name in ("--baseline", "--merge") else "folder"
+        for what, path in self.bad(name, wants, tmp_path).items():
+            arguments = [word.format(left=left) for word in self.NEEDED[" ".join(words)]]
+            if name.startswith("-"):
+                arguments += [name, str(path)]
+            elif name in ("left", "right"):
+                arguments[["left", "right"].index(name)] = str(path)
+            else:
+                arguments.append(str(path))
+            if words == ("configs", "merge") and name != "--out":
+                arguments += ["--out", str(tmp_path / "new")]
+            if name == "--merge":
+                arguments += ["--out", str(tmp_path / "new")]
+            started = time.monotonic()
+            code = cli.main([*words, *arguments])
+            out, err = capfd.readouterr()
+            assert code == 2, (what, out, err)
+            assert err.count("\n") == 1 and str(path) in err, (what, err)
+            assert out == "", what
+            assert not (tmp_path / "new").exists()
+            assert time.monotonic() - started < 20
 
 
 class TestExplain:
@@ -160,6 +393,14 @@ class TestExplain:
             text = self.explain(capsys, name, *op.example.split(), *hidden)
             assert '_backend("triton") is in force\n  ' in text
 
+    @pytest.mark.parametrize("options", ["--backend torch", "--backend auto", "--backend auto --device cpu"])
+    @pytest.mark.parametrize("name", explain_command.OPS)
+    def test_the_function_that_was_called_is_named(self, name, options, capsys):
+        """Not another one that it is made of."""
+        op = explain_command.OPS[name]
+        hidden = ["--hidden", "64"] if "--hidden" in op.options else []
+        assert self.explain(capsys, name, *op.example.split(), *hidden, *options.split()).startswith(f"{name}: ")
+
     @pytest.mark.parametrize("op, gates", [("rnn", 1), ("gru", 3), ("lstm", 4)])
     def test_recurrence(self, op, gates, capsys):
         text = self.explain(
@@ -176,23 +417,28 @@ class TestExplain:
             (("lstm", "5x2x8", "8x8", "--hidden", "4"), "lstm takes input: "),
             (("conv2d", "1x8x8x8", "8x4x3x3"), "expected input"),
             (("max_pool2d", "1x8x8x8", "--padding", "-1"), "pad"),
-            (("conv2d", "1x8x8x8", "8x8x3x3", "--dtype", "fp64"), "no kernel covers the call"),
             (("max_pool2d", "1x8x8x8", "--device", "abacus"), "unknown device 'abacus'"),
         ],
     )
     def test_errors_are_one_line(self, arguments, message, capsys):
         pytest.importorskip("triton")
-        assert cli.main(["explain", *arguments]) == 1
+        assert cli.main(["explain", *arguments]) == 2
         captured = capsys.readouterr()
         assert message in captured.err
-        assert captured.err.count("\n") == 1
+        assert captured.err.count("\n") == 1 and captured.out == ""
+
+    def test_a_call_that_no_kernel_covers(self, capsys):
+        pytest.importorskip("triton")
+        assert cli.main(["explain", "conv2d", "1x8x8x8", "8x8x3x3", "--dtype", "fp64"]) == 1
+        captured = capsys.readouterr()
+        assert "no kernel covers the call" in captured.err
+        assert captured.err.count("\n") == 1 and captured.out == ""
 
     @pytest.mark.parametrize("text", ["1,2,3,4", "x8", "8x-1", "8.5x3"])
     def test_what_is_not_a_shape(self, text, capsys):
         pytest.importorskip("triton")
-        with pytest.raises(SystemExit):
-            cli.main(["explain", "conv2d", text, "8x8x3x3"])
-        assert f"argument SHAPE: {text!r} is not a shape such as 32x64x56x56" in capsys.readouterr().err
+        assert cli.main(["explain", "conv2d", text, "8x8x3x3"]) == 2
+        assert f"{text!r} is not a shape such as 32x64x56x56" in capsys.readouterr().err
 
 
 class TestDoctor:
@@ -210,20 +456,70 @@ class TestDoctor:
         assert document["problems"] == []
         assert document["tritune"] == tritune.__version__
 
-    @pytest.mark.parametrize(
-        "name, value, problem",
-        [
-            ("TRITUNE_BACKND", "torch", "TRITUNE_BACKND is not a variable of tritune"),
-            ("TRITUNE_DEVICE", "abacus", "unknown device 'abacus'"),
-            ("TRITUNE_CACHE_DIR", __file__, f"{__file__} cannot be written"),
-        ],
-    )
-    def test_a_problem(self, name, value, problem, capsys, monkeypatch):
+    # A wrong value of each variable, and what is said of it.
+    WRONG = {
+        "TRITUNE_BACKEND": ("foo", "TRITUNE_BACKEND must be one of auto, triton, torch, got 'foo'"),
+        "TRITUNE_AUTOTUNE": ("foo", "TRITUNE_AUTOTUNE must be one of cached, missing, always, got 'foo'"),
+        "TRITUNE_LOG": ("foo", "TRITUNE_LOG must be one of debug, info, warning, error, got 'foo'"),
+        "TRITUNE_CONFIG_PATH": ("/no/such/folder", "TRITUNE_CONFIG_PATH: /no/such/folder: No such file or directory"),
+        "TRITUNE_CACHE_DIR": (__file__, f"TRITUNE_CACHE_DIR: {__file__} is not a folder"),
+        "TRITUNE_DEVICE": ("abacus", "TRITUNE_DEVICE: unknown device 'abacus'"),
+        "TRITUNE_ASSERT_TUNED": ("perhaps", "TRITUNE_ASSERT_TUNED must be 1 or 0, got 'perhaps'"),
+        "TRITUNE_BACKND": ("torch", "TRITUNE_BACKND is not a variable of tritune"),
+    }
+
+    def test_every_variable_has_a_wrong_value(self):
+        assert set(self.WRONG) == {*doctor.VARIABLES, "TRITUNE_BACKND"}
+
+    @pytest.mark.checkout
+    def test_every_variable_is_looked_at(self):
+        table = (SOURCE.parent / "docs/environment.md").read_text(encoding="utf-8")
+        assert set(re.findall(r"^\| `(TRITUNE_\w+)`", table, flags=re.MULTILINE)) == set(doctor.VARIABLES)
+
+    @pytest.mark.parametrize("name", WRONG)
+    def test_a_wrong_variable_is_named(self, name, capsys, monkeypatch):
+        value, problem = self.WRONG[name]
         monkeypatch.setenv(name, value)
         assert cli.main(["doctor"]) == 1
         lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("PROBLEM: ")]
         assert len(lines) == 1
-        assert problem in lines[0]
+        assert lines[0].startswith(f"PROBLEM: {problem}")
+
+    def test_all_of_them_at_once_in_a_process_of_its_own(self):
+        """What goes wrong while the package is imported must not keep the command from saying so."""
+        done = run_in_child(
+            "import sys; from tritune import cli; sys.exit(cli.main(['doctor', '--json']))",
+            **{name: value for name, (value, _) in self.WRONG.items()},
+        )
+        assert done.returncode == 1 and "Traceback" not in done.stderr
+        problems = json.loads(done.stdout)["problems"]
+        assert all(any(one.startswith(problem) for one in problems) for _, problem in self.WRONG.values())
+
+    @pytest.mark.parametrize("section", doctor.SECTIONS)
+    def test_what_fails_while_it_is_looked_at_is_a_problem(self, section, capsys, monkeypatch):
+        def fail(facts, hints):
+            raise RuntimeError("driver gone\nstack of the driver")
+
+        monkeypatch.setitem(doctor.SECTIONS, section, fail)
+        assert cli.main(["doctor"]) == 1
+        assert (
+            f"PROBLEM: looking at {section} failed: RuntimeError: driver gone\n1 problem\n" in capsys.readouterr().out
+        )
+
+    def test_without_a_gpu_there_is_none(self, capsys, monkeypatch):
+        monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+        assert cli.main(["doctor"]) == 0
+        out = capsys.readouterr().out
+        assert "\ngpu            none\n" in out
+        facts = [line for line in out.splitlines() if not line.startswith(("hint: ", "entries"))]
+        assert not [line for line in facts if "h200" in line or "sm_" in line]
+
+    @pytest.mark.parametrize("minor", ["3.6", "3.7", "3.8", "3.9"])
+    def test_what_ships_is_in_order_with_every_supported_triton(self, minor, monkeypatch):
+        monkeypatch.setattr(store, "_minor", minor)
+        _, problems, hints = doctor.examine()
+        assert problems == []
+        assert not [hint for hint in hints if "another Triton minor" in hint]
 
     def test_unsupported_triton(self, monkeypatch):
         monkeypatch.setattr(doctor, "_version_of", lambda package: "3.4.0" if package == "triton" else "1.0")

@@ -15,6 +15,7 @@ import torch
 from tritune import cli, doctor
 from tritune.autotune import resolve, store
 from tritune.autotune.config import Config
+from tritune.autotune.device import named
 
 pytestmark = pytest.mark.torch
 
@@ -88,6 +89,26 @@ class TestShow:
         assert lines[0].startswith("pool for nvidia_h200, ") and lines[0].endswith(": 2 entries")
         assert lines[2].split()[:7] == ["-", "-", "model", "C=16", "dtype=bf16", "->", "BLOCK=32"]
         assert lines[3].split()[:7] == ["3.2", "4.0", "measured", "C=8", "dtype=bf16", "->", "BLOCK=16"]
+
+    def test_what_would_serve_a_device(self, run, monkeypatch, tmp_path):
+        """In the order of a lookup; of the user's entries only those of the device itself count."""
+        monkeypatch.setattr(store, "SHIPPED", tmp_path)
+        for number, name in enumerate(("sm_90", "nvidia_h100", "nvidia_h200", "nvidia_a100", "sm_80"), 1):
+            put(tmp_path, entry(number, 16), name=f"{name}/pool.json")
+            put(store.cache_dir() / "configs", entry(10 * number, 16), name=f"{name}/pool.json")
+
+        def sizes(device: str) -> list[int]:
+            shown = json.loads(run("show", "pool", "--device", device, "--json"))
+            return [one["key"]["C"] for part in shown for one in part["entries"]]
+
+        read = [one.key["C"] for _, entries in store.layers("pool", named("h200")) for one in entries]
+        assert sizes("h200") == sizes("NVIDIA-H200") == read == [30, 3, 2, 1]
+        assert sizes("a100") == [40, 4, 5]
+        assert sizes("sm_90") == [10, 1]
+        assert "unknown device 'abacus'" in run("show", "pool", "--device", "abacus", code=2)
+
+    def test_what_ships_serves_an_h200(self, run):
+        assert json.loads(run("show", "conv", "--device", "h200", "--json"))
 
     @pytest.mark.parametrize("device, found", [("h200", True), ("NVIDIA-H200", True), ("sm_90", False)])
     def test_device(self, run, tmp_path, device, found):

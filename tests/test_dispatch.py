@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from harness import Case, lay_out, lp_pool
 
 import tritune
+from tritune.autotune.variables import WORDS
 from tritune.ops import _dispatch
 from tritune.ops import _layout as ops_layout
 from tritune.ops import conv as ops_conv
@@ -68,11 +69,17 @@ class TestUseBackend:
             [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
         )
         assert done.stdout.strip() == "torch", done.stderr
-        environment["TRITUNE_BACKEND"] = "cuda"
+
+    @pytest.mark.parametrize("name", WORDS)
+    def test_a_wrong_word_in_the_environment_is_one_warning(self, name):
+        code = "from tritune.ops._dispatch import current_backend; print(current_backend())"
+        environment = {name: "nonsense", **_clean_environment()}
         done = subprocess.run(
             [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
         )
-        assert done.returncode != 0 and "TRITUNE_BACKEND must be one of auto, triton, torch" in done.stderr
+        assert done.stdout.strip() == "auto", done.stderr
+        message = f"RuntimeWarning: {name} must be one of {', '.join(WORDS[name])}, got 'nonsense': it counts as unset"
+        assert done.stderr.count(message) == 1
 
 
 def _clean_environment() -> dict[str, str]:

@@ -450,6 +450,17 @@ class TestMerge:
         assert "rehearsal" in capsys.readouterr().err
         assert not (tmp_path / "configs").exists()
 
+    def test_it_is_told_where(self, tmp_path, capsys):
+        assert gpu.merge(self.document(tmp_path, "measured"), None) == 2
+        assert capsys.readouterr().err == "--merge needs --out STORE to add to; in a checkout autotune/configs\n"
+
+    @pytest.mark.parametrize("text", ["", "[]", "{}", '{"slug": 3, "kernels": {}}', '{"kernels": {"conv": [3]}}'])
+    def test_what_is_no_such_file(self, text, tmp_path, capsys):
+        (tmp_path / "file").write_text(text)
+        assert gpu.merge(tmp_path / "file", tmp_path / "configs") == 2
+        assert capsys.readouterr().err.startswith(f"{tmp_path / 'file'} is no measured_configs.json: ")
+        assert not (tmp_path / "configs").exists()
+
 
 @pytest.mark.torch
 class TestSweep:

@@ -3,13 +3,17 @@
 The scratch kernels below each carry one fault; the suite must name it.
 """
 
-import argparse
+import contextlib
 import dataclasses
 import itertools
 import json
 import os
 import re
+import signal
+import subprocess
+import sys
 import tempfile
+import time
 from pathlib import Path
 
 import pytest
@@ -19,6 +23,7 @@ triton = pytest.importorskip("triton")
 import torch  # noqa: E402
 import triton.language as tl  # noqa: E402
 
+import tritune  # noqa: E402
 from tritune import cli  # noqa: E402
 from tritune.autotune import store  # noqa: E402
 from tritune.autotune.config import Config  # noqa: E402
@@ -27,13 +32,14 @@ from tritune.autotune.resolve import ranked, resolve  # noqa: E402
 from tritune.kernels import attention, conv, conv_pool, pool, registered, rnn  # noqa: E402
 from tritune.kernels._launch import Launch  # noqa: E402
 from tritune.ops.conv import module_of, weight_grad_module_of  # noqa: E402
+from tritune.perf import compilers, families, static, tune_worker  # noqa: E402
 from tritune.perf import conv as conv_layers  # noqa: E402
-from tritune.perf import families, static, tune_worker  # noqa: E402
 from tritune.perf.case import ALL_LAYERS, Kernel  # noqa: E402
 from tritune.perf.check import Machine, Verdict  # noqa: E402
 from tritune.perf.sweep import Bench, Target  # noqa: E402
 
 pytestmark = pytest.mark.static
+SOURCE = Path(tritune.__file__).resolve().parents[1]
 TUNABLES = registered()
 NVIDIA = [target for target in TARGETS if target.startswith("sm_")]
 
@@ -55,7 +61,7 @@ def test_shipped_configs(target, kernel):
     selected = list(static.rows([target], f"/{kernel}/"))
     assert len(selected) >= (7 if target in ALL_LAYERS else 2)
     bad = {}
-    for row, one in static.measure(selected):
+    for row, one in static.measure(selected, static.Row.profile):
         assert row.name in baseline
         found = static.faults(kernel, row.problem, one, target) if row.is_main else []
         found += static.regressions(baseline[row.name], one)
@@ -422,26 +428,43 @@ class TestRanking:
 
     def test_entries_are_written_and_say_model(self, tmp_path, capsys):
         assert self.tune("--out", str(tmp_path)) == 0
-        assert capsys.readouterr().out == "   4 entries for pool_backward on sm_90\n"
+        *lines, count, where = capsys.readouterr().out.splitlines()
+        assert len(lines) == 4 and all(line.startswith("pool_backward/resnet50-maxpool-") for line in lines)
+        assert (count, where) == ("   4 entries for pool_backward on sm_90", f"written to {tmp_path / 'sm_90'}")
         (path,) = (one for one in tmp_path.rglob("*") if one.is_file())
         entries = store.load(path)
         assert {one.source for one in entries} == {"model"} and all(one.us is None for one in entries)
         shipped = {str(one.key): one.config for one in store.load(store.SHIPPED / "sm_90/pool_backward.json")}
         assert all(shipped[str(one.key)] == one.config for one in entries)
 
-    def test_json_operators_and_a_dry_run(self, tmp_path, capsys):
+    def test_without_a_place_nothing_is_written(self, capsys, monkeypatch):
+        def write(*_):
+            raise AssertionError("somebody writes")
+
+        monkeypatch.setattr(store, "write", write)
+        assert self.tune("--json") == 0
+        captured = capsys.readouterr()
+        assert [len(entries) for entries in json.loads(captured.out)["kernels"].values()] == [4]
+        assert "written nowhere: --out STORE names a place" in captured.err
+
+    def test_a_dry_run_compiles_nothing(self, tmp_path, capsys, monkeypatch):
+        monkeypatch.setattr(compilers.Compilers, "attempt", None)
         assert self.tune("max_pool2d", "--out", str(tmp_path), "--dry-run", "--json") == 0
-        document = json.loads(capsys.readouterr().out)
-        assert [len(entries) for entries in document["kernels"].values()] == [4]
-        assert self.tune("conv2d", "--out", str(tmp_path), "--json") == 0
-        assert json.loads(capsys.readouterr().out)["kernels"] == {}
+        (layers,) = json.loads(capsys.readouterr().out)["layers"].values()
+        assert len(layers) == 4
+        assert cli.main(["tune", "--static", "--target", "sm_90", "--dry-run"]) == 0
+        lines = capsys.readouterr().out.splitlines()
+        assert sum(int(line.split()[0]) for line in lines) == len(list(families.layers("sm_90")))
         assert not list(tmp_path.iterdir())
+
+    def test_operators(self, capsys):
+        assert self.tune("conv2d") == 2
+        assert "no layer with 'pool_backward/resnet50-maxpool' in its name" in capsys.readouterr().err
 
 
 def command(*options):
-    parser = argparse.ArgumentParser()
-    static.add_arguments(parser)
-    return static.main(parser.parse_args(["--target", "sm_90", "-k", "/pool/resnet50-maxpool-bf16-nhwc/", *options]))
+    fixed = ["bench", "static", "--target", "sm_90", "-k", "/pool/resnet50-maxpool-bf16-nhwc/"]
+    return cli.main([*fixed, *options])
 
 
 def test_the_command(tmp_path, capsys):
@@ -449,8 +472,9 @@ def test_the_command(tmp_path, capsys):
     assert command("--baseline", str(path), "--update") == 0
     assert "1 kernels compiled" in capsys.readouterr().out
     assert command("--baseline", str(path), "--json") == 0
-    text = capsys.readouterr().out
-    (profile,) = json.loads(text[: text.rindex("}") + 1]).values()
+    document = json.loads(capsys.readouterr().out)
+    (profile,) = document["profiles"].values()
+    assert (document["triton"], document["faults"], document["new"]) == (static.TRITON, {}, [])
 
     path.write_text(path.read_text().replace(f'"warps": {profile["warps"]}', '"warps": 64'))
     assert command("--baseline", str(path)) == 1
@@ -458,3 +482,93 @@ def test_the_command(tmp_path, capsys):
     assert command("--baseline", str(path), "--update") == 1
     assert command("--baseline", str(path), "--update", "--accept") == 0
     assert command("--baseline", str(path)) == 0
+
+
+# --- compilers in processes of their own -----------------------------------------------------------------------------
+
+
+class TestCompilers:
+    """The real processes, on one layer."""
+
+    @pytest.fixture
+    def row(self):
+        (row,) = static.rows(["sm_90"], "/pool/resnet50-maxpool-bf16-nhwc/0")
+        return row
+
+    def test_they_say_what_this_process_says(self, row):
+        with compilers.Compilers() as pool:
+            assert pool.attempt(row) == row.profile()
+
+    def test_what_is_known_is_not_compiled_again(self, row, monkeypatch):
+        with compilers.Compilers() as pool:
+            first = pool.attempt(row)
+        monkeypatch.setattr(compilers, "Child", None)
+        with compilers.Compilers() as pool:
+            assert pool.attempt(row) == first
+        pool.profiles.path.write_text(pool.profiles.path.read_text() + '\n{"binary": "half a li')
+        assert compilers.Profiles().find(row.binary) == first
+
+    def test_what_was_read_in_another_way_is_not_believed(self, row):
+        profiles = compilers.Profiles()
+        old = profiles.path.with_name(f"triton-{static.TRITON}-000000000000.jsonl")
+        old.parent.mkdir(parents=True)
+        old.write_text("")
+        profiles.keep(row.binary, GOOD)
+        assert [path.name for path in old.parent.iterdir()] == [profiles.path.name]
+
+    def test_a_refusal_and_a_crash_are_one_line_and_the_next_compiles(self, row, monkeypatch):
+        bad = dataclasses.replace(row, config=Config({**row.config, "BLOCK_C": 3}))  # not a power of two
+        with compilers.Compilers() as pool:
+            refused = pool.attempt(bad)
+            assert refused.startswith("does not compile: ") and "\n" not in refused
+            (child,) = pool.children
+            os.kill(child.process.pid, signal.SIGKILL)
+            assert pool.attempt(bad) == "does not compile: the compiler died of SIGKILL"
+            assert pool.attempt(row) == row.profile()
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
+    @pytest.mark.parametrize("words", [["bench", "static"], ["tune", "--static", "--target", "sm_90"]], ids=" ".join)
+    def test_an_interrupt_is_one_line_at_once(self, words, number, tmp_path):
+        """As a terminal sends it, to the whole group, while compilers run; what is done is kept, none of them stays."""
+        env = {**os.environ, "PYTHONPATH": str(SOURCE), "TRITON_CACHE_DIR": str(tmp_path / "triton"),
+               "TRITUNE_CACHE_DIR": str(tmp_path / "cache"), "TMPDIR": str(tmp_path)}  # fmt: skip
+        command = [sys.executable, "-m", "tritune", *words]
+        if words[0] == "tune":
+            command += ["--out", str(tmp_path / "out")]
+        with subprocess.Popen(
+            command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+        ) as process:
+            try:
+                end = time.monotonic() + 120
+                first = "out/sm_90/*.json" if words[0] == "tune" else "cache/static/*.jsonl"
+                while not list(tmp_path.glob(first)):
+                    assert time.monotonic() < end and process.poll() is None
+                    time.sleep(0.1)
+                time.sleep(1)  # the next ones are under way
+                started = time.monotonic()
+                os.killpg(process.pid, number)
+                out, err = process.communicate(timeout=30)
+            finally:
+                process.kill()
+        busy = max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))
+        assert time.monotonic() - started < 1.5 * busy, "a second, on a machine that has nothing else to do"
+        assert process.returncode == 130, err
+        reports = re.compile(r"\d+/\d+  .+")  # where it stands, every few seconds
+        (last,) = (line for line in err.splitlines() if not reports.fullmatch(line))
+        assert last.startswith(f"tritune {words[0]}") and "interrupted" in last and "goes on from there" in last
+        assert all(re.fullmatch(r"\w+/[\w.-]+: \w+=.*", line) for line in out.splitlines()), out
+        assert processes_with(f"TRITUNE_CACHE_DIR={tmp_path / 'cache'}") == []
+        if words[0] == "tune":
+            kept = [store.load(path) for path in (tmp_path / "out/sm_90").glob("*.json")]
+            assert sum(map(len, kept)) == len(out.splitlines()) >= 1
+
+
+def processes_with(variable: str) -> list[str]:
+    """Command lines of the processes that have inherited it; of one that has ended there is none."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if variable.encode() in (folder / "environ").read_bytes().split(b"\0"):
+                found.append((folder / "cmdline").read_bytes().replace(b"\0", b" ").decode())
+    return found

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import io
 import json
 import math
@@ -21,13 +20,13 @@ from typing import Any, NamedTuple
 import pytest
 
 import tritune
-from tritune import cli
+from tritune import cli, progress
 from tritune.autotune import store
 from tritune.autotune.config import Config, Estimate, Tunable
 from tritune.autotune.device import named
 from tritune.autotune.resolve import ranked
 from tritune.autotune.tuner import Final, OutOfTime, Search, Trial, is_tuned, share, winner
-from tritune.perf.progress import Progress
+from tritune.progress import Progress
 
 pytestmark = pytest.mark.torch
 
@@ -277,7 +276,7 @@ class TestPlanted:
         shutil.copytree(planted_run[0] / "rehearsal", tmp_path / "rehearsal")
         runs = [
             subprocess.Popen(
-                command(tmp_path, "--shapes", *layers), env=environment(planted, tmp_path),
+                command(tmp_path, *(f"--shapes={layer}" for layer in layers)), env=environment(planted, tmp_path),
                 stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
             )
             for planted, *layers in (
@@ -360,10 +359,13 @@ def tune_module() -> Any:
     return tune
 
 
-def args(*arguments: str) -> argparse.Namespace:
-    parser = argparse.ArgumentParser()
-    tune_module().add_arguments(parser)
-    return parser.parse_args(arguments)
+def args(*arguments: str) -> Any:
+    """What the command makes of them."""
+    made: list[Any] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tune_module(), "main", made.append)
+        assert cli.main(["tune", *arguments]) == 0
+    return made[0]
 
 
 class TestCommand:
@@ -458,7 +460,11 @@ class TestUsage:
             (["--static"], "--static needs a --target"),
             (["--static", "--target", "sm_90", "--dtype", "fp16"], "choose among that with -k"),
             (["--target", "sm_90"], "--target goes with --static"),
-            (["conv2d", "--shapes", "resnet50-s1-3x3", "typo"], "conv2d have no layer 'typo'"),
+            (["conv2d", "--shapes", "resnet50-s1-3x3", "--shapes", "typo"], "conv2d have no layer 'typo'"),
+            (["conv2d", "--shapes", "resnet50-s1-3x3", "vgg-c3"], "'vgg-c3' is a layer: give each its own --shapes"),
+            (["-k", "nothing"], "no kernel has 'nothing' in its name"),
+            (["--static", "--target", "sm_90", "-k", "nothing"], "no layer with 'nothing' in its name"),
+            (["conv2d", "--dtype", "fp8"], "'fp8' is not one of bf16"),
             (["conv2d", "--shapes", "8x16x14x14,32x15x3x5"], "does not fit"),
             (["conv2d", "--shapes", "8x16x14x14,32x16x3x3,stride=a"], "conv2d 8x16x14x14,32x16x3x3,stride=a: "),
             (["--shapes", "8x16x14x14,32x16x3x3"], "shapes belong to one operator"),
@@ -485,11 +491,18 @@ class TestUsage:
         assert message in captured.err
         assert captured.err.count("\n") == 1 and captured.out == ""
 
-    @pytest.mark.parametrize("arguments", [["--budget", "soon"], ["--dtype", "fp8"], ["--direction", "up"]])
-    def test_bad_options(self, arguments):
-        with pytest.raises(SystemExit) as end:
-            cli.main(["tune", *arguments])
-        assert end.value.code == 2
+    @pytest.mark.parametrize("option, value", [("--budget", "soon"), ("--direction", "up"), ("--target", "sm_1")])
+    def test_bad_options(self, option, value, capsys):
+        assert cli.main(["tune", option, value]) == 2
+        message = capsys.readouterr().err
+        assert message.startswith(f"tritune tune: Invalid value for '{option}': {value!r} is not ")
+        assert message.count("\n") == 1
+
+    def test_the_defaults_are_the_modules(self):
+        lists = {"ops": [], "shapes": [], "dtypes": []}
+        assert args() == tune_module().Options(**lists)
+        assert args("--budget", "5m", "--trial-limit", "1.5").budget == 300
+        assert args("--budget", "5m", "--trial-limit", "1.5").trial_limit == 1.5
 
     def test_every_operator_of_the_families_can_be_tuned(self):
         from tritune.perf import families
@@ -558,6 +571,24 @@ class TestProgress:
             progress.update(1.5, 90.4, f"best 41.2 us, {self.LONG}")
             progress.line(f"[1/4] {self.LONG}")
         return stream.getvalue()
+
+    @pytest.mark.parametrize("stream", [io.StringIO, Terminal])
+    def test_without_a_bar_standard_error_tells_every_few_seconds(self, stream, monkeypatch, capsys):
+        monkeypatch.setattr(progress, "SECONDS", 0.01)
+        monkeypatch.setitem(sys.modules, "rich.console", None)
+        with Progress(stream(), total=4) as shown:
+            time.sleep(0.05)
+            assert capsys.readouterr().err == "", "nothing is known yet"
+            shown.update(1.5, 90.4, "pool/vgg")
+            deadline = time.monotonic() + 10
+            lines: list[str] = []
+            while len(lines) < 2 and time.monotonic() < deadline:  # also while nothing changes
+                time.sleep(0.01)
+                lines += capsys.readouterr().err.splitlines()
+        assert set(lines) == {"1/4  1:30 left  pool/vgg"} and len(lines) >= 2
+        capsys.readouterr()
+        time.sleep(0.05)
+        assert capsys.readouterr().err == "", "it has ended"
 
     def test_a_file_gets_whole_lines_and_no_bar(self):
         assert self.show(io.StringIO()) == f"[1/4] {self.LONG}\n"

@@ -1,67 +1,53 @@
-"""The ``tritune`` command.
+"""The ``tritune`` command: from what was typed to an exit status, and a line on standard error if something is wrong.
 
-Each subcommand is a module with ``add_arguments(parser)`` and ``main(args) -> int``, imported only when it is asked
-for: ``tritune --help`` needs neither Triton nor the extras.
+What can be typed stands in :mod:`.commands`. Exit status: 0 all is well; 1 what was asked for is not as it should be
+(each command says what that means); 2 it could not be done: bad usage, a bad path, something not installed; 130
+interrupted.
 """
 
 from __future__ import annotations
 
-import argparse
-import importlib
+import os
 import sys
 from collections.abc import Sequence
 from importlib import metadata
 
-# words -> module, what it does, the extra that brings its dependencies
-COMMANDS = {
-    ("demo",): (".demo", "train three models with tritune and torch: accuracy, parity", "demo"),
-    ("doctor",): (".doctor", "the environment, and what is wrong with it", "cli"),
-    ("explain",): (".explain_command", "what a call would run on a device, and why", "cli"),
-    ("tune",): (".perf.tune", "the best configs: measured on this GPU, or ranked without one", "triton"),
-    ("configs",): (".configs", "list, show, diff and merge tuned configs", "cli"),
-    ("bench", "static"): (".perf.static", "compile every shipped config; compare with the baseline", "triton"),
-    ("bench", "run"): (".perf.gpu", "tests and timings on this machine's GPU", "triton"),
-}
+from .paths import in_words
+from .perf.child import terminated_like_interrupted
+
+INTERRUPTED = 130
+# What a command may find missing, and the extra that brings it.
+EXTRAS = {"typer": "cli", "rich": "cli", "triton": "triton", "matplotlib": "demo", "sklearn": "demo"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    for words, (module, summary, extra) in COMMANDS.items():
-        if tuple(arguments[: len(words)]) == words:
-            return _run(words, module, summary, extra, arguments[len(words) :])
-    parser = argparse.ArgumentParser(prog="tritune", usage="tritune COMMAND [OPTIONS]", description=_listing(),
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
-    parser.add_argument("--version", action="version", version=_version())
-    if arguments and not arguments[0].startswith("-"):
-        parser.error(f"unknown command {' '.join(arguments[:2])!r}\n\n{_listing()}")
-    parser.parse_args(arguments or ["--help"])
-    return 0
+    """The exit status; without ``argv``, that of this process's own command line."""
+    if argv is not None:
+        return _run(list(argv))
+    status = _run(sys.argv[1:])
+    if status == INTERRUPTED:  # all is written: whoever interrupts does not wait a second for torch to be unloaded
+        sys.stdout.flush()
+        os._exit(status)
+    return status
 
 
-EXTRAS = {"triton", "rich", "matplotlib", "sklearn"}
-
-
-def _run(words: tuple[str, ...], module: str, summary: str, extra: str, arguments: list[str]) -> int:
+def _run(arguments: list[str]) -> int:
     try:
-        command = importlib.import_module(module, __package__)
-        parser = argparse.ArgumentParser(prog=f"tritune {' '.join(words)}", description=summary)
-        command.add_arguments(parser)
-        return int(command.main(parser.parse_args(arguments)))
+        from .commands import run
+
+        with terminated_like_interrupted():
+            return run(arguments)
     except (ModuleNotFoundError, metadata.PackageNotFoundError) as error:
         missing = str(error.name).partition(".")[0]
         if missing not in EXTRAS:
             raise
-        print(f"tritune {' '.join(words)} needs {missing}: pip install 'tritune[{extra}]'", file=sys.stderr)
-        return 2
+        return _fail(f"tritune needs {missing} for this: pip install 'tritune[{EXTRAS[missing]}]'", 2)
+    except OSError as error:
+        return _fail(f"tritune: {in_words(error)}", 2)
+    except KeyboardInterrupt:
+        return _fail("tritune: interrupted", INTERRUPTED)
 
 
-def _listing() -> str:
-    width = max(len(" ".join(words)) for words in COMMANDS)
-    lines = [f"  {' '.join(words):{width}}  {summary}" for words, (_, summary, _) in COMMANDS.items()]
-    return "\n".join(["commands:", *lines, "", "tritune COMMAND --help says more about each."])
-
-
-def _version() -> str:
-    from ._version import __version__
-
-    return f"tritune {__version__}"
+def _fail(message: str, status: int) -> int:
+    print(message, file=sys.stderr)
+    return status

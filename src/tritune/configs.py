@@ -18,37 +18,16 @@ from typing import Any
 
 from .autotune import store
 from .autotune.config import Tunable
+from .autotune.device import DEVICES, named
 from .autotune.log import warnings
 from .autotune.store import Entry, File
+from .paths import writable_file, writable_folder
 
 Store = dict[str, File]  # by its name there: "sm_90/conv.json"
 
 
 class Unreadable(ValueError):
     """Nothing there, or nothing that these commands may silently leave out."""
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
-
-    def action(name: str, summary: str) -> argparse.ArgumentParser:
-        one = actions.add_parser(name, help=summary, description=summary)
-        one.add_argument("--json", action="store_true")
-        return one
-
-    listing = action("list", "files with their entries by source and Triton version")
-    listing.add_argument("stores", nargs="*", type=Path, help="default: this user's and the shipped one")
-    show = action("show", "the entries of a kernel")
-    show.add_argument("kernel")
-    show.add_argument("--device", default="", help="only for this device or target, such as h200 or sm_90")
-    show.add_argument("--store", type=Path, help="default: this user's and the shipped one")
-    compare = action("diff", "what one store adds, removes and changes against another; exit 1 if anything")
-    merge = action("merge", "two stores into one")
-    for one in (compare, merge):
-        one.add_argument("left", type=Path)
-        one.add_argument("right", type=Path)
-    merge.add_argument("-o", "--out", type=Path, required=True, help="a new store, or LEFT to add to it")
-    merge.add_argument("--keep", choices=KEEP, default="best", help="of two entries for one key; default: the faster")
 
 
 def main(args: argparse.Namespace) -> int:
@@ -179,12 +158,14 @@ def _list(args: argparse.Namespace) -> int:
 
 
 def _show(args: argparse.Namespace) -> int:
-    wanted = args.device.lower().replace("-", "_")
+    slugs = _serving(args.device) if args.device else None
     found = []
     for layer, path in _files([args.store] if args.store else []):
         slug = path.parent.name
-        if path.stem == args.kernel and (not wanted or wanted in (slug, slug.partition("_")[2])):
-            found.append((layer, path, store.load(path)))
+        if path.stem == args.kernel and (slugs is None or slug in slugs):
+            found.append((layer, path, store.load(path, path.stem)))
+    if slugs is not None:
+        found.sort(key=lambda one: (slugs.index(one[1].parent.name), one[0] != "user"))
     if not any(entries for _, _, entries in found):
         where = f" for {args.device}" if args.device else ""
         print(f"tritune configs show: no entries of {printable(args.kernel + where)}", file=sys.stderr)
@@ -205,6 +186,19 @@ def _show(args: argparse.Namespace) -> int:
             note = f"  ({entry.staleness()})" if entry.staleness() else ""
             say(_wrapped(lead, f"{in_words(entry.key)} -> {entry.config}{note}"))
     return 0
+
+
+def _serving(device: str) -> list[str]:
+    """Folders in the order in which a lookup for the device reads those that ship, as :func:`.store.layers` says; this
+    user's are read for the device alone. A target stands for itself. Raises Unreadable for an unknown device."""
+    try:
+        spec = named(device)
+    except ValueError as error:
+        raise Unreadable(str(error)) from None
+    if device.lower() == spec.target:
+        return [spec.target]
+    siblings = [one.slug for one in DEVICES.values() if one.target == spec.target and one.slug != spec.slug]
+    return [spec.slug, *siblings, spec.target]
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]], right: set[int]) -> list[str]:
@@ -300,6 +294,7 @@ def _merge(args: argparse.Namespace) -> int:
         raise Unreadable(f"{args.left} and {args.right} are a file and a folder")
     if args.left.samefile(args.right):
         raise Unreadable(f"{args.left} and {args.right} are the same")
+    (writable_file if args.left.is_file() else writable_folder)(args.out)
     names = sorted(left.keys() | right.keys())
     kernels = {name: _kernel(name, left.get(name), right.get(name)) for name in names}
     kept: Counter[str] = Counter()

@@ -8,7 +8,6 @@ serves this machine, and on the Triton kernels, in Triton's interpreter where th
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import subprocess
@@ -16,7 +15,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,6 +28,8 @@ from .autotune.device import detect
 from .demo_models import MODELS, Model, with_weights
 from .demo_picture import Column, draw
 from .ops import Decision, explain, record, use_backend
+from .paths import writable_folder
+from .progress import Progress
 
 LIBRARIES = ("tritune", "torch")
 # Largest difference of a tensor, over its largest value: fp32 sums of at most 2^12 products in another order.
@@ -192,26 +193,22 @@ def interpreted_steps(weights: dict[str, dict[str, Tensor]], data: Data) -> dict
 # --- the command -----------------------------------------------------------------------------------------------------
 
 
-def at_least_one(text: str) -> int:
-    count = int(text)
-    if count < 1:
-        raise argparse.ArgumentTypeError("must be at least 1")
-    return count
+class Options(NamedTuple):
+    """What ``tritune demo`` was asked: names of MODELS (all if there are none), the folder for demo.png, and so on."""
+
+    models: Sequence[str] = ()
+    out: Path = Path("tritune-demo")
+    epochs: int = 20
+    seed: int = 0
+    json: bool = False
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", choices=MODELS, action="append", help="only this one; may be repeated")
-    parser.add_argument("--out", type=Path, default=Path("tritune-demo"), help="folder for demo.png")
-    parser.add_argument("--epochs", type=at_least_one, default=20)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", action="store_true", help="print the results as JSON")
-
-
-def main(args: argparse.Namespace) -> int:
+def main(args: Options) -> int:
     import matplotlib  # noqa: F401  what is missing shall be said now, not after the training
     import sklearn  # noqa: F401
     from rich.console import Console
 
+    writable_folder(args.out)
     console = Console(stderr=args.json, highlight=False)
     with one_thread():
         results = run(args, console)
@@ -227,12 +224,12 @@ def main(args: argparse.Namespace) -> int:
     return 1 if results["failures"] else 0
 
 
-def run(args: argparse.Namespace, console: Any) -> dict[str, Any]:
+def run(args: Options, console: Any) -> dict[str, Any]:
     has_triton = _has_triton()
     on_gpu = torch.cuda.is_available() and has_triton
     device = "cuda" if torch.cuda.is_available() else "cpu"
     backend = "triton" if on_gpu else "auto"
-    models = {name: model for name, model in MODELS.items() if name in (args.model or MODELS)}
+    models = {name: model for name, model in MODELS.items() if name in (args.models or MODELS)}
     data = load_digits(args.seed, device)
     introduce(models, data, console)
 
@@ -251,7 +248,8 @@ def run(args: argparse.Namespace, console: Any) -> dict[str, Any]:
     first = data.train_images[:BATCH], data.train_labels[:BATCH]
     steps = {name: {"here": compare_step(model, weights[name], *first, backend)} for name, model in models.items()}
     if has_triton and not on_gpu:
-        with console.status("one training step on the kernels, in Triton's interpreter"):
+        with Progress(console.file, 1) as progress:
+            progress.update(0, state="one training step on the kernels, in Triton's interpreter")
             for name, step in interpreted_steps(weights, data).items():
                 steps[name]["interpreted"] = step
     return {
@@ -301,20 +299,21 @@ def column(name: str, trainings: dict[str, Training], data: Data) -> Column:
 
 def train(trainings: dict[str, dict[str, Training]], data: Data, epochs: int, console: Any) -> None:
     """Both libraries in turn, epoch by epoch, so that whatever else the machine does slows both."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (
-        TextColumn("{task.description:9}"), BarColumn(12), MofNCompleteColumn(), TextColumn("epochs"),
-        TimeRemainingColumn(), TextColumn("{task.fields[state]}"),
-    )  # fmt: skip
-    with Progress(*columns, console=console) as progress:
-        bars = {name: progress.add_task(name, total=epochs, state="") for name in trainings}
+    started, total = time.perf_counter(), epochs * len(trainings)
+    done = 0
+    with Progress(console.file, total) as progress:
         for name, both in trainings.items():
             for _ in range(epochs):
                 for training in both.values():
                     training.epoch(data)
-                state = ", ".join(f"{library} {one.accuracies[-1]:.3f}" for library, one in both.items())
-                progress.update(bars[name], advance=1, state=state)
+                done += 1
+                seconds_left = (time.perf_counter() - started) * (total - done) / done
+                progress.update(done, seconds_left, f"epochs, {name}: {_accuracies(both)}")
+            progress.line(f"{name:9}  {epochs} epochs, accuracy: {_accuracies(both)}")
+
+
+def _accuracies(both: dict[str, Training]) -> str:
+    return ", ".join(f"{library} {one.accuracies[-1]:.3f}" for library, one in both.items())
 
 
 def check(results: dict[str, Any]) -> list[str]:

@@ -5,13 +5,11 @@ An operator is one entry of OPS: what its shapes are, its options, and how both 
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
-import re
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -43,7 +41,25 @@ from .ops._layout import empty
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "fp64": torch.float64}
 
 
-Options = dict[str, dict[str, Any]]
+class Option(NamedTuple):
+    """One option of an operator.
+
+    Attributes:
+        kind: type of its value; ``bool`` is a switch.
+        default: ``None`` leaves it to the operator.
+        choices: if it is one of these words.
+    """
+
+    kind: type
+    default: Any = None
+    help: str = ""
+    choices: tuple[str, ...] = ()
+    required: bool = False
+
+
+Options = dict[str, Option]  # by flag, such as "--padding"
+Values = Mapping[str, Any]  # the options' values, by name, such as "padding"
+Call = tuple[Sequence[Any], dict[str, Any]]  # positional arguments and keywords
 
 
 class Op(NamedTuple):
@@ -51,7 +67,6 @@ class Op(NamedTuple):
 
     Attributes:
         shapes: what the shapes are, in order; those in brackets may be left out. One example of them.
-        options: flag -> arguments of ``add_argument``.
         arguments: from the tensors of those shapes and the options' values to what the function is called with.
     """
 
@@ -59,100 +74,101 @@ class Op(NamedTuple):
     shapes: str
     example: str
     options: Options
-    arguments: Callable[[list[Tensor], argparse.Namespace], tuple[Sequence[Any], dict[str, Any]]]
+    arguments: Callable[[list[Tensor], Values], Call]
 
     def counts(self) -> range:
         names = self.shapes.split()
         return range(sum(name[0] != "[" for name in names), len(names) + 1)
 
 
-def _conv(tensors: list[Tensor], o: argparse.Namespace) -> tuple[Sequence[Any], dict[str, Any]]:
+def _conv(tensors: list[Tensor], o: Values) -> Call:
     names = ("stride", "padding", "output_padding", "dilation", "groups", "activation", "precision")
-    return tensors, {name: getattr(o, name) for name in names if name in o}
+    return tensors, {name: o[name] for name in names if name in o}
 
 
-def _pool(tensors: list[Tensor], o: argparse.Namespace) -> tuple[Sequence[Any], dict[str, Any]]:
+def _pool(tensors: list[Tensor], o: Values) -> Call:
     named_as = {"kernel": "kernel_size", "size": "output_size", "norm": "norm_type"}
-    return tensors, {named_as.get(name, name): value for name, value in vars(o).items() if name in _POOLING}
+    return tensors, {named_as.get(name, name): value for name, value in o.items() if name in _POOLING}
 
 
-def _unpool(tensors: list[Tensor], o: argparse.Namespace) -> tuple[Sequence[Any], dict[str, Any]]:
+def _unpool(tensors: list[Tensor], o: Values) -> Call:
     (x,) = tensors
     return [x, torch.empty_like(x, dtype=torch.int64)], _pool([], o)[1]
 
 
-def _conv_pool(tensors: list[Tensor], o: argparse.Namespace) -> tuple[Sequence[Any], dict[str, Any]]:
+def _conv_pool(tensors: list[Tensor], o: Values) -> Call:
     _, keywords = _conv(tensors, o)
-    pooling = {"pool_kernel_size": o.kernel, "pool_stride": o.pool_stride, "pool_padding": o.pool_padding}
+    pooling = {"pool_kernel_size": o["kernel"], "pool_stride": o["pool_stride"], "pool_padding": o["pool_padding"]}
     return tensors, {**keywords, **pooling}
 
 
-def _recurrent(gates: int) -> Callable[[list[Tensor], argparse.Namespace], tuple[Sequence[Any], dict[str, Any]]]:
-    def arguments(tensors: list[Tensor], o: argparse.Namespace) -> tuple[Sequence[Any], dict[str, Any]]:
+def _recurrent(gates: int) -> Callable[[list[Tensor], Values], Call]:
+    def arguments(tensors: list[Tensor], o: Values) -> Call:
         (x,) = tensors
-        rows = ([2] if o.bidirectional else []) + [gates * o.hidden]
-        weights = [x.new_empty(*rows, *columns) for columns in ((x.shape[-1],), (o.hidden,), (), ())]
+        rows = ([2] if o["bidirectional"] else []) + [gates * o["hidden"]]
+        weights = [x.new_empty(*rows, *columns) for columns in ((x.shape[-1],), (o["hidden"],), (), ())]
         names = ("batch_first", "precision", "nonlinearity")
-        return [x, *weights], {name: getattr(o, name) for name in names if name in o}
+        return [x, *weights], {name: o[name] for name in names if name in o}
 
     return arguments
 
 
-def _elman(tensors: list[Tensor], o: argparse.Namespace) -> tuple[Sequence[Any], dict[str, Any]]:
+def _elman(tensors: list[Tensor], o: Values) -> Call:
     (x,) = tensors
-    h = x.new_empty(*x.shape[:-1], o.hidden)
-    return [x, h, x.new_empty(o.hidden, x.shape[-1]), x.new_empty(o.hidden, o.hidden)], {}
+    h = x.new_empty(*x.shape[:-1], o["hidden"])
+    return [x, h, x.new_empty(o["hidden"], x.shape[-1]), x.new_empty(o["hidden"], o["hidden"])], {}
 
 
-def _attention(tensors: list[Tensor], o: argparse.Namespace) -> tuple[Sequence[Any], dict[str, Any]]:
+def _attention(tensors: list[Tensor], o: Values) -> Call:
     named_as = {"causal": "is_causal", "gqa": "enable_gqa"}
-    values = {named_as.get(name, name): value for name, value in vars(o).items() if name in _SCORES}
+    values = {named_as.get(name, name): value for name, value in o.items() if name in _SCORES}
     q, k, v, *rest = tensors
     return [q, k, v], {**values, **({"bias" if "score" in o else "attn_mask": rest[0]} if rest else {})}
 
 
 # Options of the attention functions, by the names that the command line has for them.
 _SCORES = ("score", "scale", "causal", "gqa", "causal_alignment", "return_lse", "precision")
-_LAYOUT: Options = {"--layout": {"choices": ("nhwc", "nchw"), "default": "nhwc", "help": "of images; default: nhwc"}}
-_PRECISION: Options = {"--precision": {"choices": ("ieee", "tf32", "tf32x3"), "help": "how fp32 is multiplied"}}
-_WINDOW: Options = {"--padding": {"type": int, "default": 0}, "--dilation": {"type": int, "default": 1}}
+_LAYOUT: Options = {"--layout": Option(str, "nhwc", "Of images", ("nhwc", "nchw"))}
+_PRECISION: Options = {"--precision": Option(str, None, "How fp32 is multiplied", ("ieee", "tf32", "tf32x3"))}
+_WINDOW: Options = {"--padding": Option(int, 0), "--dilation": Option(int, 1)}
 _CONV: Options = {
-    "--stride": {"type": int, "default": 1}, **_WINDOW, "--groups": {"type": int, "default": 1},
-    "--activation": {"metavar": "NAME"}, **_PRECISION, **_LAYOUT,
+    "--stride": Option(int, 1), **_WINDOW, "--groups": Option(int, 1),
+    "--activation": Option(str, None, "Such as relu"), **_PRECISION, **_LAYOUT,
 }  # fmt: skip
-_CONV_TRANSPOSE: Options = {**_CONV, "--output-padding": {"type": int, "default": 0}}
+_CONV_TRANSPOSE: Options = {**_CONV, "--output-padding": Option(int, 0)}
 _POOL: Options = {
-    "--kernel": {"type": int, "default": 2, "help": "default: 2"}, "--stride": {"type": int}, **_WINDOW,
-    "--ceil-mode": {"action": "store_true"}, **_LAYOUT,
+    "--kernel": Option(int, 2), "--stride": Option(int, None, "Default: that of the kernel"), **_WINDOW,
+    "--ceil-mode": Option(bool, False), **_LAYOUT,
 }  # fmt: skip
 # Options of the pooling functions, by the names that the command line has for them.
 _POOLING = ("kernel", "stride", "padding", "dilation", "ceil_mode", "size", "norm")
 _AVERAGE: Options = {name: option for name, option in _POOL.items() if name != "--dilation"}
 _NORM: Options = {
-    "--norm": {"type": float, "default": 2.0, "help": "default: 2"},
+    "--norm": Option(float, 2.0),
     **{name: option for name, option in _AVERAGE.items() if name != "--padding"},
 }
 _UNPOOL: Options = {name: option for name, option in _AVERAGE.items() if name != "--ceil-mode"}
-_ADAPTIVE: Options = {"--size": {"type": int, "default": 7, "help": "of the result; default: 7"}, **_LAYOUT}
+_ADAPTIVE: Options = {"--size": Option(int, 7, "Of the result"), **_LAYOUT}
 _CONV_POOL: Options = {
-    **_CONV, "--kernel": {"type": int, "default": 2, "help": "of the pooling; default: 2"},
-    "--pool-stride": {"type": int}, "--pool-padding": {"type": int, "default": 0},
+    **_CONV, "--kernel": Option(int, 2, "Of the pooling"), "--pool-stride": Option(int),
+    "--pool-padding": Option(int, 0),
 }  # fmt: skip
-_HIDDEN: Options = {"--hidden": {"type": int, "required": True, "help": "units of the state"}}
+_HIDDEN: Options = {"--hidden": Option(int, None, "Units of the state", required=True)}
 _LAYER: Options = {
-    **_HIDDEN, "--bidirectional": {"action": "store_true"}, "--batch-first": {"action": "store_true"}, **_PRECISION,
-}  # fmt: skip
-_NONLINEARITY: Options = {"--nonlinearity": {"choices": ("tanh", "relu"), "default": "tanh"}}
+    **_HIDDEN,
+    "--bidirectional": Option(bool, False),
+    "--batch-first": Option(bool, False),
+    **_PRECISION,
+}
+_NONLINEARITY: Options = {"--nonlinearity": Option(str, "tanh", "", ("tanh", "relu"))}
 _SDPA: Options = {
-    "--causal": {"action": "store_true"}, "--scale": {"type": float},
-    "--gqa": {"action": "store_true", "help": "key and value have fewer heads"},
+    "--causal": Option(bool, False), "--scale": Option(float),
+    "--gqa": Option(bool, False, "Key and value have fewer heads"),
 }  # fmt: skip
-_POOLED: Options = {
-    "--score": {"choices": ("dot", "cosine"), "default": "dot"}, "--scale": {"type": float}, **_PRECISION
-}  # fmt: skip
+_POOLED: Options = {"--score": Option(str, "dot", "", ("dot", "cosine")), "--scale": Option(float), **_PRECISION}
 _ATTENTION: Options = {
-    **_SDPA, **_POOLED, "--causal-alignment": {"choices": ("top_left", "bottom_right"), "default": "top_left"},
-    "--return-lse": {"action": "store_true"},
+    **_SDPA, **_POOLED, "--causal-alignment": Option(str, "top_left", "", ("top_left", "bottom_right")),
+    "--return-lse": Option(bool, False),
 }  # fmt: skip
 _HEADS = "8x16x1024x64 8x16x1024x64 8x16x1024x64"
 
@@ -192,41 +208,37 @@ OPS = {
 }
 
 
-def _shape(text: str) -> tuple[int, ...]:
-    if not re.fullmatch(r"\d+(x\d+)*", text):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a shape such as 32x64x56x56")
-    return tuple(int(part) for part in text.split("x"))
+class Request(NamedTuple):
+    """A call as the command line spells it: an operator of OPS, its shapes, and its options' values by name."""
+
+    op: str
+    shapes: Sequence[tuple[int, ...]]
+    options: Values
+    dtype: str = "bf16"
+    device: str = "h200"
+    backend: str = "triton"
+    json: bool = False
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    operators = parser.add_subparsers(dest="op", required=True, metavar="OP", help=", ".join(OPS))
-    for name, op in OPS.items():
-        one = operators.add_parser(name, description=f"what {name} would run, and why")
-        one.add_argument("shapes", nargs="+", type=_shape, metavar="SHAPE", help=f"{op.shapes}: {op.example}")
-        one.add_argument("--dtype", choices=DTYPES, default="bf16", help="default: bf16")
-        one.add_argument("--device", default="h200", help="a device or target such as h200 or sm_90, or cpu")
-        one.add_argument("--backend", choices=("auto", "triton", "torch"), default="triton", help="default: triton")
-        one.add_argument("--json", action="store_true")
-        for flag, settings in op.options.items():
-            one.add_argument(flag, **settings)
-
-
-def main(args: argparse.Namespace) -> int:
-    op = OPS[args.op]
-    if len(args.shapes) not in op.counts():
-        return _fail(f"{args.op} takes {op.shapes}: {op.example}")
+def main(request: Request) -> int:
+    op = OPS[request.op]
+    if len(request.shapes) not in op.counts():
+        return _fail(f"{request.op} takes {op.shapes}: {op.example}", 2)
     before = os.environ.get("TRITUNE_DEVICE")
     try:
-        if args.device != "cpu":
-            os.environ["TRITUNE_DEVICE"] = named(args.device).slug
-        decision = _decide(op, args)
-    except (RuntimeError, TypeError, ValueError, NotImplementedError) as error:
-        return _fail(str(error))
+        if request.device != "cpu":
+            os.environ["TRITUNE_DEVICE"] = named(request.device).slug
+        # Some functions are another one with more arguments: what was asked about is named.
+        decision = replace(_decide(op, request), op=request.op)
+    except NotImplementedError as error:
+        return _fail(str(error), 1)
+    except (RuntimeError, TypeError, ValueError) as error:
+        return _fail(str(error), 2)
     finally:
         os.environ.pop("TRITUNE_DEVICE", None)
         if before is not None:
             os.environ["TRITUNE_DEVICE"] = before
-    if args.json:
+    if request.json:
         document = asdict(decision)
         document["kernels"] = [{"kernel": name, **choice._asdict()} for name, choice in decision.kernels]
         print(json.dumps(document, indent=1))
@@ -235,16 +247,16 @@ def main(args: argparse.Namespace) -> int:
     return 0
 
 
-def _decide(op: Op, args: argparse.Namespace) -> Decision:
+def _decide(op: Op, request: Request) -> Decision:
     """The decision for fake tensors, which may be on a GPU that is not there."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    device = "cpu" if args.device == "cpu" else "cuda"
-    is_image = "--layout" in op.options and args.layout == "nhwc"
-    with FakeTensorMode(), torch.no_grad(), use_backend(args.backend):
-        like = torch.empty(0, dtype=DTYPES[args.dtype], device=device)
-        tensors = [empty(like, shape, is_image and len(shape) > 2) for shape in args.shapes]
-        arguments, keywords = op.arguments(tensors, args)
+    device = "cpu" if request.device == "cpu" else "cuda"
+    is_image = request.options.get("layout") == "nhwc"
+    with FakeTensorMode(), torch.no_grad(), use_backend(request.backend):
+        like = torch.empty(0, dtype=DTYPES[request.dtype], device=device)
+        tensors = [empty(like, shape, is_image and len(shape) > 2) for shape in request.shapes]
+        arguments, keywords = op.arguments(tensors, request.options)
         with record() as decisions:
             try:
                 op.function(*arguments, **keywords)
@@ -255,6 +267,6 @@ def _decide(op: Op, args: argparse.Namespace) -> Decision:
         return decisions[0]
 
 
-def _fail(message: str) -> int:
+def _fail(message: str, status: int) -> int:
     print(f"tritune explain: {message.splitlines()[0]}", file=sys.stderr)
-    return 1
+    return status
