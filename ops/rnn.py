@@ -439,16 +439,18 @@ def _torch_layer(
     directions = 1
     if w_ih.dim() == 3:
         directions = len(w_ih)
-        parameters = [one for both in zip(*parameters, strict=True) for one in both]
-    if h0 is None:
-        h0 = input.new_zeros(directions, input.shape[0 if batch_first else 1], w_hh.shape[-1])
+        unbound = [parameter.unbind() for parameter in parameters]
+        parameters = [parameters[d] for d in range(directions) for parameters in unbound]
+    if h0 is None or (c0 is None and cell == "lstm"):
+        zeros = input.new_zeros(directions, input.shape[0 if batch_first else 1], w_hh.shape[-1])
+        h0, c0 = zeros if h0 is None else h0, zeros if c0 is None else c0
     if reverse:
         input = input.flip(1 if batch_first else 0)
     # In training mode wherever there may be gradients: cuDNN has no backward otherwise. A trace is checked without.
     is_training = torch.is_grad_enabled() or torch._C._is_tracing()
     options = (parameters, has_biases, 1, 0.0, is_training, directions == 2, batch_first)
     if cell == "lstm":
-        out, h_n, c_n = _VF.lstm(input, (h0, torch.zeros_like(h0) if c0 is None else c0), *options)
+        out, h_n, c_n = _VF.lstm(input, (h0, c0), *options)
     else:
         (out, h_n), c_n = _TORCH_LAYERS[cell](input, h0, *options), None
     if reverse:

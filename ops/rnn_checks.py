@@ -35,27 +35,28 @@ def is_regular(
 ) -> bool:  # fmt: skip
     """Does :func:`check_rnn` accept these arguments as far as torch's own layer would not say so itself?
 
-    Quick, and for real tensors. torch looks at the sizes of products only: it broadcasts states and biases, promotes
-    the dtype of a state, and ignores the rows of a weight that it does not reach.
+    torch looks at the sizes of its products only: it broadcasts states and biases, promotes the dtype of a state, and
+    computes with complex numbers. What it sees, it may answer with any exception, and so may this function.
     """
-    hidden_size, rows = w_hh.shape[-1], w_hh.shape[:-1]
-    directions = rows[0] if len(rows) == 2 else 1
+    *stacked, rows, hidden_size = w_hh.shape
+    directions = stacked[0] if stacked else 1
     if (
-        len(rows) > 2 or directions > 2 or (reverse and directions == 2) or rows[-1] != GATES[cell] * hidden_size
-        or w_ih.shape != (*rows, input.shape[-1]) or not input.is_floating_point() or input.is_nested
-        or (b_ih is not None and b_ih.shape != rows) or (b_hh is not None and b_hh.shape != rows)
+        rows != GATES[cell] * hidden_size or directions > (1 if reverse else 2) or not input.is_floating_point()
+        or w_ih.shape != (*stacked, rows, input.shape[-1])
     ):  # fmt: skip
         return False
-    if h0 is None and c0 is None:
-        return True
-    if input.dim() == 3:
-        shape: tuple[int, ...] = (directions, input.shape[0 if batch_first else 1], hidden_size)
-    else:
+    if b_ih is not None or b_hh is not None:
+        shape = (*stacked, rows)
+        if (b_ih is not None and b_ih.shape != shape) or (b_hh is not None and b_hh.shape != shape):
+            return False
+    if h0 is not None or c0 is not None:
         shape = (directions, hidden_size)
-    dtype, device = input.dtype, input.device
-    return (h0 is None or (h0.shape == shape and h0.dtype is dtype and h0.device == device)) and (
-        c0 is None or (c0.shape == shape and c0.dtype is dtype and c0.device == device)
-    )
+        if input.dim() == 3:
+            shape = (directions, input.shape[0 if batch_first else 1], hidden_size)
+        for state in (h0, c0):
+            if state is not None and (state.shape != shape or state.dtype is not input.dtype):
+                return False
+    return len(stacked) < 2
 
 
 def check_rnn(
@@ -171,19 +172,23 @@ def is_regular_step(
     w_yh: Tensor | None,
 ) -> bool:  # fmt: skip
     """Does :func:`check_elman_step` accept these arguments as far as torch's products would not say so themselves?
-    They broadcast biases and take inputs and weights of other dimensions."""
-    x_shape, h_shape = x.shape, h.shape
-    hidden_size = h_shape[-1]
+    They broadcast biases, take inputs and weights of other dimensions, and compute something with weights that are
+    on the meta device."""
+    *batch, input_size = x.shape
+    *others, hidden_size = h.shape
     if (
-        len(x_shape) > 2 or x_shape[:-1] != h_shape[:-1] or w_hh.shape != (hidden_size, hidden_size)
-        or w_xh.shape != (hidden_size, x_shape[-1]) or (b_h is not None and b_h.shape != (hidden_size,))
-        or not x.is_floating_point()
+        len(batch) > 1 or batch != others or not x.is_floating_point()
+        or w_hh.shape != (hidden_size, hidden_size) or w_hh.is_meta
+        or w_xh.shape != (hidden_size, input_size) or w_xh.is_meta
+        or (b_h is not None and b_h.shape != (hidden_size,))
     ):  # fmt: skip
         return False
     if w_ho is None:
         return b_o is None and w_yh is None
+    outputs, inputs = w_ho.shape
     return (
-        w_ho.dim() == 2 and (b_o is None or b_o.shape == w_ho.shape[:1]) and (w_yh is None or w_yh.dim() == 2)
+        inputs == hidden_size and not w_ho.is_meta and (b_o is None or b_o.shape == (outputs,))
+        and (w_yh is None or (w_yh.dim() == 2 and not w_yh.is_meta))
     )  # fmt: skip
 
 
@@ -211,6 +216,8 @@ def check_elman_step(
         if optional.dim() != len(shape) or not all(fits):
             sizes = ", ".join(map(str, shape))
             raise RuntimeError(f"{argument} must be [{sizes}], got {list(optional.shape)}")
+        if optional.device != x.device:
+            raise RuntimeError(f"{argument} must be on the device of x, {x.device}, got {optional.device}")
     check_rnn(
         "tanh", x.unsqueeze(0), w_xh, w_hh, b_h, None, (h.unsqueeze(0),), batch_first=False, reverse=False,
         precision=None,

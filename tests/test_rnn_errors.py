@@ -171,6 +171,14 @@ class TestOurs:
         with pytest.raises(RuntimeError, match=message):
             tritune.elman_step(x(2, 3), x(2, 4), x(4, 3), x(4, 4), **{**right, name: x(*shape)})
 
+    @pytest.mark.parametrize("name", ["h", "W_xh", "W_hh", "b_h", "W_ho", "b_o", "W_yh"])
+    def test_elman_step_on_two_devices(self, name):
+        """torch's products of a meta tensor and a real one return numbers."""
+        right = {"h": x(2, 4), "W_xh": x(4, 3), "W_hh": x(4, 4), "b_h": x(4), "W_ho": x(5, 4), "b_o": x(5)}
+        right |= {"W_yh": x(6, 5)}
+        with pytest.raises(RuntimeError, match="device"):
+            tritune.elman_step(x(2, 3), **{**right, name: right[name].to("meta")})
+
     def test_elman_network(self):
         for name in ("input_size", "hidden_size", "output_size", "y_size"):
             sizes = {"input_size": 3, "hidden_size": 4, "output_size": 5}

@@ -29,15 +29,15 @@ class _Recurrent(torch.nn.RNNBase):
 
     def forward(self, input: Any, hx: Any = None) -> Any:
         """As in torch. On our kernels one layer over a padded batch; torch's own module serves the rest."""
+        data = input.data if isinstance(input, PackedSequence) else input
+        if calls_torch(data) and data.is_floating_point():
+            if hx is not None:
+                check_dtypes(data, self._states(hx))
+            return self._torch.forward(self, input, hx)
         if isinstance(input, Proxy):
             # Of torch.fx, which takes a module for a leaf by the name of its package, and traces into all others.
             path = input.tracer.path_of_module(self)  # type: ignore[attr-defined]
             return input.tracer.create_proxy("call_module", path, (input, hx), {})
-        data = input.data if isinstance(input, PackedSequence) else input
-        if calls_torch(data) and data.is_floating_point() and not data.is_nested:
-            if hx is not None:
-                check_dtypes(data, self._states(hx))
-            return self._torch.forward(self, input, hx)
         if not isinstance(data, Tensor):
             return self._torch.forward(self, input, hx)  # raises
         if not torch_serves(data):
@@ -90,7 +90,7 @@ class _Recurrent(torch.nn.RNNBase):
             weights = self._weights(layer)
             input, *last = sequence_layer(_CELLS[self.mode], input, batch_sizes, weights, h0, c0, self.batch_first)
             lasts.append(last if self.mode == "LSTM" else last[:1])
-            if self.training and self.dropout and layer + 1 < self.num_layers:
+            if layer + 1 < self.num_layers and self.training and self.dropout:
                 input = dropout(input, self.dropout)
         if self.num_layers == 1:
             return input, self._joined(lasts[0])
