@@ -240,10 +240,11 @@ def _recur(
     """One layer of any cell, in one or two directions, over a batch or one sequence: ``(output, h_n, c_n)``."""
     if precision is None and calls_torch(input):
         try:
-            if rnn_checks.is_regular(cell, input, w_ih, w_hh, b_ih, b_hh, h0, c0, reverse, batch_first):
-                return _torch_layer(cell, input, w_ih, w_hh, b_ih, b_hh, h0, c0, reverse, batch_first)
+            result = _torch_layer(cell, input, w_ih, w_hh, b_ih, b_hh, h0, c0, reverse, batch_first)
         except Exception:
-            pass  # The validator has better words for it; what it accepts fails once more below.
+            result = None  # The validator has better words for it; what it accepts fails once more below.
+        if result is not None:
+            return result
     states: tuple[Tensor | None, ...] = (h0, c0) if cell == "lstm" else (h0,)
     input, w_ih, w_hh, b_ih, b_hh, *states = autocast(input, w_ih, w_hh, b_ih, b_hh, *states)  # type: ignore[assignment]
     args = rnn_checks.check_rnn(
@@ -264,7 +265,9 @@ def _recur(
     )  # fmt: skip
     traced = torch.compiler.is_compiling()
     if backend == "torch" and (is_traced_as_torch(steps.shape[0]) if traced else not in_transform()):
-        return _torch_layer(cell, input, w_ih, w_hh, b_ih, b_hh, h0, c0, reverse, batch_first)
+        result = _torch_layer(cell, input, w_ih, w_hh, b_ih, b_hh, h0, c0, reverse, batch_first)
+        assert result is not None
+        return result
     if not args.is_batched:
         steps, h0, c0 = (None if t is None else t.unsqueeze(1) for t in (input, h0, c0))  # type: ignore[assignment]
     if not args.is_stacked:
@@ -291,8 +294,8 @@ def _recur(
 
 def calls_torch(input: Any) -> bool:
     """May torch's own layer be called on this input at once? Not under autocast, which torch follows for some cells
-    only, and not in a transform, for which it has no derivatives."""
-    return torch_validates(input) and not in_transform() and not torch._C._is_any_autocast_enabled()
+    only. In a transform that has no formula for torch's layer it raises, and ours follows."""
+    return torch_validates(input) and not torch._C._is_any_autocast_enabled()
 
 
 def is_traced_as_torch(count: int) -> bool:
@@ -417,33 +420,50 @@ def _auto_rule(problem: Any, device: DeviceSpec) -> tuple[bool, str]:
 # --- torch's implementations -----------------------------------------------------------------------------------------
 
 
-_TORCH_LAYERS = {"tanh": _VF.rnn_tanh, "relu": _VF.rnn_relu, "gru": _VF.gru, "lstm": _VF.lstm}
+TORCH_LAYERS = {"tanh": _VF.rnn_tanh, "relu": _VF.rnn_relu, "gru": _VF.gru, "lstm": _VF.lstm}
 
 
 def _torch_layer(
     cell: str, input: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None, b_hh: Tensor | None, h0: Tensor | None,
     c0: Tensor | None, reverse: bool, batch_first: bool,
-) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
-    """torch's own layer, on the arguments of :func:`rnn` as they are."""
-    is_batched = input.dim() == 3
+) -> tuple[Tensor, Tensor, Tensor | None] | None:  # fmt: skip
+    """torch's own layer, on the arguments of :func:`rnn` as they are.
+
+    ``None`` for arguments that the validator rejects and torch would not: it looks at the sizes of its products only,
+    broadcasts biases and states, and computes with integers and complex numbers. On others torch itself may raise.
+    """
+    sizes = input.shape
+    is_batched = len(sizes) == 3
+    *stacked, rows, hidden_size = w_hh.shape
+    directions = stacked[0] if stacked else 1
+    if (
+        rows != rnn_checks.GATES[cell] * hidden_size or w_ih.shape != (*stacked, rows, sizes[-1])
+        or len(stacked) > 1 or directions > (1 if reverse else 2) or not input.is_floating_point()
+    ):  # fmt: skip
+        return None
+    has_biases = b_ih is not None or b_hh is not None
+    if has_biases:
+        b_ih = torch.zeros_like(b_hh) if b_ih is None else b_ih  # type: ignore[arg-type]
+        b_hh = torch.zeros_like(b_ih) if b_hh is None else b_hh
+        if not b_ih.shape == b_hh.shape == (*stacked, rows):
+            return None
+    parameters: list[Any] = [w_ih, w_hh, b_ih, b_hh] if has_biases else [w_ih, w_hh]
+    if stacked:
+        unbound = [parameter.unbind() for parameter in parameters]
+        parameters = [parameters[d] for d in range(directions) for parameters in unbound]
     if not is_batched:
         batch_first = False
         input = input.unsqueeze(1)
         h0 = None if h0 is None else h0.unsqueeze(1)
         c0 = None if c0 is None else c0.unsqueeze(1)
-    has_biases = b_ih is not None or b_hh is not None
-    if has_biases:
-        b_ih = torch.zeros_like(b_hh) if b_ih is None else b_ih  # type: ignore[arg-type]
-        b_hh = torch.zeros_like(b_ih) if b_hh is None else b_hh
-    parameters: list[Any] = [w_ih, w_hh, b_ih, b_hh] if has_biases else [w_ih, w_hh]
-    directions = 1
-    if w_ih.dim() == 3:
-        directions = len(w_ih)
-        unbound = [parameter.unbind() for parameter in parameters]
-        parameters = [parameters[d] for d in range(directions) for parameters in unbound]
+    state = (directions, sizes[0 if batch_first else 1] if is_batched else 1, hidden_size)
     if h0 is None or (c0 is None and cell == "lstm"):
-        zeros = input.new_zeros(directions, input.shape[0 if batch_first else 1], w_hh.shape[-1])
+        zeros = input.new_zeros(*state)
         h0, c0 = zeros if h0 is None else h0, zeros if c0 is None else c0
+    if h0.shape != state or h0.dtype is not input.dtype:
+        return None
+    if cell == "lstm" and (c0.shape != state or c0.dtype is not input.dtype):
+        return None
     if reverse:
         input = input.flip(1 if batch_first else 0)
     # In training mode wherever there may be gradients: cuDNN has no backward otherwise. A trace is checked without.
@@ -452,7 +472,7 @@ def _torch_layer(
     if cell == "lstm":
         out, h_n, c_n = _VF.lstm(input, (h0, c0), *options)
     else:
-        (out, h_n), c_n = _TORCH_LAYERS[cell](input, h0, *options), None
+        (out, h_n), c_n = TORCH_LAYERS[cell](input, h0, *options), None
     if reverse:
         out = out.flip(1 if batch_first else 0)
     if not is_batched:
@@ -511,7 +531,9 @@ def _forward(
     if not runs_kernels(backend, input):
         if cell == "lstm" and saves:
             return _formula(input, w_ih, w_hh, b_ih, b_hh, h0, c0, cell, reverse)
-        out, h_n, c_n = _torch_layer(cell, input, w_ih, w_hh, b_ih, b_hh, h0, c0, reverse, False)
+        result = _torch_layer(cell, input, w_ih, w_hh, b_ih, b_hh, h0, c0, reverse, False)
+        assert result is not None
+        out, h_n, c_n = result
         return out.contiguous(), h_n, _or_empty(c_n, input), input.new_empty(0)
     from ..kernels.rnn import run_forward
 

@@ -29,36 +29,6 @@ def check_nonlinearity(nonlinearity: str) -> None:
         raise ValueError(f"Unknown nonlinearity '{nonlinearity}'. Select from 'tanh' or 'relu'.")
 
 
-def is_regular(
-    cell: str, input: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None, b_hh: Tensor | None, h0: Tensor | None,
-    c0: Tensor | None, reverse: bool, batch_first: bool,
-) -> bool:  # fmt: skip
-    """Does :func:`check_rnn` accept these arguments as far as torch's own layer would not say so itself?
-
-    torch looks at the sizes of its products only: it broadcasts states and biases, promotes the dtype of a state, and
-    computes with complex numbers. What it sees, it may answer with any exception, and so may this function.
-    """
-    *stacked, rows, hidden_size = w_hh.shape
-    directions = stacked[0] if stacked else 1
-    if (
-        rows != GATES[cell] * hidden_size or directions > (1 if reverse else 2) or not input.is_floating_point()
-        or w_ih.shape != (*stacked, rows, input.shape[-1])
-    ):  # fmt: skip
-        return False
-    if b_ih is not None or b_hh is not None:
-        shape = (*stacked, rows)
-        if (b_ih is not None and b_ih.shape != shape) or (b_hh is not None and b_hh.shape != shape):
-            return False
-    if h0 is not None or c0 is not None:
-        shape = (directions, hidden_size)
-        if input.dim() == 3:
-            shape = (directions, input.shape[0 if batch_first else 1], hidden_size)
-        for state in (h0, c0):
-            if state is not None and (state.shape != shape or state.dtype is not input.dtype):
-                return False
-    return len(stacked) < 2
-
-
 def check_rnn(
     cell: str,
     input: Tensor,

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import itertools
 import pickle
+import typing
 from collections.abc import Callable
 from typing import Any
 
@@ -321,6 +323,69 @@ class TestModulesAreTorchs:
         x = torch.randn(5, 2, 3)
         for twin in (copy.deepcopy(mine), pickle.loads(pickle.dumps(mine))):
             assert_same(twin(x), mine(x))
+
+    @pytest.mark.parametrize("name", MODULES)
+    @pytest.mark.parametrize("options", [{}, {"num_layers": 2, "bidirectional": True, "batch_first": True}], ids=str)
+    def test_a_class_put_on_a_module(self, name, options):
+        """torch's becomes ours and back, with the same values."""
+        theirs, mine = (getattr(nn, name) for nn in (torch.nn, tritune.nn))
+        layer = theirs(3, 4, **options)
+        x = torch.randn(5, 2, 3)
+        wanted = layer(x)
+        for kind in (mine, theirs):
+            layer.__class__ = kind
+            assert_same(layer(x), wanted)
+
+    @pytest.mark.parametrize("name", [*MODULES, "ElmanRNN"])
+    def test_signatures_are_whole(self, name):
+        """As torch documents them, so that skip_init, help and editors see the arguments."""
+        kind = getattr(tritune.nn, name)
+        parameters = inspect.signature(kind).parameters
+        assert all(one.kind not in (one.VAR_POSITIONAL, one.VAR_KEYWORD) for one in parameters.values())
+        sizes = (3, 4, 2) if name == "ElmanRNN" else (3, 4)
+        assert next(torch.nn.utils.skip_init(kind, *sizes).parameters()).shape[-1] in (3, 4)
+        if name != "ElmanRNN":
+            documented = typing.get_overloads(getattr(torch.nn, name).__init__)[0]
+            wanted = list(inspect.signature(documented).parameters.values())[1:]
+            assert [(one.name, one.default) for one in parameters.values()] == [
+                (one.name, one.default) for one in wanted
+            ]
+
+    @pytest.mark.parametrize("name", MODULES)
+    @pytest.mark.filterwarnings("ignore:`torch.jit.*:DeprecationWarning")
+    def test_jit_script(self, name):
+        model = torch.nn.Sequential(getattr(tritune.nn, name)(3, 4, 2, bidirectional=True))
+        x = torch.randn(5, 2, 3)
+        wanted = model(x)
+        scripted = torch.jit.script(model)
+        assert_same(scripted(x), wanted)
+        assert dict(scripted.named_parameters()).keys() == dict(model.named_parameters()).keys()
+
+    @pytest.mark.filterwarnings("ignore:`torch.jit.*:DeprecationWarning")
+    def test_jit_script_of_an_elman_network(self):
+        with pytest.raises(NotImplementedError, match=r"torch\.jit\.trace or torch\.export"):
+            torch.jit.script(tritune.nn.ElmanRNN(3, 4, 2))
+
+    @pytest.mark.parametrize("function", [tritune.rnn, tritune.gru, tritune.lstm, tritune.elman_step])
+    @pytest.mark.parametrize("where", range(4))
+    def test_torch_function_comes_first(self, function, where):
+        """Whatever argument has the method, it is asked before anything is checked."""
+
+        class Overriding:
+            @classmethod
+            def __torch_function__(cls, func, types, args=(), kwargs=None):
+                return func, len(args)
+
+        arguments = [None] * 4
+        arguments[where] = Overriding()
+        assert function(*arguments)[0] is function
+
+    @pytest.mark.parametrize("name", MODULES)
+    def test_vmap_of_several_layers(self, name):
+        layer = getattr(tritune.nn, name)(3, 4, 2, bidirectional=True)
+        x = torch.randn(6, 5, 2, 3)
+        got = torch.func.vmap(lambda one: layer(one)[0])(x)
+        assert_same(got, torch.stack([layer(one)[0] for one in x]))
 
     def test_autocast(self):
         mine, theirs = layers("LSTM", 3, 4, device="cpu")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import pytest
@@ -134,3 +135,88 @@ def test_inductor(cell, is_packed):
     layer = module(cell, num_layers=2, bidirectional=True)
     x = packed(sequence(), False, False) if is_packed else sequence().requires_grad_()
     assert_compiled_is_eager(layer, (x,), backend="inductor")
+
+
+class Sizes(torch.nn.Module):
+    """A layer whose outcome is one tensor."""
+
+    def __init__(self, layer: Any) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x)[0]
+
+
+def exported_ops(layer: Any, strict: bool, **options: Any) -> list[str]:
+    program = torch.export.export(Sizes(layer), (sequence(),), strict=strict, **options)
+    return [str(node.target) for node in program.graph.nodes if node.op == "call_function"]
+
+
+class TestExported:
+    @pytest.mark.parametrize("strict", [False, True])
+    @pytest.mark.parametrize("num_layers, bidirectional", [(1, False), (2, True)])
+    @pytest.mark.parametrize("cell", CELLS)
+    def test_the_graph_is_that_of_torchs_module(self, cell, num_layers, bidirectional, strict):
+        mine = module(cell, num_layers=num_layers, bidirectional=bidirectional)
+        theirs = getattr(torch.nn, CELLS[cell][0])(
+            3, 4, num_layers=num_layers, bidirectional=bidirectional, **CELLS[cell][1]
+        )
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "The tensor attributes .* were assigned during export")
+            wanted = exported_ops(theirs, strict)
+        assert exported_ops(mine, strict) == wanted
+
+    @pytest.mark.parametrize("num_layers", [1, 2])
+    @pytest.mark.parametrize("cell", ["tanh", "gru", "lstm"])
+    def test_any_number_of_steps(self, cell, num_layers):
+        """There torch's own program would hold for one number only."""
+        steps = torch.export.Dim("steps", min=2, max=64)
+        layer = Sizes(module(cell, num_layers=num_layers))
+        program = torch.export.export(layer, (sequence(),), dynamic_shapes=({0: steps},), strict=True)
+        x = torch.randn(9, 3, 3)
+        torch.testing.assert_close(program.module()(x), layer(x))
+
+
+@pytest.mark.parametrize("cell", ["tanh", "gru", "lstm"])
+def test_a_compiled_graph_holds_our_operator_once_a_layer(cell):
+    """torch's would hold every step: minutes of compilation, anew for each length."""
+    nodes: list[str] = []
+
+    def remember(graph: Any, _: Any) -> Any:
+        nodes.extend(str(node.target) for node in graph.graph.nodes if node.op == "call_function")
+        return graph.forward
+
+    compiled = torch.compile(module(cell, num_layers=2, bidirectional=True), fullgraph=True, backend=remember)
+    compiled(sequence())
+    assert nodes.count("tritune.rnn.default") == 2
+    assert not {name for name in nodes if "tanh" in name or "sigmoid" in name}
+
+
+class TestSymbolicTrace:
+    @pytest.mark.parametrize("cell", CELLS)
+    def test_modules_are_leaves_as_torchs_are(self, cell):
+        model = Sizes(module(cell, num_layers=2))
+        traced = torch.fx.symbolic_trace(model)
+        assert [node.target for node in traced.graph.nodes if node.op == "call_module"] == ["layer"]
+        x = sequence()
+        assert torch.equal(traced(x), model(x))
+
+    def test_functions_are_recorded(self):
+        def fn(x: Any, w_ih: Any, w_hh: Any, h: Any) -> Any:
+            out, _ = tritune.rnn(x, w_ih, w_hh, nonlinearity="relu")
+            out, _ = tritune.gru(out, w_ih, w_hh, reverse=True)
+            out, _, _ = tritune.lstm(out, w_ih, w_hh, batch_first=True)
+            return tritune.elman_step(out, h, w_ih, w_hh)
+
+        graph = torch.fx.symbolic_trace(fn).graph
+        called = [node.target for node in graph.nodes if node.op == "call_function"]
+        functions = [tritune.rnn, tritune.gru, tritune.lstm, tritune.elman_step]
+        assert [target for target in called if target in functions] == functions
+
+    def test_an_elman_network(self):
+        model = Sizes(tritune.nn.ElmanRNN(3, 4, 2))
+        traced = torch.fx.symbolic_trace(model)
+        assert tritune.rnn in [node.target for node in traced.graph.nodes]
+        x = sequence()
+        assert torch.equal(traced(x), model(x))

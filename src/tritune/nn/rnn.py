@@ -13,8 +13,8 @@ from torch.nn.functional import dropout
 from torch.nn.utils.rnn import PackedSequence
 
 from ..ops import elman_step, rnn
-from ..ops._dispatch import torch_serves
-from ..ops.rnn import calls_torch, elman_head, is_traced_as_torch, require_torch, sequence_layer
+from ..ops._dispatch import in_transform, torch_serves
+from ..ops.rnn import TORCH_LAYERS, calls_torch, elman_head, is_traced_as_torch, require_torch, sequence_layer
 from ..ops.rnn_checks import check_dtypes, check_input_dims, check_nonlinearity, check_state_dims
 
 
@@ -30,7 +30,7 @@ class _Recurrent(torch.nn.RNNBase):
     def forward(self, input: Any, hx: Any = None) -> Any:
         """As in torch. On our kernels one layer over a padded batch; torch's own module serves the rest."""
         data = input.data if isinstance(input, PackedSequence) else input
-        if calls_torch(data) and data.is_floating_point():
+        if calls_torch(data) and data.is_floating_point() and not in_transform():
             if hx is not None:
                 check_dtypes(data, self._states(hx))
             return self._torch.forward(self, input, hx)
@@ -57,8 +57,6 @@ class _Recurrent(torch.nn.RNNBase):
     def _serve(self, input: Tensor, hx: Any) -> Any:
         if self.num_layers > 1 or self.proj_size or torch.compiler.is_exporting():
             check_input_dims(_CELLS[self.mode], input)
-            if is_traced_as_torch(input.shape[1 if self.batch_first and input.dim() == 3 else 0]):
-                return self._torch.forward(self, input, hx)
             if hx is not None:
                 check_state_dims(_CELLS[self.mode], input, self._states(hx))
             if input.dim() == 2:
@@ -69,7 +67,27 @@ class _Recurrent(torch.nn.RNNBase):
             self.check_input(input, None)
             if hx is not None:
                 self.check_forward_args(input, hx, None)
+            if is_traced_as_torch(input.shape[1 if self.batch_first else 0]):
+                return self._exported(input, hx)
         return self._by_layer(input, None, hx)
+
+    def _exported(self, input: Tensor, hx: Any) -> Any:
+        """What torch's module leaves in an exported program. Its own forward would also assign to its attributes,
+        which torch.export warns of."""
+        if hx is None:
+            rows = self.num_layers * (2 if self.bidirectional else 1)
+            batch = input.shape[0 if self.batch_first else 1]
+            sizes = (self.proj_size or self.hidden_size, self.hidden_size)
+            hx = self._joined(
+                [torch.zeros(rows, batch, size, dtype=input.dtype, device=input.device)
+                 for size in sizes[: 2 if self.mode == "LSTM" else 1]]
+            )  # fmt: skip
+        weights = [getattr(self, name) for name in self._flat_weights_names]
+        out, *states = TORCH_LAYERS[_CELLS[self.mode]](
+            input, hx, weights, self.bias, self.num_layers, self.dropout, self.training, self.bidirectional,
+            self.batch_first,
+        )  # fmt: skip
+        return out, self._joined(states)
 
     def _serve_packed(self, input: PackedSequence, hx: Any) -> Any:
         rows, batch_sizes, sorted_indices, unsorted_indices = input
@@ -250,8 +268,9 @@ class ElmanRNN(torch.nn.Module):
 
     def forward(self, input: Tensor, h0: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """``h0`` is ``[B, H]``, or ``[H]`` for one sequence; zeros by default."""
-        if h0 is not None and (not isinstance(h0, Tensor) or h0.dim() != input.dim() - 1):
-            got = list(h0.shape) if isinstance(h0, Tensor) else type(h0).__name__
+        is_tensor = isinstance(h0, Tensor)
+        if h0 is not None and not isinstance(h0, Proxy) and (not is_tensor or h0.dim() != input.dim() - 1):
+            got = list(h0.shape) if is_tensor else type(h0).__name__
             raise RuntimeError(f"h0 must be [B, H], or [H] for one sequence, got {got}")
         states = None if h0 is None else h0.unsqueeze(0)
         out, h_n = rnn(input, self.W_xh, self.W_hh, self.b_h, None, states, batch_first=self.batch_first)
@@ -266,6 +285,10 @@ class ElmanRNN(torch.nn.Module):
         assert o is not None
         assert y is not None
         return h, o, y
+
+    def __prepare_scriptable__(self) -> torch.nn.Module:
+        """Called by torch.jit.script before it compiles a module."""
+        raise NotImplementedError("torch.jit.script cannot compile ElmanRNN; use torch.jit.trace or torch.export")
 
     def extra_repr(self) -> str:
         sizes = f"{self.input_size}, {self.hidden_size}, {self.output_size}, y_size={self.y_size}"
