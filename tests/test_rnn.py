@@ -381,6 +381,23 @@ class TestModulesAreTorchs:
         assert function(*arguments)[0] is function
 
     @pytest.mark.parametrize("name", MODULES)
+    def test_a_packed_sequence_cannot_be_explained(self, name):
+        """Its sizes are data, which the fake tensors of an explanation lack."""
+        packed = torch.nn.utils.rnn.pack_padded_sequence(torch.randn(5, 2, 3), torch.tensor([5, 3]))
+        with pytest.raises(NotImplementedError, match="torch serves every packed sequence"):
+            tritune.explain(getattr(tritune.nn, name)(3, 4), packed)
+
+    @pytest.mark.parametrize("name, op", [("RNN", "rnn"), ("GRU", "gru"), ("LSTM", "lstm")])
+    @pytest.mark.parametrize("num_layers", [1, 2])
+    def test_a_module_is_explained_by_its_functions_name(self, name, op, num_layers):
+        (decision,) = tritune.explain(getattr(tritune.nn, name)(3, 4, num_layers), torch.randn(5, 2, 3))
+        assert (decision.op, decision.backend) == (op, "torch")
+
+    def test_a_step_is_explained_by_its_name(self):
+        sizes = ((2, 3), (2, 4), (4, 3), (4, 4))
+        assert tritune.explain(tritune.elman_step, *map(torch.randn, sizes)).op == "elman_step"
+
+    @pytest.mark.parametrize("name", MODULES)
     def test_vmap_of_several_layers(self, name):
         layer = getattr(tritune.nn, name)(3, 4, 2, bidirectional=True)
         x = torch.randn(6, 5, 2, 3)
