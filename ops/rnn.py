@@ -240,7 +240,7 @@ def _recur(
     """One layer of any cell, in one or two directions, over a batch or one sequence: ``(output, h_n, c_n)``."""
     if precision is None and calls_torch(input):
         try:
-            result = _torch_layer(cell, input, w_ih, w_hh, b_ih, b_hh, h0, c0, reverse, batch_first)
+            result = torch_layer(cell, input, w_ih, w_hh, b_ih, b_hh, h0, c0, reverse, batch_first)
         except Exception:
             result = None  # The validator has better words for it; what it accepts fails once more below.
         if result is not None:
@@ -265,7 +265,7 @@ def _recur(
     )  # fmt: skip
     traced = torch.compiler.is_compiling()
     if backend == "torch" and (is_traced_as_torch(steps.shape[0]) if traced else not in_transform()):
-        result = _torch_layer(cell, input, w_ih, w_hh, b_ih, b_hh, h0, c0, reverse, batch_first)
+        result = torch_layer(cell, input, w_ih, w_hh, b_ih, b_hh, h0, c0, reverse, batch_first)
         assert result is not None
         return result
     if not args.is_batched:
@@ -316,12 +316,13 @@ def sequence_layer(
         batch_sizes: of a packed batch.
         weights: w_ih, w_hh, b_ih, b_hh, and w_hr of an LSTM with projections, each with its directions stacked.
     """
-    *unprojected, w_hr = weights
+    w_ih, w_hh, b_ih, b_hh, w_hr = weights
+    assert w_ih is not None
+    assert w_hh is not None
     if batch_sizes is None and w_hr is None:
         op = cell if cell in ("gru", "lstm") else "rnn"
-        return _recur(op, cell, input, *unprojected, h0, c0, batch_first=batch_first)  # type: ignore[arg-type]
-    input, *cast = autocast(input, *unprojected, w_hr, h0, c0)
-    w_ih, w_hh, b_ih, b_hh, w_hr, h0, c0 = cast
+        return _recur(op, cell, input, w_ih, w_hh, b_ih, b_hh, h0, c0, batch_first=batch_first)
+    input, w_ih, w_hh, b_ih, b_hh, w_hr, h0, c0 = autocast(input, w_ih, w_hh, b_ih, b_hh, w_hr, h0, c0)
     if batch_sizes is not None:
         return _packed_layer(cell, input, batch_sizes, w_ih, w_hh, b_ih, b_hh, h0, c0, w_hr)
     steps = input.transpose(0, 1) if batch_first else input
@@ -364,11 +365,11 @@ def _packed_layer(
         walked = (last - step).clamp_min(0) if d else torch.minimum(step, last)
         row_walked = last[row_sequence] - row_step if d else row_step
         one = [None if t is None else t[d : d + 1] for t in (w_ih, w_hh, b_ih, b_hh, h0, c0)]
-        call = (rows[starts[walked] + sequence], *one, cell, False)
+        call: tuple[Any, ...] = (rows[starts[walked] + sequence], *one, cell, False)
         if torch.compiler.is_compiling() and w_hr is None:
             out, _, _, cells = OP(*call, DEFAULT_PRECISION, True, "torch")
         else:
-            out, _, _, cells = _formula(*call, None if w_hr is None else w_hr[d : d + 1])  # type: ignore[arg-type]
+            out, _, _, cells = _formula(*call, None if w_hr is None else w_hr[d : d + 1])  # type: ignore[call-arg]
         outs.append(out[row_walked, row_sequence])
         h_ns.append(out[last, sequence])
         c_ns.append(cells[last, sequence] if cell == "lstm" else None)
@@ -420,10 +421,15 @@ def _auto_rule(problem: Any, device: DeviceSpec) -> tuple[bool, str]:
 # --- torch's implementations -----------------------------------------------------------------------------------------
 
 
-TORCH_LAYERS = {"tanh": _VF.rnn_tanh, "relu": _VF.rnn_relu, "gru": _VF.gru, "lstm": _VF.lstm}
+TORCH_LAYERS: dict[str, Callable[..., Any]] = {
+    "tanh": _VF.rnn_tanh,
+    "relu": _VF.rnn_relu,
+    "gru": _VF.gru,
+    "lstm": _VF.lstm,
+}
 
 
-def _torch_layer(
+def torch_layer(
     cell: str, input: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None, b_hh: Tensor | None, h0: Tensor | None,
     c0: Tensor | None, reverse: bool, batch_first: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None] | None:  # fmt: skip
@@ -462,7 +468,7 @@ def _torch_layer(
         h0, c0 = zeros if h0 is None else h0, zeros if c0 is None else c0
     if h0.shape != state or h0.dtype is not input.dtype:
         return None
-    if cell == "lstm" and (c0.shape != state or c0.dtype is not input.dtype):
+    if cell == "lstm" and (c0.shape != state or c0.dtype is not input.dtype):  # type: ignore[union-attr]
         return None
     if reverse:
         input = input.flip(1 if batch_first else 0)
@@ -470,7 +476,7 @@ def _torch_layer(
     is_training = torch.is_grad_enabled() or torch._C._is_tracing()
     options = (parameters, has_biases, 1, 0.0, is_training, directions == 2, batch_first)
     if cell == "lstm":
-        out, h_n, c_n = _VF.lstm(input, (h0, c0), *options)
+        out, h_n, c_n = TORCH_LAYERS["lstm"](input, (h0, c0), *options)
     else:
         (out, h_n), c_n = TORCH_LAYERS[cell](input, h0, *options), None
     if reverse:
@@ -531,7 +537,7 @@ def _forward(
     if not runs_kernels(backend, input):
         if cell == "lstm" and saves:
             return _formula(input, w_ih, w_hh, b_ih, b_hh, h0, c0, cell, reverse)
-        result = _torch_layer(cell, input, w_ih, w_hh, b_ih, b_hh, h0, c0, reverse, False)
+        result = torch_layer(cell, input, w_ih, w_hh, b_ih, b_hh, h0, c0, reverse, False)
         assert result is not None
         out, h_n, c_n = result
         return out.contiguous(), h_n, _or_empty(c_n, input), input.new_empty(0)
