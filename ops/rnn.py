@@ -300,8 +300,9 @@ def calls_torch(input: Any) -> bool:
 
 def is_traced_as_torch(count: int) -> bool:
     """May a graph of so many steps hold torch's own layer? In an exported program that is one operator, for a fixed
-    number of steps. In a compiled one torch has no layer but its steps, written out: 47 s of compilation for 30 of
-    them, anew for every other number, and none at all for an LSTM with gradients. There our operator stands."""
+    number of steps. In a compiled one torch has no layer, only its steps written out: minutes of compilation for some
+    hundred of them, anew for every other number, and none at all for an LSTM with gradients. There our operator stands.
+    """
     return torch.compiler.is_exporting() and _is_static(count)
 
 

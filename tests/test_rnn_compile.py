@@ -137,7 +137,7 @@ def test_inductor(cell, is_packed):
     assert_compiled_is_eager(layer, (x,), backend="inductor")
 
 
-class Sizes(torch.nn.Module):
+class Output(torch.nn.Module):
     """A layer whose outcome is one tensor."""
 
     def __init__(self, layer: Any) -> None:
@@ -149,7 +149,7 @@ class Sizes(torch.nn.Module):
 
 
 def exported_ops(layer: Any, strict: bool, **options: Any) -> list[str]:
-    program = torch.export.export(Sizes(layer), (sequence(),), strict=strict, **options)
+    program = torch.export.export(Output(layer), (sequence(),), strict=strict, **options)
     return [str(node.target) for node in program.graph.nodes if node.op == "call_function"]
 
 
@@ -172,7 +172,7 @@ class TestExported:
     def test_any_number_of_steps(self, cell, num_layers):
         """There torch's own program would hold for one number only."""
         steps = torch.export.Dim("steps", min=2, max=64)
-        layer = Sizes(module(cell, num_layers=num_layers))
+        layer = Output(module(cell, num_layers=num_layers))
         program = torch.export.export(layer, (sequence(),), dynamic_shapes=({0: steps},), strict=True)
         x = torch.randn(9, 3, 3)
         torch.testing.assert_close(program.module()(x), layer(x))
@@ -196,7 +196,7 @@ def test_a_compiled_graph_holds_our_operator_once_a_layer(cell):
 class TestSymbolicTrace:
     @pytest.mark.parametrize("cell", CELLS)
     def test_modules_are_leaves_as_torchs_are(self, cell):
-        model = Sizes(module(cell, num_layers=2))
+        model = Output(module(cell, num_layers=2))
         traced = torch.fx.symbolic_trace(model)
         assert [node.target for node in traced.graph.nodes if node.op == "call_module"] == ["layer"]
         x = sequence()
@@ -215,7 +215,7 @@ class TestSymbolicTrace:
         assert [target for target in called if target in functions] == functions
 
     def test_an_elman_network(self):
-        model = Sizes(tritune.nn.ElmanRNN(3, 4, 2))
+        model = Output(tritune.nn.ElmanRNN(3, 4, 2))
         traced = torch.fx.symbolic_trace(model)
         assert tritune.rnn in [node.target for node in traced.graph.nodes]
         x = sequence()
