@@ -16,6 +16,7 @@ from . import rnn_checks
 from ._checks import _is_static
 from ._dispatch import (
     DEFAULT_PRECISION,
+    TORCH_ERRORS,
     choose,
     in_transform,
     measured,
@@ -204,7 +205,7 @@ def elman_step(
         try:
             if rnn_checks.is_regular_step(*tensors):
                 return _torch_step(*tensors)
-        except Exception:
+        except TORCH_ERRORS:
             pass  # The validator has better words for it; what it accepts fails once more below.
     rnn_checks.check_elman_step(*tensors)
     if torch_serves(x):
@@ -241,7 +242,7 @@ def _recur(
     if precision is None and calls_torch(input):
         try:
             result = torch_layer(cell, input, w_ih, w_hh, b_ih, b_hh, h0, c0, reverse, batch_first)
-        except Exception:
+        except TORCH_ERRORS:
             result = None  # The validator has better words for it; what it accepts fails once more below.
         if result is not None:
             return result
