@@ -363,7 +363,7 @@ class TestModulesAreTorchs:
 
     @pytest.mark.filterwarnings("ignore:`torch.jit.*:DeprecationWarning")
     def test_jit_script_of_an_elman_network(self):
-        with pytest.raises(NotImplementedError, match=r"torch\.jit\.trace or torch\.export"):
+        with pytest.raises(NotImplementedError, match=r"use torch\.export or torch\.jit\.trace"):
             torch.jit.script(tritune.nn.ElmanRNN(3, 4, 2))
 
     @pytest.mark.parametrize("function", [tritune.rnn, tritune.gru, tritune.lstm, tritune.elman_step])

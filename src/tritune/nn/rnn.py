@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -16,15 +15,19 @@ from ..ops import elman_step, rnn
 from ..ops._dispatch import in_transform, torch_serves
 from ..ops.rnn import TORCH_LAYERS, calls_torch, elman_head, is_traced_as_torch, require_torch, sequence_layer
 from ..ops.rnn_checks import check_dtypes, check_input_dims, check_nonlinearity, check_state_dims
+from ._of_torch import Quantizable, Scriptable
 
 
-class _Recurrent(torch.nn.RNNBase):
+class _Recurrent(Quantizable, torch.nn.RNNBase):
     """What RNN, GRU and LSTM share.
 
     They derive from torch's base class, not from torch's own three: Dynamo refuses each module that is an instance of
     one of those, by isinstance, unless everybody sets ``torch._dynamo.config.allow_rnn``.
     """
 
+    __jit_unused_properties__: ClassVar = [
+        *Quantizable.__jit_unused_properties__, *torch.nn.RNNBase.__jit_unused_properties__
+    ]  # fmt: skip
     _torch: type[torch.nn.RNNBase]
 
     def forward(self, input: Any, hx: Any = None) -> Any:
@@ -142,12 +145,6 @@ class _Recurrent(torch.nn.RNNBase):
     def _joined(self, states: Sequence[Tensor]) -> Any:
         return states[0]
 
-    def __prepare_scriptable__(self) -> torch.nn.RNNBase:
-        """What torch.jit.script compiles in place of this module: torch's own, with the same parameters."""
-        twin = copy.copy(self)
-        twin.__class__ = self._torch  # type: ignore[assignment]
-        return twin
-
 
 _CELLS = {"RNN_TANH": "tanh", "RNN_RELU": "relu", "GRU": "gru", "LSTM": "lstm"}
 
@@ -223,7 +220,7 @@ class LSTM(_Recurrent):
         return tuple(states)
 
 
-class ElmanRNN(torch.nn.Module):
+class ElmanRNN(Scriptable, torch.nn.Module):
     r"""An Elman network with its output head, step by step or over a sequence.
 
     .. math:: h_t = \tanh(W_{hh} h_{t-1} + W_{xh} x_t + b_h), \quad o_t = W_{ho} h_t + b_o, \quad
@@ -296,10 +293,6 @@ class ElmanRNN(torch.nn.Module):
         assert o is not None
         assert y is not None
         return h, o, y
-
-    def __prepare_scriptable__(self) -> torch.nn.Module:
-        """Called by torch.jit.script before it compiles a module."""
-        raise NotImplementedError("torch.jit.script cannot compile ElmanRNN; use torch.jit.trace or torch.export")
 
     def extra_repr(self) -> str:
         sizes = f"{self.input_size}, {self.hidden_size}, {self.output_size}, y_size={self.y_size}"
