@@ -2,17 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
+from torch import _VF, Tensor
+from torch.nn.functional import linear, pad
+from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from ..autotune.device import DeviceSpec, detect
 from ..autotune.resolve import Choice, resolve
 from . import rnn_checks
-from ._dispatch import choose, in_transform, measured, operator_precision, resolved_precision, rnn_setting, runs_kernels
+from ._checks import _is_static
+from ._dispatch import (
+    DEFAULT_PRECISION,
+    TORCH_ERRORS,
+    choose,
+    in_transform,
+    measured,
+    operator_precision,
+    resolved_precision,
+    rnn_setting,
+    runs_kernels,
+    torch_serves,
+    torch_validates,
+)
 from ._layout import autocast
 from ._register import below_autograd, register
 
@@ -62,9 +76,15 @@ def rnn(
         >>> tritune.rnn(x, w_ih, w_hh)[0].shape
         torch.Size([5, 2, 4])
     """
+    if has_torch_function_variadic(input, w_ih, w_hh, b_ih, b_hh, h0):
+        overridden: tuple[Tensor, Tensor] = handle_torch_function(
+            rnn, (input, w_ih, w_hh, b_ih, b_hh, h0), input, w_ih, w_hh, b_ih, b_hh, h0,
+            nonlinearity=nonlinearity, reverse=reverse, batch_first=batch_first, precision=precision,
+        )  # fmt: skip
+        return overridden
     rnn_checks.check_nonlinearity(nonlinearity)
-    out, (h_n, _) = _recur(
-        "rnn", nonlinearity, input, w_ih, w_hh, b_ih, b_hh, (h0,), reverse, batch_first, precision
+    out, h_n, _ = _recur(
+        "rnn", nonlinearity, input, w_ih, w_hh, b_ih, b_hh, h0, None, reverse, batch_first, precision
     )  # fmt: skip
     return out, h_n
 
@@ -96,7 +116,13 @@ def gru(
         >>> tritune.gru(x, w_ih, w_hh)[0].shape
         torch.Size([5, 2, 4])
     """
-    out, (h_n, _) = _recur("gru", "gru", input, w_ih, w_hh, b_ih, b_hh, (h0,), reverse, batch_first, precision)
+    if has_torch_function_variadic(input, w_ih, w_hh, b_ih, b_hh, h0):
+        overridden: tuple[Tensor, Tensor] = handle_torch_function(
+            gru, (input, w_ih, w_hh, b_ih, b_hh, h0), input, w_ih, w_hh, b_ih, b_hh, h0,
+            reverse=reverse, batch_first=batch_first, precision=precision,
+        )  # fmt: skip
+        return overridden
+    out, h_n, _ = _recur("gru", "gru", input, w_ih, w_hh, b_ih, b_hh, h0, None, reverse, batch_first, precision)
     return out, h_n
 
 
@@ -130,8 +156,13 @@ def lstm(
         >>> tritune.lstm(x, w_ih, w_hh)[2].shape
         torch.Size([1, 2, 4])
     """
-    out, states = _recur("lstm", "lstm", input, w_ih, w_hh, b_ih, b_hh, (h0, c0), reverse, batch_first, precision)
-    return out, *states
+    if has_torch_function_variadic(input, w_ih, w_hh, b_ih, b_hh, h0, c0):
+        overridden: tuple[Tensor, Tensor, Tensor] = handle_torch_function(
+            lstm, (input, w_ih, w_hh, b_ih, b_hh, h0, c0), input, w_ih, w_hh, b_ih, b_hh, h0, c0,
+            reverse=reverse, batch_first=batch_first, precision=precision,
+        )  # fmt: skip
+        return overridden
+    return _recur("lstm", "lstm", input, w_ih, w_hh, b_ih, b_hh, h0, c0, reverse, batch_first, precision)
 
 
 def elman_step(
@@ -166,8 +197,20 @@ def elman_step(
         >>> h.shape
         torch.Size([2, 4])
     """
-    rnn_checks.check_elman_step(x, h, b_h, W_ho, b_o, W_yh)
-    _, hidden = rnn(x.unsqueeze(0), W_xh, W_hh, b_h, None, h.unsqueeze(0))
+    tensors = (x, h, W_xh, W_hh, b_h, W_ho, b_o, W_yh)
+    if has_torch_function_variadic(*tensors):
+        overridden: tuple[Tensor, Tensor | None, Tensor | None] = handle_torch_function(elman_step, tensors, *tensors)
+        return overridden
+    if torch_validates(x):
+        try:
+            if rnn_checks.is_regular_step(*tensors):
+                return _torch_step(*tensors)
+        except TORCH_ERRORS:
+            pass  # The validator has better words for it; what it accepts fails once more below.
+    rnn_checks.check_elman_step(*tensors)
+    if torch_serves(x):
+        return _torch_step(*tensors)
+    _, hidden, _ = _recur("elman_step", "tanh", x.unsqueeze(0), W_xh, W_hh, b_h, None, h.unsqueeze(0))
     o, y = elman_head(hidden[0], W_ho, b_o, W_yh)
     return hidden[0], o, y
 
@@ -176,57 +219,163 @@ def elman_head(
     h: Tensor, W_ho: Tensor | None, b_o: Tensor | None, W_yh: Tensor | None
 ) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
     """The output of :func:`elman_step` for any number of hidden states at once."""
-    o = None if W_ho is None else F.linear(h, W_ho, b_o)
-    y = None if o is None or W_yh is None else torch.tanh(F.linear(o, W_yh))
+    o = None if W_ho is None else linear(h, W_ho, b_o)
+    y = None if o is None or W_yh is None else torch.tanh(linear(o, W_yh))
     return o, y
+
+
+def _torch_step(
+    x: Tensor, h: Tensor, W_xh: Tensor, W_hh: Tensor, b_h: Tensor | None, W_ho: Tensor | None, b_o: Tensor | None,
+    W_yh: Tensor | None,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
+    """The formula in torch's operators."""
+    hidden = torch.tanh(linear(x, W_xh, b_h) + linear(h, W_hh))
+    return hidden, *elman_head(hidden, W_ho, b_o, W_yh)
 
 
 def _recur(
     op: str, cell: str, input: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None, b_hh: Tensor | None,
-    states: tuple[Tensor | None, ...], reverse: bool, batch_first: bool, precision: str | None,
-) -> tuple[Tensor, tuple[Tensor, Any]]:  # fmt: skip
-    """Any cell, any number of dimensions; the second state is LSTM's."""
+    h0: Tensor | None, c0: Tensor | None = None, reverse: bool = False, batch_first: bool = False,
+    precision: str | None = None,
+) -> tuple[Tensor, Tensor, Any]:  # fmt: skip
+    """One layer of any cell, in one or two directions, over a batch or one sequence: ``(output, h_n, c_n)``."""
+    if precision is None and calls_torch(input):
+        try:
+            result = torch_layer(cell, input, w_ih, w_hh, b_ih, b_hh, h0, c0, reverse, batch_first)
+        except TORCH_ERRORS:
+            result = None  # The validator has better words for it; what it accepts fails once more below.
+        if result is not None:
+            return result
+    states: tuple[Tensor | None, ...] = (h0, c0) if cell == "lstm" else (h0,)
     input, w_ih, w_hh, b_ih, b_hh, *states = autocast(input, w_ih, w_hh, b_ih, b_hh, *states)  # type: ignore[assignment]
     args = rnn_checks.check_rnn(
         cell, input, w_ih, w_hh, b_ih, b_hh, states, batch_first=batch_first, reverse=reverse, precision=precision
     )
-    if not args.is_batched:
-        input, states = input.unsqueeze(1), tuple(None if s is None else s.unsqueeze(1) for s in states)
-    elif batch_first:
-        input = input.transpose(0, 1)
-    if not args.is_stacked:
-        w_ih, w_hh = w_ih.unsqueeze(0), w_hh.unsqueeze(0)
-        b_ih, b_hh = (None if b is None else b.unsqueeze(0) for b in (b_ih, b_hh))
-    shape = (args.directions, input.shape[1], args.hidden_size)
-    h0, c0, *_ = (*(input.new_zeros(shape) if s is None else s for s in states), None)
-    assert h0 is not None
+    h0, c0, *_ = (*states, None)
     tensors = [t for t in (input, w_ih, w_hh, b_ih, b_hh, h0, c0) if t is not None]
     saves = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
     multiplied = operator_precision(input, precision, rnn_setting)
+    steps = input if not args.is_batched else input.transpose(0, 1) if batch_first else input
 
     def problem() -> Any:
-        return _problem(cell, input, w_hh, multiplied, saves)
+        return _problem(cell, steps, w_hh, multiplied, saves)
 
     backend = choose(
         op, tensors, lambda device: _auto_rule(problem(), device), lambda device: _kernel_choices(problem(), device),
         lambda: _limits(problem, input.device),
     )  # fmt: skip
-    call = (input, w_ih, w_hh, b_ih, b_hh, h0, c0, cell, reverse, multiplied)
-    if torch.compiler.is_compiling():
-        # torch's own recurrences cannot be traced with gradients, so an operator stands for them, too.
-        out, h_n, c_n, _ = OP(*call, saves, backend)
+    traced = torch.compiler.is_compiling()
+    if backend == "torch" and (is_traced_as_torch(steps.shape[0]) if traced else not in_transform()):
+        result = torch_layer(cell, input, w_ih, w_hh, b_ih, b_hh, h0, c0, reverse, batch_first)
+        assert result is not None
+        return result
+    if not args.is_batched:
+        steps, h0, c0 = (None if t is None else t.unsqueeze(1) for t in (input, h0, c0))  # type: ignore[assignment]
+    if not args.is_stacked:
+        w_ih, w_hh = w_ih.unsqueeze(0), w_hh.unsqueeze(0)
+        b_ih, b_hh = (None if b is None else b.unsqueeze(0) for b in (b_ih, b_hh))
+    h0, c0 = _initial(cell, steps, w_hh, h0, c0, steps.shape[1])
+    call = (steps, w_ih, w_hh, b_ih, b_hh, h0, c0, cell, reverse, multiplied, saves, backend)
+    if traced:
+        out, h_n, c_n, _ = OP(*call)
     elif in_transform():
-        out, h_n, c_n, _ = _formula(*call[:-1])
-    elif backend == "torch":
-        out, h_n, c_n = _composite(*call[:-1])
+        out, h_n, c_n, _ = _formula(*call[:9])
     elif saves:
-        out, h_n, c_n, _ = _Rnn.apply(*call, saves, backend)
+        out, h_n, c_n, _ = _Rnn.apply(*call)
     else:
         with below_autograd():
-            out, h_n, c_n, _ = OP(*call, saves, backend)
+            out, h_n, c_n, _ = OP(*call)
     if not args.is_batched:
-        return out.squeeze(1), (h_n.squeeze(1), c_n.squeeze(1) if cell == "lstm" else None)
-    return out.transpose(0, 1) if batch_first else out, (h_n, c_n)
+        return out.squeeze(1), h_n.squeeze(1), c_n.squeeze(1) if cell == "lstm" else None
+    return out.transpose(0, 1) if batch_first else out, h_n, c_n
+
+
+# --- where torch's own layer is called as it is ----------------------------------------------------------------------
+
+
+def calls_torch(input: Any) -> bool:
+    """May torch's own layer be called on this input at once? Not under autocast, which torch follows for some cells
+    only. In a transform that has no formula for torch's layer it raises, and ours follows."""
+    return torch_validates(input) and not torch._C._is_any_autocast_enabled()
+
+
+def is_traced_as_torch(count: int) -> bool:
+    """May a graph of so many steps hold torch's own layer? In an exported program that is one operator, for a fixed
+    number of steps. In a compiled one torch has no layer, only its steps written out: minutes of compilation for some
+    hundred of them, anew for every other number, and none at all for an LSTM with gradients. There our operator stands.
+    """
+    return torch.compiler.is_exporting() and _is_static(count)
+
+
+def sequence_layer(
+    cell: str, input: Tensor, batch_sizes: Tensor | None, weights: Sequence[Tensor | None], h0: Tensor | None,
+    c0: Tensor | None, batch_first: bool,
+) -> tuple[Tensor, Tensor, Any]:  # fmt: skip
+    """One layer of a module where torch's own layer cannot be called as it is.
+
+    Args:
+        input: a batch as in :func:`rnn`, or the rows of a packed one.
+        batch_sizes: of a packed batch.
+        weights: w_ih, w_hh, b_ih, b_hh, and w_hr of an LSTM with projections, each with its directions stacked.
+    """
+    w_ih, w_hh, b_ih, b_hh, w_hr = weights
+    assert w_ih is not None
+    assert w_hh is not None
+    if batch_sizes is None and w_hr is None:
+        op = cell if cell in ("gru", "lstm") else "rnn"
+        return _recur(op, cell, input, w_ih, w_hh, b_ih, b_hh, h0, c0, batch_first=batch_first)
+    input, w_ih, w_hh, b_ih, b_hh, w_hr, h0, c0 = autocast(input, w_ih, w_hh, b_ih, b_hh, w_hr, h0, c0)
+    if batch_sizes is not None:
+        return _packed_layer(cell, input, batch_sizes, w_ih, w_hh, b_ih, b_hh, h0, c0, w_hr)
+    steps = input.transpose(0, 1) if batch_first else input
+    h0, c0 = _initial(cell, steps, w_hh, h0, c0, steps.shape[1])
+    out, h_n, c_n, _ = _formula(steps, w_ih, w_hh, b_ih, b_hh, h0, c0, cell, False, w_hr)
+    return out.transpose(0, 1) if batch_first else out, h_n, c_n
+
+
+def _initial(
+    cell: str, input: Tensor, w_hh: Tensor, h0: Tensor | None, c0: Tensor | None, batch: int
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """The given states or zeros. With projections h is shorter than c."""
+    directions, rows, size = w_hh.shape
+    h0 = input.new_zeros(directions, batch, size) if h0 is None else h0
+    if c0 is None and cell == "lstm":
+        c0 = input.new_zeros(directions, batch, rows // 4)
+    return h0, c0
+
+
+def _packed_layer(
+    cell: str, rows: Tensor, batch_sizes: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None, b_hh: Tensor | None,
+    h0: Tensor | None, c0: Tensor | None, w_hr: Tensor | None,
+) -> tuple[Tensor, Tensor, Any]:  # fmt: skip
+    """A layer over packed rows, by way of a batch that is filled up with rows of its own. Each direction is filled up
+    for itself, behind its last step, so that what is in the filling reaches no result."""
+    batch = int(batch_sizes[0])
+    h0, c0 = _initial(cell, rows, w_hh, h0, c0, batch)
+    torch._check(h0.shape[1] == batch)
+    sizes = batch_sizes.to(rows.device)
+    ends = sizes.cumsum(0)
+    starts = ends - sizes
+    sequence = torch.arange(batch, device=rows.device)
+    last = (sizes.unsqueeze(1) > sequence).sum(0) - 1  # each sequence's last step
+    step = torch.arange(sizes.shape[0], device=rows.device).unsqueeze(1)
+    row = torch.arange(rows.shape[0], device=rows.device)
+    row_step = torch.searchsorted(ends, row, right=True)
+    row_sequence = row - starts[row_step]
+    outs, h_ns, c_ns = [], [], []
+    for d in range(w_ih.shape[0]):
+        walked = (last - step).clamp_min(0) if d else torch.minimum(step, last)
+        row_walked = last[row_sequence] - row_step if d else row_step
+        one = [None if t is None else t[d : d + 1] for t in (w_ih, w_hh, b_ih, b_hh, h0, c0)]
+        call: tuple[Any, ...] = (rows[starts[walked] + sequence], *one, cell, False)
+        if torch.compiler.is_compiling() and w_hr is None:
+            out, _, _, cells = OP(*call, DEFAULT_PRECISION, True, "torch")
+        else:
+            out, _, _, cells = _formula(*call, None if w_hr is None else w_hr[d : d + 1])  # type: ignore[call-arg]
+        outs.append(out[row_walked, row_sequence])
+        h_ns.append(out[last, sequence])
+        c_ns.append(cells[last, sequence] if cell == "lstm" else None)
+    return torch.cat(outs, -1), torch.stack(h_ns), torch.stack(c_ns) if cell == "lstm" else None  # type: ignore[arg-type]
 
 
 # --- the choice of backend -------------------------------------------------------------------------------------------
@@ -249,11 +398,13 @@ def _limits(problem_of: Callable[[], Any], where: torch.device) -> str | None:
 
 
 def _problem(cell: str, input: Tensor, w_hh: Tensor, precision: str, saves: bool) -> Any:
+    """``input`` is [T, B, I], or [T, I] for one sequence; ``w_hh`` may have its directions stacked."""
     from ..kernels.rnn import RnnProblem
 
-    directions, _, hidden_size = w_hh.shape
+    directions = w_hh.shape[0] if w_hh.dim() == 3 else 1
+    batch = input.shape[1] if input.dim() == 3 else 1
     mode = resolved_precision(input, precision, rnn_setting) if input.dtype is torch.float32 else "16"
-    return RnnProblem(cell, input.shape[0], input.shape[1], hidden_size, directions, input.dtype, mode, saves)
+    return RnnProblem(cell, input.shape[0], batch, w_hh.shape[-1], directions, input.dtype, mode, saves)
 
 
 def _kernel_choices(problem: Any, device: DeviceSpec) -> tuple[tuple[str, Choice], ...]:
@@ -272,28 +423,69 @@ def _auto_rule(problem: Any, device: DeviceSpec) -> tuple[bool, str]:
 # --- torch's implementations -----------------------------------------------------------------------------------------
 
 
-def _composite(
-    input: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None, b_hh: Tensor | None, h0: Tensor, c0: Tensor | None,
-    cell: str, reverse: bool,
-) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
-    """torch's own layer. In training mode always: cuDNN has no backward otherwise."""
+TORCH_LAYERS: dict[str, Callable[..., Any]] = {
+    "tanh": _VF.rnn_tanh,
+    "relu": _VF.rnn_relu,
+    "gru": _VF.gru,
+    "lstm": _VF.lstm,
+}
+
+
+def torch_layer(
+    cell: str, input: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None, b_hh: Tensor | None, h0: Tensor | None,
+    c0: Tensor | None, reverse: bool, batch_first: bool,
+) -> tuple[Tensor, Tensor, Tensor | None] | None:  # fmt: skip
+    """torch's own layer, on the arguments of :func:`rnn` as they are.
+
+    ``None`` for arguments that the validator rejects and torch would not: it looks at the sizes of its products only,
+    broadcasts biases and states, and computes with integers and complex numbers. On others torch itself may raise.
+    """
+    sizes = input.shape
+    is_batched = len(sizes) == 3
+    *stacked, rows, hidden_size = w_hh.shape
+    directions = stacked[0] if stacked else 1
+    if (
+        rows != rnn_checks.GATES[cell] * hidden_size or w_ih.shape != (*stacked, rows, sizes[-1])
+        or len(stacked) > 1 or directions > (1 if reverse else 2) or not input.is_floating_point()
+    ):  # fmt: skip
+        return None
     has_biases = b_ih is not None or b_hh is not None
     if has_biases:
-        b_ih, b_hh = (torch.zeros_like(w_ih[..., 0]) if b is None else b for b in (b_ih, b_hh))
-    stacked: list[Any] = [w_ih, w_hh, *([b_ih, b_hh] if has_biases else [])]
-    directions = w_ih.shape[0]
-    parameters = [parameter for d in range(directions) for parameter in (t[d] for t in stacked)]
-    # Under jit.trace sizes are tensors, and the trace is checked with another mode of gradients.
-    is_training = torch.is_grad_enabled() or torch.jit.is_tracing()  # type: ignore[attr-defined]
-    options = (has_biases, 1, 0.0, is_training, bool(directions == 2), False)
-    sequence = input.flip(0) if reverse else input
+        b_ih = torch.zeros_like(b_hh) if b_ih is None else b_ih  # type: ignore[arg-type]
+        b_hh = torch.zeros_like(b_ih) if b_hh is None else b_hh
+        if not b_ih.shape == b_hh.shape == (*stacked, rows):
+            return None
+    parameters: list[Any] = [w_ih, w_hh, b_ih, b_hh] if has_biases else [w_ih, w_hh]
+    if stacked:
+        unbound = [parameter.unbind() for parameter in parameters]
+        parameters = [parameters[d] for d in range(directions) for parameters in unbound]
+    if not is_batched:
+        batch_first = False
+        input = input.unsqueeze(1)
+        h0 = None if h0 is None else h0.unsqueeze(1)
+        c0 = None if c0 is None else c0.unsqueeze(1)
+    state = (directions, sizes[0 if batch_first else 1] if is_batched else 1, hidden_size)
+    if h0 is None or (c0 is None and cell == "lstm"):
+        zeros = input.new_zeros(*state)
+        h0, c0 = zeros if h0 is None else h0, zeros if c0 is None else c0
+    if h0.shape != state or h0.dtype is not input.dtype:
+        return None
+    if cell == "lstm" and (c0.shape != state or c0.dtype is not input.dtype):  # type: ignore[union-attr]
+        return None
+    if reverse:
+        input = input.flip(1 if batch_first else 0)
+    # In training mode wherever there may be gradients: cuDNN has no backward otherwise. A trace is checked without.
+    is_training = torch.is_grad_enabled() or torch._C._is_tracing()
+    options = (parameters, has_biases, 1, 0.0, is_training, directions == 2, batch_first)
     if cell == "lstm":
-        assert c0 is not None
-        out, h_n, c_n = torch._VF.lstm(sequence, (h0, c0), parameters, *options)
+        out, h_n, c_n = TORCH_LAYERS["lstm"](input, (h0, c0), *options)
     else:
-        layer = {"tanh": "rnn_tanh", "relu": "rnn_relu", "gru": "gru"}[cell]
-        (out, h_n), c_n = getattr(torch._VF, layer)(sequence, h0, parameters, *options), None
-    return out.flip(0) if reverse else out, h_n, c_n
+        (out, h_n), c_n = TORCH_LAYERS[cell](input, h0, *options), None
+    if reverse:
+        out = out.flip(1 if batch_first else 0)
+    if not is_batched:
+        return out.squeeze(1), h_n.squeeze(1), None if c_n is None else c_n.squeeze(1)
+    return out, h_n, c_n
 
 
 def _steps(count: int, d: int, reverse: bool) -> range:
@@ -303,18 +495,18 @@ def _steps(count: int, d: int, reverse: bool) -> range:
 
 def _formula(
     input: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None, b_hh: Tensor | None, h0: Tensor, c0: Tensor | None,
-    cell: str, reverse: bool,
+    cell: str, reverse: bool, w_hr: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """The definition, step by step, for every transform: ``(out, h_n, c_n, cells)``."""
+    """The definition, step by step, for every transform: ``(out, h_n, c_n, cells)``. ``w_hr``: LSTM's projections."""
     count = input.shape[0]
     directions: list[list[Tensor]] = []
     for d in range(w_ih.shape[0]):
-        x = F.linear(input, w_ih[d], None if b_ih is None else b_ih[d])
+        x = linear(input, w_ih[d], None if b_ih is None else b_ih[d])
         h, c = h0[d], None if c0 is None else c0[d]
         outs: list[Any] = [None] * count
         cells: list[Any] = [None] * count
         for t in _steps(count, d, reverse):
-            a = F.linear(h, w_hh[d], None if b_hh is None else b_hh[d])
+            a = linear(h, w_hh[d], None if b_hh is None else b_hh[d])
             if cell == "gru":
                 x_r, x_z, x_n = x[t].chunk(3, -1)
                 h_r, h_z, h_n = a.chunk(3, -1)
@@ -325,6 +517,7 @@ def _formula(
                 i, f, g, o = (x[t] + a).chunk(4, -1)
                 c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
                 h = torch.sigmoid(o) * torch.tanh(c)
+                h = h if w_hr is None else linear(h, w_hr[d])
             else:
                 h = torch.relu(x[t] + a) if cell == "relu" else torch.tanh(x[t] + a)
             outs[t], cells[t] = h, c
@@ -346,12 +539,14 @@ def _forward(
     if not runs_kernels(backend, input):
         if cell == "lstm" and saves:
             return _formula(input, w_ih, w_hh, b_ih, b_hh, h0, c0, cell, reverse)
-        out, h_n, c_n = _composite(input, w_ih, w_hh, b_ih, b_hh, h0, c0, cell, reverse)
+        result = torch_layer(cell, input, w_ih, w_hh, b_ih, b_hh, h0, c0, reverse, False)
+        assert result is not None
+        out, h_n, c_n = result
         return out.contiguous(), h_n, _or_empty(c_n, input), input.new_empty(0)
     from ..kernels.rnn import run_forward
 
     bias, b_n = _input_bias(cell, b_ih, b_hh, w_hh.shape[-1])
-    x = F.linear(input, w_ih.flatten(0, 1), None if bias is None else bias.flatten())
+    x = linear(input, w_ih.flatten(0, 1), None if bias is None else bias.flatten())
     out, h_n, c_n, cells = run_forward(
         _problem(cell, input, w_hh, precision, saves), x, w_hh.contiguous(), b_n, h0.contiguous(),
         None if c0 is None else c0.contiguous(), reverse=reverse,
@@ -373,7 +568,7 @@ def _input_bias(
     early, b_n = b_hh, None
     if cell == "gru":
         b_n = b_hh[:, 2 * hidden_size :].contiguous()
-        early = F.pad(b_hh[:, : 2 * hidden_size], (0, hidden_size))
+        early = pad(b_hh[:, : 2 * hidden_size], (0, hidden_size))
     return early if b_ih is None else b_ih + early, b_n
 
 
@@ -458,11 +653,11 @@ def _gate_inputs(
         b_x, b_h = (None if b is None else b[d] for b in (b_ih, b_hh))
         if cell == "lstm":
             both = b_h if b_x is None else b_x if b_h is None else b_x + b_h
-            x = F.linear(input, w_ih[d], both)
+            x = linear(input, w_ih[d], both)
             a = torch.addmm(x.flatten(0, 1), before[:, :, d].flatten(0, 1), w_hh[d].t()).view_as(x)
         else:
-            x_rz, x_n = F.linear(input, w_ih[d], b_x).split((2 * hidden_size, hidden_size), -1)
-            h_rz, h_n = F.linear(before[:, :, d], w_hh[d], b_h).split((2 * hidden_size, hidden_size), -1)
+            x_rz, x_n = linear(input, w_ih[d], b_x).split((2 * hidden_size, hidden_size), -1)
+            h_rz, h_n = linear(before[:, :, d], w_hh[d], b_h).split((2 * hidden_size, hidden_size), -1)
             a = torch.cat([x_n, x_rz + h_rz, h_n], -1)
         per_direction.append(a.unflatten(-1, (4, hidden_size)))
     return torch.stack(per_direction, 2) if len(per_direction) > 1 else per_direction[0].unsqueeze(2)

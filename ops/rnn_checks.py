@@ -20,6 +20,10 @@ class RnnArgs(NamedTuple):
     hidden_size: int
 
 
+def _module_name(cell: str) -> str:
+    return {"gru": "GRU", "lstm": "LSTM"}.get(cell, "RNN")
+
+
 def check_nonlinearity(nonlinearity: str) -> None:
     if nonlinearity not in ("tanh", "relu"):
         raise ValueError(f"Unknown nonlinearity '{nonlinearity}'. Select from 'tanh' or 'relu'.")
@@ -39,7 +43,7 @@ def check_rnn(
     precision: str | None,
 ) -> RnnArgs:
     """Arguments of :func:`tritune.rnn`, ``gru`` and ``lstm``, normalised. ``states``: h0, and for LSTM c0."""
-    name = {"gru": "GRU", "lstm": "LSTM"}.get(cell, "RNN")
+    name = _module_name(cell)
     for argument, tensor in (("input", input), ("w_ih", w_ih), ("w_hh", w_hh)):
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{argument} must be a Tensor, got {type(tensor).__name__}")
@@ -48,22 +52,15 @@ def check_rnn(
     for argument, optional in (("b_ih", b_ih), ("b_hh", b_hh), *zip(("h0", "c0"), states, strict=False)):
         if optional is not None and not isinstance(optional, Tensor):
             raise TypeError(f"{argument} must be a Tensor or None, got {type(optional).__name__}")
-    if input.dim() not in (2, 3):
-        kind = " tensor" if name == "RNN" else ""
-        raise ValueError(f"{name}: Expected input to be 2D or 3D, got {input.dim()}D{kind} instead")
+    check_input_dims(cell, input)
     is_batched, is_stacked = input.dim() == 3, w_ih.dim() == 3
     _check_weights(cell, w_ih, w_hh, b_ih, b_hh)
     directions = w_ih.shape[0] if is_stacked else 1
     if reverse and directions == 2:
         raise ValueError("reverse=True runs one direction backwards; the weights have two")
-    _check_state_dims(cell, input, states)
+    check_state_dims(cell, input, states)
     tensors = [t for t in (w_ih, w_hh, b_ih, b_hh, *states) if t is not None]
-    for tensor in tensors:
-        if tensor.dtype != input.dtype:
-            raise ValueError(
-                f"RNN input dtype ({input.dtype}) does not match weight dtype ({tensor.dtype}). "
-                f"Convert input: input.to({tensor.dtype}), or convert model: model.to({input.dtype})"
-            )
+    check_dtypes(input, tensors)
     if not input.is_floating_point():
         raise ValueError(f"{name} takes floating-point tensors, got {input.dtype}")
     if input.shape[-1] != w_ih.shape[-1]:
@@ -112,7 +109,23 @@ def _check_weights(cell: str, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None, b
             raise RuntimeError(f"{argument} must be {list(rows)}, got {list(bias.shape)}")
 
 
-def _check_state_dims(cell: str, input: Tensor, states: Sequence[Tensor | None]) -> None:
+def check_dtypes(input: Tensor, others: Sequence[Tensor]) -> None:
+    for tensor in others:
+        if tensor.dtype != input.dtype:
+            raise ValueError(
+                f"RNN input dtype ({input.dtype}) does not match weight dtype ({tensor.dtype}). "
+                f"Convert input: input.to({tensor.dtype}), or convert model: model.to({input.dtype})"
+            )
+
+
+def check_input_dims(cell: str, input: Tensor) -> None:
+    if input.dim() not in (2, 3):
+        name = _module_name(cell)
+        kind = " tensor" if name == "RNN" else ""
+        raise ValueError(f"{name}: Expected input to be 2D or 3D, got {input.dim()}D{kind} instead")
+
+
+def check_state_dims(cell: str, input: Tensor, states: Sequence[Tensor | None]) -> None:
     dims = input.dim()
     batched = "batched 3-D" if dims == 3 else "unbatched 2-D"
     given = [state for state in states if state is not None]
@@ -124,10 +137,36 @@ def _check_state_dims(cell: str, input: Tensor, states: Sequence[Tensor | None])
     raise RuntimeError(f"For {batched} input, hx should also be {dims}-D but got {given[0].dim()}-D tensor")
 
 
+def is_regular_step(
+    x: Tensor, h: Tensor, w_xh: Tensor, w_hh: Tensor, b_h: Tensor | None, w_ho: Tensor | None, b_o: Tensor | None,
+    w_yh: Tensor | None,
+) -> bool:  # fmt: skip
+    """Does :func:`check_elman_step` accept these arguments as far as torch's products would not say so themselves?
+    They broadcast biases, take inputs and weights of other dimensions, and compute something with weights that are
+    on the meta device."""
+    *batch, input_size = x.shape
+    *others, hidden_size = h.shape
+    if (
+        len(batch) > 1 or batch != others or not x.is_floating_point()
+        or w_hh.shape != (hidden_size, hidden_size) or w_hh.is_meta
+        or w_xh.shape != (hidden_size, input_size) or w_xh.is_meta
+        or (b_h is not None and b_h.shape != (hidden_size,))
+    ):  # fmt: skip
+        return False
+    if w_ho is None:
+        return b_o is None and w_yh is None
+    outputs, inputs = w_ho.shape
+    return (
+        inputs == hidden_size and not w_ho.is_meta and (b_o is None or b_o.shape == (outputs,))
+        and (w_yh is None or (w_yh.dim() == 2 and not w_yh.is_meta))
+    )  # fmt: skip
+
+
 def check_elman_step(
-    x: Tensor, h: Tensor, b_h: Tensor | None, w_ho: Tensor | None, b_o: Tensor | None, w_yh: Tensor | None
+    x: Tensor, h: Tensor, w_xh: Tensor, w_hh: Tensor, b_h: Tensor | None, w_ho: Tensor | None, b_o: Tensor | None,
+    w_yh: Tensor | None,
 ) -> None:  # fmt: skip
-    """What :func:`tritune.elman_step` adds to the check of the recurrence."""
+    """Arguments of :func:`tritune.elman_step`."""
     for argument, tensor in (("x", x), ("h", h)):
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{argument} must be a Tensor, got {type(tensor).__name__}")
@@ -147,3 +186,9 @@ def check_elman_step(
         if optional.dim() != len(shape) or not all(fits):
             sizes = ", ".join(map(str, shape))
             raise RuntimeError(f"{argument} must be [{sizes}], got {list(optional.shape)}")
+        if optional.device != x.device:
+            raise RuntimeError(f"{argument} must be on the device of x, {x.device}, got {optional.device}")
+    check_rnn(
+        "tanh", x.unsqueeze(0), w_xh, w_hh, b_h, None, (h.unsqueeze(0),), batch_first=False, reverse=False,
+        precision=None,
+    )  # fmt: skip

@@ -13,7 +13,7 @@ from ..autotune.config import Config
 from ..autotune.cost import cdiv
 from ..autotune.device import DeviceSpec
 from ..ops import gru, lstm, rnn, use_backend
-from ..ops.rnn import OP, OP_BACKWARD, _composite
+from ..ops.rnn import OP, OP_BACKWARD, torch_layer
 from .case import ALL_LAYERS, DTYPES, PRECISIONS, Case, Kernel, Layers, Operator, Shape, random_tensors, stream_us
 
 GATES = {"tanh": 1, "gru": 3, "lstm": 4}
@@ -115,8 +115,9 @@ def _ours(
 def _torch(
     input: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor, b_hh: Tensor, *, cell: str, precision: str | None = None
 ) -> Tensor:
-    state = input.new_zeros(w_hh.shape[0], input.shape[1], w_hh.shape[-1])
-    return _composite(input, w_ih, w_hh, b_ih, b_hh, state, state if cell == "lstm" else None, cell, False)[0]
+    result = torch_layer(cell, input, w_ih, w_hh, b_ih, b_hh, None, None, False, False)
+    assert result is not None
+    return result[0]
 
 
 def case(name: str, *, layer: Layer | None = None, dtype: str = "bf16", direction: str = "fwd", rank: int = 1) -> Case:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import itertools
 import pickle
+import typing
 from collections.abc import Callable
 from typing import Any
 
@@ -252,6 +254,7 @@ class TestModules:
 
     @pytest.mark.parametrize("name", MODULES)
     def test_weights_changed_in_place(self, name, device, tier):
+        """On the kernels the gradient of what was used, the stacked weights of both directions; torch refuses."""
         mine, theirs = layers(name, 3, 4, bidirectional=True, device=device)
         x = torch.randn(5, 2, 3, device=device, requires_grad=True)
         wanted = torch.autograd.grad(theirs(x)[0].square().sum(), x)[0]
@@ -259,7 +262,11 @@ class TestModules:
             loss = mine(x)[0].square().sum()
             with torch.no_grad():
                 mine.weight_hh_l0.mul_(2)
-            assert_same(torch.autograd.grad(loss, x)[0], wanted)
+            if tier == "torch":
+                with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+                    torch.autograd.grad(loss, x)
+            else:
+                assert_same(torch.autograd.grad(loss, x)[0], wanted)
 
 
 @pytest.mark.torch
@@ -316,6 +323,86 @@ class TestModulesAreTorchs:
         x = torch.randn(5, 2, 3)
         for twin in (copy.deepcopy(mine), pickle.loads(pickle.dumps(mine))):
             assert_same(twin(x), mine(x))
+
+    @pytest.mark.parametrize("name", MODULES)
+    @pytest.mark.parametrize("options", [{}, {"num_layers": 2, "bidirectional": True, "batch_first": True}], ids=str)
+    def test_a_class_put_on_a_module(self, name, options):
+        """torch's becomes ours and back, with the same values."""
+        theirs, mine = (getattr(nn, name) for nn in (torch.nn, tritune.nn))
+        layer = theirs(3, 4, **options)
+        x = torch.randn(5, 2, 3)
+        wanted = layer(x)
+        for kind in (mine, theirs):
+            layer.__class__ = kind
+            assert_same(layer(x), wanted)
+
+    @pytest.mark.parametrize("name", [*MODULES, "ElmanRNN"])
+    def test_signatures_are_whole(self, name):
+        """As torch documents them, so that skip_init, help and editors see the arguments."""
+        kind = getattr(tritune.nn, name)
+        parameters = inspect.signature(kind).parameters
+        assert all(one.kind not in (one.VAR_POSITIONAL, one.VAR_KEYWORD) for one in parameters.values())
+        sizes = (3, 4, 2) if name == "ElmanRNN" else (3, 4)
+        assert next(torch.nn.utils.skip_init(kind, *sizes).parameters()).shape[-1] in (3, 4)
+        if name != "ElmanRNN":
+            documented = typing.get_overloads(getattr(torch.nn, name).__init__)[0]
+            wanted = list(inspect.signature(documented).parameters.values())[1:]
+            assert [(one.name, one.default) for one in parameters.values()] == [
+                (one.name, one.default) for one in wanted
+            ]
+
+    @pytest.mark.parametrize("name", MODULES)
+    @pytest.mark.filterwarnings("ignore:`torch.jit.*:DeprecationWarning")
+    def test_jit_script(self, name):
+        model = torch.nn.Sequential(getattr(tritune.nn, name)(3, 4, 2, bidirectional=True))
+        x = torch.randn(5, 2, 3)
+        wanted = model(x)
+        scripted = torch.jit.script(model)
+        assert_same(scripted(x), wanted)
+        assert dict(scripted.named_parameters()).keys() == dict(model.named_parameters()).keys()
+
+    @pytest.mark.filterwarnings("ignore:`torch.jit.*:DeprecationWarning")
+    def test_jit_script_of_an_elman_network(self):
+        with pytest.raises(NotImplementedError, match=r"use torch\.export or torch\.jit\.trace"):
+            torch.jit.script(tritune.nn.ElmanRNN(3, 4, 2))
+
+    @pytest.mark.parametrize("function", [tritune.rnn, tritune.gru, tritune.lstm, tritune.elman_step])
+    @pytest.mark.parametrize("where", range(4))
+    def test_torch_function_comes_first(self, function, where):
+        """Whatever argument has the method, it is asked before anything is checked."""
+
+        class Overriding:
+            @classmethod
+            def __torch_function__(cls, func, types, args=(), kwargs=None):
+                return func, len(args)
+
+        arguments = [None] * 4
+        arguments[where] = Overriding()
+        assert function(*arguments)[0] is function
+
+    @pytest.mark.parametrize("name", MODULES)
+    def test_a_packed_sequence_cannot_be_explained(self, name):
+        """Its sizes are data, which the fake tensors of an explanation lack."""
+        packed = torch.nn.utils.rnn.pack_padded_sequence(torch.randn(5, 2, 3), torch.tensor([5, 3]))
+        with pytest.raises(NotImplementedError, match="torch serves every packed sequence"):
+            tritune.explain(getattr(tritune.nn, name)(3, 4), packed)
+
+    @pytest.mark.parametrize("name, op", [("RNN", "rnn"), ("GRU", "gru"), ("LSTM", "lstm")])
+    @pytest.mark.parametrize("num_layers", [1, 2])
+    def test_a_module_is_explained_by_its_functions_name(self, name, op, num_layers):
+        (decision,) = tritune.explain(getattr(tritune.nn, name)(3, 4, num_layers), torch.randn(5, 2, 3))
+        assert (decision.op, decision.backend) == (op, "torch")
+
+    def test_a_step_is_explained_by_its_name(self):
+        sizes = ((2, 3), (2, 4), (4, 3), (4, 4))
+        assert tritune.explain(tritune.elman_step, *map(torch.randn, sizes)).op == "elman_step"
+
+    @pytest.mark.parametrize("name", MODULES)
+    def test_vmap_of_several_layers(self, name):
+        layer = getattr(tritune.nn, name)(3, 4, 2, bidirectional=True)
+        x = torch.randn(6, 5, 2, 3)
+        got = torch.func.vmap(lambda one: layer(one)[0])(x)
+        assert_same(got, torch.stack([layer(one)[0] for one in x]))
 
     def test_autocast(self):
         mine, theirs = layers("LSTM", 3, 4, device="cpu")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import pytest
@@ -90,7 +91,12 @@ def test_constructors_reject_what_torchs_reject(name, made):
     arguments = CONSTRUCTORS[made]()
     wanted = outcome(getattr(torch.nn, name), arguments)
     got = outcome(getattr(tritune.nn, name), arguments)
-    if isinstance(wanted, Exception):
+    unknown = set(arguments.kwargs) - set(inspect.signature(getattr(tritune.nn, name)).parameters)
+    if unknown:  # torch's constructors take anything, and find out in different places
+        assert isinstance(wanted, Exception)
+        assert isinstance(got, TypeError)
+        assert f"unexpected keyword argument '{unknown.pop()}'" in str(got)
+    elif isinstance(wanted, Exception):
         assert_same_error(wanted, got, arguments)
     else:
         assert repr(got) == repr(wanted)
@@ -164,6 +170,14 @@ class TestOurs:
         tritune.elman_step(x(2, 3), x(2, 4), x(4, 3), x(4, 4), **right)
         with pytest.raises(RuntimeError, match=message):
             tritune.elman_step(x(2, 3), x(2, 4), x(4, 3), x(4, 4), **{**right, name: x(*shape)})
+
+    @pytest.mark.parametrize("name", ["h", "W_xh", "W_hh", "b_h", "W_ho", "b_o", "W_yh"])
+    def test_elman_step_on_two_devices(self, name):
+        """torch's products of a meta tensor and a real one return numbers."""
+        right = {"h": x(2, 4), "W_xh": x(4, 3), "W_hh": x(4, 4), "b_h": x(4), "W_ho": x(5, 4), "b_o": x(5)}
+        right |= {"W_yh": x(6, 5)}
+        with pytest.raises(RuntimeError, match="device"):
+            tritune.elman_step(x(2, 3), **{**right, name: right[name].to("meta")})
 
     def test_elman_network(self):
         for name in ("input_size", "hidden_size", "output_size", "y_size"):

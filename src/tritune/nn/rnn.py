@@ -2,57 +2,151 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.fx import Proxy
+from torch.nn.functional import dropout
 from torch.nn.utils.rnn import PackedSequence
 
-from ..ops import elman_step, gru, lstm, rnn
-from ..ops.rnn import elman_head, require_torch
-from ..ops.rnn_checks import check_nonlinearity
+from ..ops import elman_step, rnn
+from ..ops._dispatch import in_transform, torch_serves
+from ..ops.rnn import TORCH_LAYERS, calls_torch, elman_head, is_traced_as_torch, require_torch, sequence_layer
+from ..ops.rnn_checks import check_dtypes, check_input_dims, check_nonlinearity, check_state_dims
+from ._of_torch import Quantizable, Scriptable
 
 
-class _Recurrent(torch.nn.RNNBase):
-    """What RNN, GRU and LSTM share. They derive from torch's base class, not from torch's own three, which Dynamo
-    refuses to trace."""
+class _Recurrent(Quantizable, torch.nn.RNNBase):
+    """What RNN, GRU and LSTM share.
 
+    They derive from torch's base class, not from torch's own three: Dynamo refuses each module that is an instance of
+    one of those, by isinstance, unless everybody sets ``torch._dynamo.config.allow_rnn``.
+    """
+
+    __jit_unused_properties__: ClassVar = [
+        *Quantizable.__jit_unused_properties__, *torch.nn.RNNBase.__jit_unused_properties__
+    ]  # fmt: skip
     _torch: type[torch.nn.RNNBase]
-    _run: Callable[..., tuple[Tensor, ...]]
 
     def forward(self, input: Any, hx: Any = None) -> Any:
-        """As in torch. One layer on a padded batch is our operator; packed sequences, several layers and projections
-        run torch's."""
-        reason = self._uncovered(input)
-        if reason is not None:
-            tensors = [input.data if isinstance(input, PackedSequence) else input, *self.parameters()]
-            if isinstance(tensors[0], Tensor):
-                require_torch(self.mode.lower(), tensors, reason)
-            serve = self._torch.forward
-            if self.mode == "LSTM" and torch.compiler.is_compiling() and not torch.compiler.is_exporting():
-                # Its operator cannot be traced with gradients. torch's own module breaks the graph, too.
-                serve = torch.compiler.disable(serve)
-            return serve(self, input, hx)
-        output, *states = self._run(input, *self._weights(), hx)
-        return output, states[0] if len(states) == 1 else tuple(states)
+        """As in torch. On our kernels one layer over a padded batch; torch's own module serves the rest."""
+        data = input.data if isinstance(input, PackedSequence) else input
+        if calls_torch(data) and data.is_floating_point() and not in_transform():
+            if hx is not None:
+                check_dtypes(data, self._states(hx))
+            return self._torch.forward(self, input, hx)
+        if isinstance(input, Proxy):
+            # Of torch.fx, which takes a module for a leaf by the name of its package, and traces into all others.
+            path = input.tracer.path_of_module(self)  # type: ignore[attr-defined]
+            return input.tracer.create_proxy("call_module", path, (input, hx), {})
+        if not isinstance(data, Tensor):
+            return self._torch.forward(self, input, hx)  # raises
+        if not torch_serves(data):
+            reason = self._uncovered(input)
+            if reason is not None:
+                require_torch(self._torch.__name__.lower(), [data, *self.parameters()], reason)
+                if isinstance(input, PackedSequence) and not torch.compiler.is_compiling():
+                    self._check_rows_are_real(data)
+                return self._torch.forward(self, input, hx)
+        return self._serve_packed(input, hx) if isinstance(input, PackedSequence) else self._serve(input, hx)
 
     def _uncovered(self, input: Any) -> str | None:
-        if not isinstance(input, Tensor):
-            return "a packed sequence" if isinstance(input, PackedSequence) else f"input is a {type(input).__name__}"
+        if isinstance(input, PackedSequence):
+            return "a packed sequence"
         if self.num_layers > 1:
             return f"num_layers={self.num_layers}"
         return f"proj_size={self.proj_size}" if self.proj_size else None
 
-    def _weights(self) -> list[Tensor | None]:
-        """w_ih, w_hh, b_ih, b_hh; those of two directions stacked."""
+    def _check_rows_are_real(self, rows: Tensor) -> None:
+        from torch._subclasses.fake_tensor import FakeTensor
+
+        if isinstance(rows, FakeTensor):
+            raise NotImplementedError(
+                f"{type(self).__name__}: fake tensors, which tritune.explain uses, cannot stand for a packed sequence, "
+                "whose sizes are data; torch serves every packed sequence"
+            )
+
+    def _serve(self, input: Tensor, hx: Any) -> Any:
+        if self.num_layers > 1 or self.proj_size or torch.compiler.is_exporting():
+            check_input_dims(_CELLS[self.mode], input)
+            if hx is not None:
+                check_state_dims(_CELLS[self.mode], input, self._states(hx))
+            if input.dim() == 2:
+                batch_dim = 0 if self.batch_first else 1
+                hx = None if hx is None else self._joined([state.unsqueeze(1) for state in self._states(hx)])
+                out, state = self._serve(input.unsqueeze(batch_dim), hx)
+                return out.squeeze(batch_dim), self._joined([one.squeeze(1) for one in self._states(state)])
+            self.check_input(input, None)
+            if hx is not None:
+                self.check_forward_args(input, hx, None)
+            if is_traced_as_torch(input.shape[1 if self.batch_first else 0]):
+                return self._exported(input, hx)
+        return self._by_layer(input, None, hx)
+
+    def _exported(self, input: Tensor, hx: Any) -> Any:
+        """What torch's module leaves in an exported program. Its own forward would also assign to its attributes,
+        which torch.export warns of."""
+        if hx is None:
+            rows = self.num_layers * (2 if self.bidirectional else 1)
+            batch = input.shape[0 if self.batch_first else 1]
+            sizes = (self.proj_size or self.hidden_size, self.hidden_size)
+            hx = self._joined(
+                [torch.zeros(rows, batch, size, dtype=input.dtype, device=input.device)
+                 for size in sizes[: 2 if self.mode == "LSTM" else 1]]
+            )  # fmt: skip
+        weights = [getattr(self, name) for name in self._flat_weights_names]
+        out, *states = TORCH_LAYERS[_CELLS[self.mode]](
+            input, hx, weights, self.bias, self.num_layers, self.dropout, self.training, self.bidirectional,
+            self.batch_first,
+        )  # fmt: skip
+        return out, self._joined(states)
+
+    def _serve_packed(self, input: PackedSequence, hx: Any) -> Any:
+        rows, batch_sizes, sorted_indices, unsorted_indices = input
+        self.check_input(rows, batch_sizes)
+        if hx is not None:
+            hx = self.permute_hidden(self._joined(self._states(hx)), sorted_indices)
+        out, state = self._by_layer(rows, batch_sizes, hx)
+        packed = PackedSequence(out, batch_sizes, sorted_indices, unsorted_indices)
+        return packed, self.permute_hidden(state, unsorted_indices)
+
+    def _by_layer(self, input: Tensor, batch_sizes: Tensor | None, hx: Any) -> Any:
+        directions = 2 if self.bidirectional else 1
+        given = () if hx is None else self._states(hx)
+        lasts = []
+        for layer in range(self.num_layers):
+            states = given if self.num_layers == 1 else [s.narrow(0, layer * directions, directions) for s in given]
+            h0, c0, *_ = (*states, None, None)
+            weights = self._weights(layer)
+            input, *last = sequence_layer(_CELLS[self.mode], input, batch_sizes, weights, h0, c0, self.batch_first)
+            lasts.append(last if self.mode == "LSTM" else last[:1])
+            if layer + 1 < self.num_layers and self.training and self.dropout:
+                input = dropout(input, self.dropout)
+        if self.num_layers == 1:
+            return input, self._joined(lasts[0])
+        return input, self._joined([torch.cat(layers) for layers in zip(*lasts, strict=True)])
+
+    def _weights(self, layer: int) -> list[Tensor | None]:
+        """w_ih, w_hh, b_ih, b_hh, w_hr, each with its directions stacked; ``None`` for one that the module lacks."""
         stacked: list[Tensor | None] = []
-        for kind in ("weight_ih", "weight_hh", "bias_ih", "bias_hh"):
-            one = getattr(self, f"{kind}_l0", None)
-            if one is not None and self.bidirectional:
-                one = torch.stack([one, getattr(self, f"{kind}_l0_reverse")])
+        for kind in ("weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr"):
+            one = getattr(self, f"{kind}_l{layer}", None)
+            if one is not None:
+                reverse = [getattr(self, f"{kind}_l{layer}_reverse")] if self.bidirectional else []
+                one = torch.stack([one, *reverse]) if reverse else one.unsqueeze(0)
             stacked.append(one)
         return stacked
+
+    def _states(self, hx: Any) -> Sequence[Tensor]:
+        return (hx,)
+
+    def _joined(self, states: Sequence[Tensor]) -> Any:
+        return states[0]
+
+
+_CELLS = {"RNN_TANH": "tanh", "RNN_RELU": "relu", "GRU": "gru", "LSTM": "lstm"}
 
 
 class RNN(_Recurrent):
@@ -63,16 +157,17 @@ class RNN(_Recurrent):
 
     _torch = torch.nn.RNN
 
-    def __init__(self, input_size: int, hidden_size: int, num_layers: int = 1, nonlinearity: str = "tanh",
-                 *args: Any, **kwargs: Any) -> None:  # fmt: skip
-        if "proj_size" in kwargs:
-            raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")
+    def __init__(
+        self, input_size: int, hidden_size: int, num_layers: int = 1, nonlinearity: str = "tanh", bias: bool = True,
+        batch_first: bool = False, dropout: float = 0.0, bidirectional: bool = False, device: Any = None,
+        dtype: Any = None,
+    ) -> None:  # fmt: skip
         check_nonlinearity(nonlinearity)
-        super().__init__(f"RNN_{nonlinearity.upper()}", input_size, hidden_size, num_layers, *args, **kwargs)
+        super().__init__(
+            f"RNN_{nonlinearity.upper()}", input_size, hidden_size, num_layers, bias, batch_first, dropout,
+            bidirectional, device=device, dtype=dtype,
+        )  # fmt: skip
         self.nonlinearity = nonlinearity
-
-    def _run(self, input: Tensor, *weights_and_state: Any) -> Any:
-        return rnn(input, *weights_and_state, nonlinearity=self.nonlinearity, batch_first=self.batch_first)
 
 
 class GRU(_Recurrent):
@@ -83,13 +178,14 @@ class GRU(_Recurrent):
 
     _torch = torch.nn.GRU
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        if "proj_size" in kwargs:
-            raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")
-        super().__init__("GRU", *args, **kwargs)
-
-    def _run(self, input: Tensor, *weights_and_state: Any) -> Any:
-        return gru(input, *weights_and_state, batch_first=self.batch_first)
+    def __init__(
+        self, input_size: int, hidden_size: int, num_layers: int = 1, bias: bool = True, batch_first: bool = False,
+        dropout: float = 0.0, bidirectional: bool = False, device: Any = None, dtype: Any = None,
+    ) -> None:  # fmt: skip
+        super().__init__(
+            "GRU", input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, device=device,
+            dtype=dtype,
+        )  # fmt: skip
 
 
 class LSTM(_Recurrent):
@@ -104,17 +200,27 @@ class LSTM(_Recurrent):
     check_forward_args = torch.nn.LSTM.check_forward_args  # type: ignore[assignment]
     permute_hidden = torch.nn.LSTM.permute_hidden  # type: ignore[assignment]
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__("LSTM", *args, **kwargs)
+    def __init__(
+        self, input_size: int, hidden_size: int, num_layers: int = 1, bias: bool = True, batch_first: bool = False,
+        dropout: float = 0.0, bidirectional: bool = False, proj_size: int = 0, device: Any = None, dtype: Any = None,
+    ) -> None:  # fmt: skip
+        super().__init__(
+            "LSTM", input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, proj_size, device,
+            dtype,
+        )  # fmt: skip
 
-    def _run(self, input: Tensor, *weights_and_state: Any) -> Any:
-        *weights, hx = weights_and_state
-        if hx is not None and not (isinstance(hx, tuple | list) and len(hx) == 2 and all(map(torch.is_tensor, hx))):
+    def _states(self, hx: Any) -> Sequence[Tensor]:
+        if not (
+            isinstance(hx, tuple | list) and len(hx) == 2 and isinstance(hx[0], Tensor) and isinstance(hx[1], Tensor)
+        ):
             raise TypeError(f"LSTM: hx must be a pair of tensors (h_0, c_0), got {type(hx).__name__}")
-        return lstm(input, *weights, *(hx or (None, None)), batch_first=self.batch_first)
+        return hx
+
+    def _joined(self, states: Sequence[Tensor]) -> Any:
+        return tuple(states)
 
 
-class ElmanRNN(torch.nn.Module):
+class ElmanRNN(Scriptable, torch.nn.Module):
     r"""An Elman network with its output head, step by step or over a sequence.
 
     .. math:: h_t = \tanh(W_{hh} h_{t-1} + W_{xh} x_t + b_h), \quad o_t = W_{ho} h_t + b_o, \quad
@@ -170,8 +276,9 @@ class ElmanRNN(torch.nn.Module):
 
     def forward(self, input: Tensor, h0: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """``h0`` is ``[B, H]``, or ``[H]`` for one sequence; zeros by default."""
-        if h0 is not None and (not isinstance(h0, Tensor) or h0.dim() != input.dim() - 1):
-            got = list(h0.shape) if isinstance(h0, Tensor) else type(h0).__name__
+        is_tensor = isinstance(h0, Tensor)
+        if h0 is not None and not isinstance(h0, Proxy) and (not is_tensor or h0.dim() != input.dim() - 1):
+            got = list(h0.shape) if is_tensor else type(h0).__name__
             raise RuntimeError(f"h0 must be [B, H], or [H] for one sequence, got {got}")
         states = None if h0 is None else h0.unsqueeze(0)
         out, h_n = rnn(input, self.W_xh, self.W_hh, self.b_h, None, states, batch_first=self.batch_first)
