@@ -2,21 +2,35 @@
 
 from __future__ import annotations
 
+import ast
+import contextlib
 import functools
+import importlib
 import inspect
 import mmap
-from collections.abc import Callable
+import pkgutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 import pytest
 
 triton = pytest.importorskip("triton")
 
+import test_traffic as shapes  # noqa: E402
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
+import triton.language as tl  # noqa: E402
+from memory import CHECKER, KERNELS, MemoryFault  # noqa: E402
 from torch import Tensor  # noqa: E402
+from triton.runtime.interpreter import InterpretedFunction  # noqa: E402
 
 import tritune  # noqa: E402
+from tritune import kernels  # noqa: E402
+from tritune.autotune.config import Config, Tunable  # noqa: E402
+from tritune.kernels._launch import Launch, readable  # noqa: E402
+from tritune.perf import traffic  # noqa: E402
 
 pytestmark = pytest.mark.interpret
 NORESERVE = 0x4000  # Linux's MAP_NORESERVE, which Python names from 3.13 on
@@ -48,8 +62,7 @@ class Case(NamedTuple):
 def _convolutions() -> dict[str, Case]:
     found = {}
     for rank in (1, 2, 3):
-        space = (6, 5, 4)[:rank] if rank > 1 else (9,)
-        window = (3,) * rank if rank < 3 else (2, 3, 2)
+        space, window = {1: ((9,), (3,)), 2: ((6, 5), (3, 3)), 3: ((3, 3, 3), (2, 2, 1))}[rank]
         out = tuple(size - tap + 1 for size, tap in zip(space, window, strict=True))
         big = tuple(size + tap - 1 for size, tap in zip(space, window, strict=True))
         # Groups of few channels take long to interpret: one rank of them.
@@ -170,3 +183,254 @@ def test_every_operand_of_every_public_function_is_laid_out_far():
         tensors = {one.name for one in inspect.signature(function).parameters.values() if "Tensor" in one.annotation}
         covered = {operand for case in CASES.values() if case.function == name for operand in case.shapes}
         assert tensors == covered, name
+
+
+def device_functions() -> dict[str, InterpretedFunction]:
+    """Everything in kernels/ that Triton compiles, by its name."""
+    modules = [
+        importlib.import_module(f"{kernels.__name__}.{one.name}") for one in pkgutil.iter_modules(kernels.__path__)
+    ]
+    return {
+        name: value
+        for module in modules
+        for name, value in vars(module).items()
+        if isinstance(value, InterpretedFunction)
+    }
+
+
+FUNCTIONS = device_functions()
+LAUNCHED = [name for name in FUNCTIONS if name.endswith("_kernel")]
+
+
+def test_strides_are_64_bit():
+    """Those that are not are the ones of attention, whose rows and scores pass ``readable(tile=...)``."""
+    narrow = {
+        kernel
+        for kernel in LAUNCHED
+        for name, parameter in inspect.signature(FUNCTIONS[kernel].fn).parameters.items()
+        if name.startswith("stride_") and "int64" not in str(parameter.annotation)
+    }
+    assert narrow == {name for name in LAUNCHED if FUNCTIONS[name].fn.__module__ == "tritune.kernels.attention"}
+
+
+def test_one_function_decides_what_is_copied():
+    copies = {
+        (path.name, node.lineno)
+        for path in KERNELS.glob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Attribute) and node.attr in ("contiguous", "clone")
+    }
+    assert {name for name, _ in copies} == {"_launch.py"}
+
+
+class TestReadable:
+    """What is read in place, and how a copy is laid out."""
+
+    def test_in_place(self):
+        for t in (torch.ones(3, 4, 5, 6), far(torch.ones(2, 2, 3, 3), None)):
+            assert readable(t) is t
+        rows = torch.ones(2, 3, 4, 8).transpose(1, 2)
+        assert readable(rows, unit=3, tile=(2,)) is rows
+        single = far(torch.ones(2, 2, 1, 1), None)
+        assert readable(single, unit=3, tile=(2, 3)) is single, "the stride of a dimension of size 1 says nothing"
+
+    @pytest.mark.parametrize("unit", [1, 3])
+    def test_neighbours_of_a_copy(self, unit):
+        t = torch.randn(2, 8, 3, 8)[:, ::2, :, ::2]
+        copy = readable(t, unit=unit)
+        assert copy.stride(unit) == 1
+        assert torch.equal(copy, t)
+
+    def test_what_is_repeated_takes_no_memory(self):
+        t = far(torch.randn(1, 3, 5, 6), None).expand(7, 3, 5, 6)
+        copy = readable(t, tile=(2, 3))
+        assert copy.untyped_storage().nbytes() == 3 * 5 * 6 * 4
+        assert torch.equal(copy, t)
+
+    def test_offsets_within_the_largest_tile(self):
+        """A tile has rows and columns, of any kernel's configs."""
+        sides = [
+            sum(value for name, value in config.items() if name.startswith("BLOCK"))
+            for name, one in kernels.registered().items() if name.startswith("attention")
+            for config in one.configs
+        ]  # fmt: skip
+        assert max(sides) * kernels._launch.STEP <= 2**31
+
+    def test_rows_that_no_copy_brings_closer(self):
+        query, key = torch.ones(1, 1, 2, 4), torch.ones(1).expand(1, 1, 2**22, 4)
+        mask = torch.ones(1, dtype=torch.bool).expand(2, 2**22)
+        with tritune.use_backend("triton"), pytest.raises(tritune.UnsupportedError, match="attn_mask"):
+            tritune.scaled_dot_product_attention(query, key, key, mask)
+
+
+# --- the checker -----------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _planted(x_ptr, y_ptr, N, FAULT: tl.constexpr, BLOCK: tl.constexpr):
+    """Copies N elements, BLOCK in a program; but for FAULT."""
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mask = i < N
+    if FAULT == "reads outside":
+        x = tl.load(x_ptr + i)
+    elif FAULT == "reads before":
+        x = tl.load(x_ptr + i - 1, mask=mask)
+    elif FAULT == "reads gaps":
+        x = tl.load(x_ptr + i // 2, mask=mask)
+    elif FAULT == "reads far away":
+        x = tl.load(x_ptr + i.to(tl.int64) * 2**42, mask=mask)
+    elif FAULT == "reads results":
+        x = tl.load(y_ptr + (i + BLOCK) % N, mask=mask)
+    else:
+        x = tl.load(x_ptr + 2 * i, mask=mask)
+    if FAULT == "writes outside":
+        tl.store(y_ptr + i, x)
+    elif FAULT == "writes one element":
+        tl.store(y_ptr + i // BLOCK + tl.zeros_like(i), x, mask=mask)
+    elif FAULT == "all write there":
+        tl.store(y_ptr + tl.program_id(0) * 0, N)
+    elif FAULT == "adds":
+        tl.atomic_add(y_ptr + i, x, mask=mask)
+    else:
+        tl.store(y_ptr + i, x, mask=mask)
+    if FAULT == "writes again":
+        tl.store(y_ptr + i, x, mask=mask)
+    if FAULT == "reads back":
+        tl.store(y_ptr + i, tl.load(y_ptr + i, mask=mask), mask=mask)
+
+
+def run_planted(fault: str) -> None:
+    """x has a gap behind each element; a multiple of it lies in storage behind both tensors."""
+    x, y = torch.arange(60.0)[:40:2], torch.zeros(30)[:20]
+    Launch(_planted, 3, {"x_ptr": x, "y_ptr": y, "N": 20}, {"FAULT": fault, "BLOCK": 8}, 1, 1).run()
+    assert torch.equal(x, y)
+
+
+@pytest.mark.compat
+@pytest.mark.parametrize(
+    "fault, named",
+    [
+        ("reads outside", "reads x_ptr outside the view"),
+        ("reads before", "reads x_ptr outside its storage"),
+        ("reads gaps", "reads x_ptr outside the view"),
+        ("reads far away", "reads far from every argument|reads x_ptr outside its storage"),
+        ("reads results", "reads an element of y_ptr that program|writes an element of y_ptr that another"),
+        ("writes outside", "writes y_ptr outside the view"),
+        ("writes one element", "twice in one store"),
+        ("all write there", "program 1 writes an element of y_ptr that program 0 wrote"),
+        ("writes again", "program 0 writes an element of y_ptr that program 0 wrote"),
+        ("reads back", "program 0 reads an element of y_ptr that program 0 wrote"),
+        ("adds", "uses an atomic operation"),
+    ],
+)
+def test_planted_faults(fault, named):
+    with pytest.raises(MemoryFault, match=named):
+        run_planted(fault)
+
+
+@pytest.mark.compat
+def test_nothing_is_found_where_nothing_is_wrong():
+    run_planted("")
+
+
+def test_an_order_that_decides_is_found():
+    """Were the notes about elements wrong, the results would still tell."""
+    with mock.patch.object(CHECKER, "note"), mock.patch.object(CHECKER, "orders", True):
+        x, y = torch.arange(60.0)[:40:2], torch.zeros(30)[:20]
+        args = {"x_ptr": x, "y_ptr": y, "N": 20}
+        launch = Launch(_planted, 3, args, {"FAULT": "reads results", "BLOCK": 8}, 1, 1)
+        y.copy_(x + 1)
+        with pytest.raises(MemoryFault, match="depends on the order"):
+            launch.run()
+
+
+# --- every kernel ----------------------------------------------------------------------------------------------------
+
+
+class Plan(NamedTuple):
+    """A registered kernel, one of the shapes whose traffic is counted, and a config."""
+
+    tunable: Tunable
+    problem: Any
+    config: Config
+
+    def run(self) -> None:
+        values = {"index_ptr": shapes.places(self.problem)} if self.tunable.name == "max_unpool" else {}
+        traffic.measure(self.tunable, self.problem, self.config, values)
+
+
+def plans() -> Iterator[Plan]:
+    for name, case in shapes.CASES:
+        problem = shapes.problems_of(name)[case]
+        yield from (Plan(shapes.TUNABLES[name], problem, config) for config in shapes.configs(name, problem))
+
+
+@functools.cache
+def plans_of() -> dict[str, list[Plan]]:
+    """Those that launch three programs of a kernel or more, by its name, small grids first."""
+    found: dict[str, list[tuple[int, int, Plan]]] = {name: [] for name in LAUNCHED}
+    for number, plan in enumerate(plans()):
+        for launch in plan.tunable.launches(plan.problem, plan.config):
+            if launch.grid > 2:
+                found[launch.kernel.__name__].append((launch.grid, number, plan))
+    return {name: [plan for *_, plan in sorted(several)] for name, several in found.items()}
+
+
+@pytest.mark.parametrize("kernel", LAUNCHED)
+def test_the_order_of_programs_does_not_matter(kernel):
+    """A kernel to come is at fault until a shape of test_traffic.py launches it."""
+    with mock.patch.object(CHECKER, "orders", True):
+        before = CHECKER.programs[kernel]
+        plans_of()[kernel][0].run()
+        assert CHECKER.programs[kernel] - before > 2
+
+
+@contextlib.contextmanager
+def without_mask(site: tuple[str, int]) -> Iterator[None]:
+    """The loads and stores at a place in kernels/ without their mask."""
+    name, line = site
+
+    def holds(function: InterpretedFunction) -> bool:
+        lines, first = inspect.getsourcelines(function.fn)
+        return Path(inspect.getfile(function.fn)).name == name and first <= line < first + len(lines)
+
+    (function,) = filter(holds, FUNCTIONS.values())
+    rewriter, usual = function.rewriter, function.rewriter.ast_transformer
+
+    class Transformer:
+        def visit(self, tree: ast.AST) -> ast.AST:
+            for node in masked(tree):
+                if node.lineno + rewriter.def_file_lineno - 1 == line:
+                    node.keywords = [one for one in node.keywords if one.arg not in ("mask", "other")]
+            return usual.visit(tree)
+
+    with (
+        mock.patch.dict(InterpretedFunction.rewritten_fn),
+        mock.patch.object(rewriter, "ast_transformer", Transformer()),
+    ):
+        InterpretedFunction.rewritten_fn.pop(function.fn, None)
+        yield
+
+
+def masked(tree: ast.AST) -> Iterator[ast.Call]:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and any(one.arg == "mask" for one in node.keywords):
+            yield node
+
+
+def needed(plan: Plan) -> set[tuple[str, int]]:
+    """Where masks keep a plan from a fault."""
+    with mock.patch.object(CHECKER, "idle", set()):
+        plan.run()
+        return CHECKER.idle
+
+
+@pytest.mark.parametrize("kernel", LAUNCHED)
+def test_a_mask_that_is_missing(kernel):
+    """One of each kernel's masks, taken out of the source."""
+    for plan in plans_of()[kernel]:
+        sites = needed(plan)
+        if sites:
+            break
+    with without_mask(min(sites)), pytest.raises(MemoryFault):
+        plan.run()
