@@ -104,6 +104,7 @@ POOLS = {
     "adaptive-nchw": pooling((1, 3, 12, 16), out=(4, 4), last=False),
     "adaptive-uneven": pooling((1, 16, 10, 9), out=(4, 4), reduce="mean"),
     "adaptive-uneven-nchw": pooling((1, 3, 10, 18), out=(4, 7), last=False),
+    "adaptive-uneven-nchw-many-rows": pooling((2, 9, 12, 18), out=(4, 7), last=False),
     "adaptive-upwards-mean": pooling((1, 16, 3, 4), out=(6, 8), reduce="mean"),
 }
 UNPOOLS = {
@@ -119,6 +120,7 @@ PLANES = {
     "max-nchw-fp32": pooling((2, 8, 40, 32), out=(1, 1), index=2, dtype=torch.float32, last=False),
     "values-3d": pooling((1, 32, 4, 8, 8), out=(1, 1, 1), index=0),
     "norm-1d-nchw": pooling((2, 8, 1024), 1024, 1, reduce="norm2", last=False),
+    "many-planes": pooling((3, 100, 16, 16), out=(1, 1), index=2),
 }
 EPILOGUES = {
     "all": conv.EpilogueProblem(300, 48, torch.float16, True, True, True),
