@@ -142,6 +142,36 @@ def unit_divisor(limit: int, *numbers: int) -> int:
     return divisor
 
 
+STEP = 2**22  # elements: a tile has 256 rows at most, and as many rows and columns, so its offsets stay below 2**31
+
+
+def readable(
+    t: torch.Tensor, *, unit: int | None = None, tile: Sequence[int] = (), dense: bool = False,
+    like: torch.Tensor | None = None,
+) -> torch.Tensor:  # fmt: skip
+    """``t`` itself where a kernel can read it in place, else a copy: no launcher copies on its own. Offsets are 64-bit,
+    so any strides will do, but for what the launcher says of its kernel:
+
+    Args:
+        unit: a dimension whose neighbours it takes for neighbours in memory.
+        tile: dimensions along which its offsets within a tile are 32-bit, because wider ones would take twice the
+            registers. There neighbours must be less than STEP elements apart.
+        dense: it takes ``t`` for contiguous.
+        like: it reads ``t`` at the offsets of this dense tensor of the same shape.
+    """
+    if dense:
+        return t.contiguous()
+    if like is not None:
+        return t if strides(t) == strides(like) else torch.empty_like(like).copy_(t)
+    is_unit = unit is None or t.stride(unit) == 1 or t.shape[unit] == 1
+    if is_unit and all(t.stride(dim) < STEP or t.shape[dim] == 1 for dim in tile):
+        return t
+    # What is repeated in memory is repeated in the copy as well.
+    once = t[tuple(slice(0, 1) if t.stride(dim) == 0 and dim != unit else slice(None) for dim in range(t.dim()))]
+    last = t.dim() - 1 if unit is None else unit
+    return once.movedim(last, -1).contiguous().movedim(-1, last).expand(t.shape)
+
+
 def strides(t: torch.Tensor) -> list[int]:
     """Strides with those of dimensions of size 1 set to 0: they are arbitrary, and no address depends on them."""
     return [0 if size == 1 else stride for size, stride in zip(t.shape, t.stride(), strict=True)]

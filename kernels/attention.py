@@ -38,7 +38,7 @@ import triton.language as tl
 from ..autotune import cost
 from ..autotune.config import Config, Estimate, Tunable, register
 from ..autotune.device import DeviceSpec
-from ._launch import Launch, launch, strides, unit_divisor
+from ._launch import STEP, Launch, launch, readable, strides, unit_divisor
 from ._math import column_sum, dot, narrow
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -627,12 +627,6 @@ class NormalizeProblem(NamedTuple):
         return max(16, triton.next_power_of_2(self.D))
 
 
-def readable(t: torch.Tensor) -> torch.Tensor:
-    """[B, H, S, D] as the kernels read it: neighbours of a row lie side by side, and a tile of rows within 2**31."""
-    rows = strides(t)
-    return t if (t.shape[3] == 1 or rows[3] == 1) and abs(rows[2]) < 2**22 else t.contiguous()
-
-
 def _operands(**tensors: torch.Tensor) -> tuple[dict[str, object], int]:
     """Pointers and strides of [B, H, S, D] tensors, in units of the vector that all of them allow."""
     raw = {name: strides(t)[:3] for name, t in tensors.items()}
@@ -667,6 +661,10 @@ class Scores(NamedTuple):
     mask: torch.Tensor | None
     bias: torch.Tensor | None
     scale: float
+
+    def readable(self) -> Scores:
+        mask, bias = (None if t is None else readable(t, tile=(2, 3)) for t in (self.mask, self.bias))
+        return Scores(mask, bias, self.scale)
 
 
 def _launch(
@@ -852,6 +850,13 @@ def fits(p: AttentionProblem, device: DeviceSpec) -> bool:
     """Is there a tile small enough for these heads?"""
     kinds = ("forward", "query_grad", "key_value_grad") if p.saves else ("forward",)
     return max(p.D, p.DV) <= MAX_HEAD and all(_accepts(kind, p, SMALLEST, device) for kind in kinds)
+
+
+def within_reach(p: AttentionProblem, mask: torch.Tensor | None) -> bool:
+    """Do offsets within a tile stay 32-bit where no copy would help: in results, which may hold all heads of a position
+    side by side, and in rows of a dense mask [B, H, M, N] or bias?"""
+    has_rows = "m" in p.bias_dims or (mask is not None and mask.shape[2] > 1)
+    return p.H * max(p.D, p.DV) < STEP and not (has_rows and p.N >= STEP)
 
 
 def _accepts(kind: str, p: AttentionProblem, config: Config, device: DeviceSpec) -> bool:
@@ -1065,12 +1070,18 @@ NORMALIZE_GRAD = register(
 # --- calls -----------------------------------------------------------------------------------------------------------
 
 
+def _rows_of(t: torch.Tensor) -> torch.Tensor:
+    """[B, H, S, D] as the kernels read it."""
+    return readable(t, unit=3, tile=(2,))
+
+
 def run_forward(
     p: AttentionProblem, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scores: Scores,
     out: torch.Tensor, lse: torch.Tensor | None, stats: torch.Tensor | None,
 ) -> None:  # fmt: skip
     """Fills out [B, H, M, DV] and, where they are given, lse [B, H, M] and stats [parts, B, H, M] for a backward."""
-    launch(FORWARD, plan_forward, p, readable(q), readable(k), readable(v), scores, out, lse, stats)
+    q, k, v = (_rows_of(t) for t in (q, k, v))
+    launch(FORWARD, plan_forward, p, q, k, v, scores.readable(), out, lse, stats)
 
 
 def run_backward(
@@ -1079,9 +1090,11 @@ def run_backward(
     dq: torch.Tensor | None, dk: torch.Tensor | None, dv: torch.Tensor | None, dbias: torch.Tensor | None,
 ) -> None:  # fmt: skip
     """Fills those gradients that are given; dk and dv come together."""
-    q, k, v, dout = readable(q), readable(k), readable(v), readable(dout)
+    q, k, v, out, dout = (_rows_of(t) for t in (q, k, v, out, dout))
+    scores, stats = scores.readable(), readable(stats, dense=True)
+    dlse = None if dlse is None else readable(dlse, dense=True)
     delta = q.new_empty(p.B, p.H, p.M, dtype=torch.float32)
-    launch(DELTA, plan_delta, p, out, dout, None if dlse is None else dlse.contiguous(), delta)
+    launch(DELTA, plan_delta, p, out, dout, dlse, delta)
     common = (q, k, v, scores, dout, stats, delta)
     if dk is not None:
         launch(KEY_VALUE_GRAD, plan_key_value_grad, p, *common, dk, dv)
@@ -1095,10 +1108,11 @@ def run_normalize(
     p: NormalizeProblem, x: torch.Tensor, eps: float, out: torch.Tensor, inverse: torch.Tensor
 ) -> None:  # fmt: skip
     """Fills out with ``x / max(|x|, eps)`` of the rows of [B, H, M, D], inverse with 1 over those divisors."""
-    launch(NORMALIZE, plan_normalize, p, readable(x), 1.0 / eps, out, inverse)
+    launch(NORMALIZE, plan_normalize, p, _rows_of(x), 1.0 / eps, out, inverse)
 
 
 def run_normalize_grad(
     p: NormalizeProblem, out: torch.Tensor, inverse: torch.Tensor, dout: torch.Tensor, eps: float, dx: torch.Tensor
 ) -> None:  # fmt: skip
-    launch(NORMALIZE_GRAD, plan_normalize_grad, p, out, readable(dout), inverse, 1.0 / eps, dx)
+    inverse = readable(inverse, dense=True)
+    launch(NORMALIZE_GRAD, plan_normalize_grad, p, _rows_of(out), _rows_of(dout), inverse, 1.0 / eps, dx)

@@ -50,7 +50,7 @@ import triton.language as tl
 from ..autotune import cost
 from ..autotune.config import Config, Estimate, Tunable, register
 from ..autotune.device import DeviceSpec
-from ._launch import Launch, descriptor, launch, layout_strides, strides, unit_divisor
+from ._launch import Launch, descriptor, launch, layout_strides, readable, unit_divisor
 from ._math import (
     activate,
     activation_grad,
@@ -654,12 +654,12 @@ def problem_of(
 
 def channels_last(t: torch.Tensor) -> torch.Tensor:
     """The tensor itself if neighbouring channels are neighbours in memory, else a channels-last copy."""
-    return t if t.shape[1] == 1 or t.stride(1) == 1 else t.movedim(1, -1).contiguous().movedim(-1, 1)
+    return readable(t, unit=1)
 
 
 def pack_weight(weight: torch.Tensor) -> torch.Tensor:
     """Weights [K, C, *window] as dense [K, *window, C]; a view where they are channels last already."""
-    return weight.movedim(1, -1).contiguous()
+    return readable(weight.movedim(1, -1), dense=True)
 
 
 def _reduction_first(p: ConvProblem) -> bool:
@@ -671,7 +671,7 @@ def pack_transposed_weight(p: ConvProblem, weight: torch.Tensor) -> torch.Tensor
     """What the transpose reads: [K, *window, C], or for tf32 [C, *window, K] of each group."""
     if not _reduction_first(p):
         return pack_weight(weight)
-    return weight.unflatten(0, (p.geometry.groups, p.K)).movedim(1, -1).contiguous()
+    return readable(weight.unflatten(0, (p.geometry.groups, p.K)).movedim(1, -1), dense=True)
 
 
 def _transposed_weight_strides(p: ConvProblem) -> Triple:
@@ -1356,10 +1356,10 @@ def prepare(
 ) -> tuple[torch.Tensor, Epilogue]:  # fmt: skip
     """The result, not yet computed, and its epilogue."""
     y = empty_output(like, shape, is_channels_last)
-    if residual is not None and strides(residual) != strides(y):
-        residual = torch.empty_like(y).copy_(residual)
+    scale, bias = (None if vector is None else readable(vector, dense=True) for vector in (scale, bias))
+    residual = None if residual is None else readable(residual, like=y)
     z = torch.empty_like(y) if save_input else None
-    return y, Epilogue(_contiguous(scale), _contiguous(bias), residual, z, activation)
+    return y, Epilogue(scale, bias, residual, z, activation)
 
 
 def run_forward(
@@ -1430,7 +1430,3 @@ def run_bias_grad(g: torch.Tensor) -> torch.Tensor:
 
 def _pixels(t: torch.Tensor) -> int:
     return t.shape[0] * math.prod(t.shape[2:])
-
-
-def _contiguous(vector: torch.Tensor | None) -> torch.Tensor | None:
-    return None if vector is None else vector.contiguous()

@@ -45,7 +45,7 @@ import triton.language as tl
 from ..autotune import cost
 from ..autotune.config import Config, Estimate, Tunable, register
 from ..autotune.device import DeviceSpec
-from ._launch import Launch, launch, layout_strides, raw_strides, row_alignment, unit_divisor
+from ._launch import Launch, launch, layout_strides, raw_strides, readable, row_alignment, unit_divisor
 from ._math import below, column_sum, only_if, position, tile_offsets
 from .conv import (
     SIZES,
@@ -1109,7 +1109,7 @@ def _laid_as(t: torch.Tensor, is_channels_last: bool) -> torch.Tensor:
     """The tensor itself if it can be read in place beside a result of that layout, else a copy."""
     if is_channels_last:
         return channels_last(t)
-    return t.contiguous() if t.stride(1) == 1 and t.stride(-1) != 1 else t
+    return readable(t, dense=t.stride(1) == 1 and t.stride(-1) != 1)
 
 
 def _widened(weight: torch.Tensor) -> torch.Tensor:

@@ -26,7 +26,7 @@ Bytes (e: bytes an element), once from memory and moved by instructions alike; P
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -35,7 +35,7 @@ import triton.language as tl
 from ..autotune import cost
 from ..autotune.config import Config, Estimate, Tunable, register
 from ..autotune.device import DeviceSpec
-from ._launch import Launch, launch
+from ._launch import Launch, launch, readable
 from ._math import dot, narrow, only_if, sigmoid, tanh
 
 GATES = {"tanh": 1, "relu": 1, "gru": 3, "lstm": 4}
@@ -425,11 +425,16 @@ BACKWARD = register(
 # --- calls -----------------------------------------------------------------------------------------------------------
 
 
+def _dense(*tensors: torch.Tensor | None) -> list[Any]:
+    return [None if t is None else readable(t, dense=True) for t in tensors]
+
+
 def run_forward(
     p: RnnProblem, x: torch.Tensor, w_hh: torch.Tensor, b_n: torch.Tensor | None, h0: torch.Tensor,
     c0: torch.Tensor | None, *, reverse: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:  # fmt: skip
     """``(out [T, B, D * H], h_n [D, B, H], c_n [D, B, H], cells [T, B, D * H])``; the last two for LSTM only."""
+    x, w_hh, b_n, h0, c0 = _dense(x, w_hh, b_n, h0, c0)
     out = x.new_empty(p.T, p.B, p.directions * p.H)
     hn = torch.empty_like(h0)
     cn = None if c0 is None else torch.empty_like(c0)
@@ -442,8 +447,9 @@ def run_backward(
     p: RnnProblem, gates: torch.Tensor, w_hh: torch.Tensor, h0: torch.Tensor, c0: torch.Tensor | None,
     out: torch.Tensor, cells: torch.Tensor | None, *grads: torch.Tensor | None, reverse: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:  # fmt: skip
-    """Overwrites ``gates`` with the gradients of its entries; ``(dh0, dc0)``. ``grads`` are those of out, h_n, c_n and
-    cells."""
+    """Overwrites ``gates``, contiguous, with the gradients of its entries; ``(dh0, dc0)``. ``grads`` are those of out,
+    h_n, c_n and cells."""
+    w_hh, h0, c0, out, cells, *grads = _dense(w_hh, h0, c0, out, cells, *grads)
     dh0 = torch.empty_like(h0)
     dc0 = None if c0 is None else torch.empty_like(c0)
     launch(BACKWARD, plan_backward, p, gates, w_hh, h0, c0, out, cells, *grads, dh0, dc0, reverse=reverse)

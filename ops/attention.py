@@ -357,9 +357,11 @@ def _limits(
         return None
     if mask is not None and not is_plain(mask):
         return f"attn_mask is a {type(mask).__name__}"
-    from ..kernels.attention import fits
+    from ..kernels.attention import fits, within_reach
 
     asked, device = problem(), detect(where)
+    if not within_reach(asked, mask):
+        return "rows of attn_mask, or of all heads together, of 2**22 elements or more"
     if fits(asked, device):
         return None
     return f"a head dimension of {max(asked.D, asked.DV)} in {asked.dtype}: no tile of it fits {device.slug}"

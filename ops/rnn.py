@@ -548,9 +548,8 @@ def _forward(
     bias, b_n = _input_bias(cell, b_ih, b_hh, w_hh.shape[-1])
     x = linear(input, w_ih.flatten(0, 1), None if bias is None else bias.flatten())
     out, h_n, c_n, cells = run_forward(
-        _problem(cell, input, w_hh, precision, saves), x, w_hh.contiguous(), b_n, h0.contiguous(),
-        None if c0 is None else c0.contiguous(), reverse=reverse,
-    )  # fmt: skip
+        _problem(cell, input, w_hh, precision, saves), x, w_hh, b_n, h0, c0, reverse=reverse
+    )
     return out, h_n, _or_empty(c_n, input), _or_empty(cells, input)
 
 
@@ -567,7 +566,7 @@ def _input_bias(
         return b_ih, None
     early, b_n = b_hh, None
     if cell == "gru":
-        b_n = b_hh[:, 2 * hidden_size :].contiguous()
+        b_n = b_hh[:, 2 * hidden_size :]
         early = pad(b_hh[:, : 2 * hidden_size], (0, hidden_size))
     return early if b_ih is None else b_ih + early, b_n
 
@@ -722,10 +721,10 @@ def _backward(
         from ..kernels.rnn import run_backward
 
         dgates = out.new_empty(*out.shape[:2], w_hh.shape[0], 1, w_hh.shape[-1]) if gates is None else gates
-        grads = [None if grad is None else grad.contiguous() for grad in (dout, dhn, dcn, dcells)]
         problem = _problem(cell, input, w_hh, precision, True)
-        states = (h0.contiguous(), None if c0 is None else c0.contiguous())
-        dh0, dc0 = run_backward(problem, dgates, w_hh.contiguous(), *states, out, cells, *grads, reverse=reverse)
+        dh0, dc0 = run_backward(
+            problem, dgates, w_hh, h0, c0, out, cells, dout, dhn, dcn, dcells, reverse=reverse
+        )  # fmt: skip
     else:
         cells_before = None if cells is None or c0 is None else _previous(cells, c0, reverse)
         dgates, dh0, dc0 = _gate_grads(

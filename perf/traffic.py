@@ -7,7 +7,7 @@ makes the count smaller.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -35,29 +35,41 @@ class Traffic:
 
 
 @contextmanager
-def counted() -> Iterator[Traffic]:
-    """Counts the bytes of every load and store that the interpreter executes in the block."""
+def observed(access: Callable[[Any, Any, bool], Any]) -> Iterator[None]:
+    """Calls ``access(pointers, mask, writes)`` before each load and store that the interpreter executes in the block,
+    which then uses the pointers that the call returns. A mask is a handle of an array or, for a box of a descriptor,
+    on some versions of Triton the array itself."""
     from triton.runtime.interpreter import InterpreterBuilder
 
-    traffic = Traffic()
     load, store = InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store
 
-    def count(pointers: Any, mask: Any) -> int:
-        # A mask is a handle of an array, or for a box of a descriptor the array itself.
-        return int(np.asarray(mask.data).sum()) * (pointers.get_element_ty().primitive_bitwidth // 8)
-
     def masked_load(self: Any, pointers: Any, mask: Any, *rest: Any, **options: Any) -> Any:
-        traffic.loaded += count(pointers, mask)
-        return load(self, pointers, mask, *rest, **options)
+        return load(self, access(pointers, mask, False), mask, *rest, **options)
 
     def masked_store(self: Any, pointers: Any, value: Any, mask: Any, *rest: Any) -> Any:
-        traffic.stored += count(pointers, mask)
-        return store(self, pointers, value, mask, *rest)
+        return store(self, access(pointers, mask, True), value, mask, *rest)
 
     with (
         mock.patch.object(InterpreterBuilder, "create_masked_load", masked_load),
         mock.patch.object(InterpreterBuilder, "create_masked_store", masked_store),
     ):
+        yield
+
+
+@contextmanager
+def counted() -> Iterator[Traffic]:
+    """Counts the bytes of every load and store that the interpreter executes in the block."""
+    traffic = Traffic()
+
+    def count(pointers: Any, mask: Any, writes: bool) -> Any:
+        size = int(np.asarray(mask.data).sum()) * (pointers.get_element_ty().primitive_bitwidth // 8)
+        if writes:
+            traffic.stored += size
+        else:
+            traffic.loaded += size
+        return pointers
+
+    with observed(count):
         yield traffic
 
 

@@ -7,6 +7,7 @@ import random
 import re
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -112,3 +113,15 @@ def isolated(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Monke
     lookups = sys.modules.get("tritune.autotune.resolve")  # tests of the sources and the archives never import it
     if lookups:
         lookups.clear_memo()
+
+
+@pytest.fixture(autouse=True, scope="session")
+def checked_memory(tier: str) -> Iterator[None]:
+    """Whatever the interpreter runs has each of its addresses checked."""
+    if tier != "interpret" or importlib.util.find_spec("triton") is None:
+        yield
+        return
+    import memory
+
+    with memory.checked():
+        yield
