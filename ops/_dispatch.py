@@ -22,8 +22,8 @@ KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 class UnsupportedError(NotImplementedError):
-    """Raised under ``use_backend("triton")`` for a call that no kernel covers, where the message names the argument, and
-    by :func:`explain` for a call that cannot be looked at without running it, where it names the line or the type."""
+    """Raised under ``use_backend("triton")`` for a call that no kernel covers (the message names the argument), and by
+    :func:`explain` for one that cannot be looked at without running it (the message names the line or the type)."""
 
 
 def _checked(name: str, origin: str) -> str:
