@@ -450,8 +450,9 @@ def _grads(
     inner = (p * dp).sum(-1, keepdim=True)
     ds = p * (dp - (inner if dlse is None else inner - dlse.unsqueeze(-1)))
     needs_q, needs_k, needs_v, needs_bias = needs
-    dq = (scale * (ds @ keys)).to(q.dtype) if needs_q else None
-    dk = _folded(scale * (ds.transpose(-1, -2) @ q.to(wide)), k) if needs_k else None
+    # The scale first, which is below 1 most often: sums with keys near finfo.max stay finite.
+    dq = ((scale * ds) @ keys).to(q.dtype) if needs_q else None
+    dk = _folded((scale * ds).transpose(-1, -2) @ q.to(wide), k) if needs_k else None
     dv = _folded(p.transpose(-1, -2) @ dout, v) if needs_v else None
     dbias = ds.sum_to_size(bias.shape).to(bias.dtype) if bias is not None and needs_bias else None
     return dq, dk, dv, dbias

@@ -1249,10 +1249,12 @@ def _lp_gradient(
     dy: Tensor, input: Tensor, output: Tensor, kernel_size: Sequence[int], norm: float, spread: Callable[[Tensor],
     Tensor],
 ) -> Tensor:  # fmt: skip
-    """``sum over windows of dy * y^(1-p) * K / divisor, times x^(p-1)``; ``spread`` is the gradient of a mean."""
-    zero = output == 0
-    slope = torch.where(zero, 1.0, output) ** (1 - norm) * math.prod(kernel_size)
-    return spread(torch.where(zero, 0.0, dy * slope)) * input ** (norm - 1)
+    """``sum over windows of dy * y^(1-p) * K / (divisor p), times p x^(p-1)``; ``spread`` is the gradient of a mean.
+    The factors are torch's, so that what overflows is NaN where torch's is. A sum that is NaN has no gradient for p = 1
+    alone, as in torch."""
+    flat = (output == 0) | (output.isnan() if norm == 1 else False)
+    slope = torch.where(flat, 1.0, output) ** (1 - norm) * math.prod(kernel_size)
+    return spread(torch.where(flat, 0.0, dy * slope) / norm) * (norm * input ** (norm - 1))
 
 
 def _lp_backward_autograd(dy: Tensor, input: Tensor, output: Tensor, *options: Any) -> Tensor:
