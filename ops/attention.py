@@ -432,7 +432,7 @@ def _weights(
     empty = (s == -inf).all(-1, keepdim=True)
     s = torch.where(empty, 0.0, s)
     if k.shape[2] == 0:
-        return s, torch.full_like(s.sum(-1), -inf)
+        return s, s.sum(-1) - inf  # with a gradient, as everywhere
     p = torch.where(empty, 0.0, torch.softmax(s, -1))
     return p, torch.where(empty.squeeze(-1), -inf, torch.logsumexp(s, -1))
 
