@@ -121,6 +121,8 @@ def visible_only(
 ) -> Any:  # fmt: skip
     """Attention as docs/differences.md has it: what is hidden takes no part, and a row whose scores are all -inf sees
     no key, whatever hides them."""
+    dtype = query.dtype
+    query, key, value = (t.to(torch.promote_types(dtype, torch.float32)) for t in (query, key, value))
     if score == "cosine":
         query, key = (F.normalize(t, dim=-1, eps=1e-6) for t in (query, key))
     s = query @ key.transpose(-1, -2) * (max(1, query.shape[-1]) ** -0.5 if scale is None else scale)
@@ -128,7 +130,7 @@ def visible_only(
     s = s.masked_fill(torch.ones_like(s, dtype=torch.bool).triu(1), -math.inf) if is_causal else s
     empty = (s == -math.inf).all(-1, keepdim=True)
     s = torch.where(empty, 0.0, s)
-    out = torch.where(empty, 0.0, torch.softmax(s, -1)) @ value
+    out = (torch.where(empty, 0.0, torch.softmax(s, -1)) @ value).to(dtype)
     return (out, torch.where(empty.squeeze(-1), -math.inf, torch.logsumexp(s, -1))) if return_lse else out
 
 
