@@ -540,13 +540,17 @@ def _lp_pool(
         return y * sign
     if input.device.type == "cuda" and torch.is_autocast_enabled("cuda") and input.dtype.itemsize == 2:
         input = input.float()  # powers are in fp32 there, and so is what becomes of them
+    # In three dimensions torch's kernel for the CPU has no 16-bit types: in float32 from the powers on, rounded once.
+    is_widened = rank == 3 and input.device.type == "cpu" and input.dtype in (torch.float16, torch.bfloat16)
+    wide = input.float() if is_widened else input
+    dtype = wide.dtype if is_widened and torch.is_autocast_enabled("cpu") else input.dtype
     if norm_type not in FUSED_NORMS:
-        mean = _avg_pool(rank, input.pow(norm_type), *call, 0, args.ceil_mode, True, None)
-        return _root(mean, args.kernel_size, norm_type)
+        mean = _avg_pool(rank, wide.pow(norm_type), *call, 0, args.ceil_mode, True, None)
+        return _root(mean, args.kernel_size, norm_type).to(dtype)
 
     def composite() -> Tensor:
-        mean = _torch_avg(input.pow(norm_type), *call, args.padding, args.ceil_mode, True, 0)
-        return _root(mean, args.kernel_size, norm_type)
+        mean = _torch_avg(wide.pow(norm_type), *call, args.padding, args.ceil_mode, True, 0)
+        return _root(mean, args.kernel_size, norm_type).to(dtype)
 
     return _serve(
         f"lp_pool{rank}d", rank, input, args.output_size, _windows(args), f"norm{norm_type:.0f}", 0,
