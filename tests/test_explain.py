@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import test_extremes
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
@@ -437,3 +438,13 @@ def test_errors_are_the_calls_own_and_leave_nothing():
     with pytest.raises(LookupError, match=r"^the call's own$"):
         tritune.explain(call[0], *call[1])
     assert everything(call) == before
+
+
+@pytest.mark.parametrize("name", test_extremes.CALLS)
+def test_every_public_function(name):
+    one = test_extremes.CALLS[name]
+    call = one.function, {key: torch.randn(shape, requires_grad=True) for key, shape in one.shapes.items()}, one.kwargs
+    before = everything(call)
+    decisions = tritune.explain(call[0], **call[1], **call[2])
+    assert everything(call) == before
+    assert decisions
