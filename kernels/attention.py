@@ -87,6 +87,19 @@ def _store_rows(ptr, values, first, count, stride, SIZE: tl.constexpr, WIDTH: tl
 
 
 @triton.jit
+def _prescaled(x, scale):
+    """``(x, scale)`` with the power of two of a scale below 1 moved to the rows x of query or key: exact, and their
+    products stay finite where the scores are. In float16 they always do, and it would lose small numbers."""
+    if x.dtype == tl.float16:
+        return x, scale
+    else:
+        scale = tl.cast(scale, tl.float32)
+        power = (scale.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
+        power = tl.where((power > 0.0) & (power < 1.0), power, 1.0)
+        return narrow(x.to(tl.float32) * power, x.dtype), tl.div_rn(scale, power)
+
+
+@triton.jit
 def _scores(products, row, column, first_row, first_key, M, N, shift, scale,
             mask_ptr, mask_m, mask_n, MASK_VEC: tl.constexpr, bias_ptr, bias_m, bias_n, BIAS_VEC: tl.constexpr,
             CAUSAL: tl.constexpr, UNIT: tl.constexpr, CHECK: tl.constexpr):  # fmt: skip
@@ -202,6 +215,7 @@ def _attention_kernel(
     if bias_ptr is not None:
         bias_ptr = _head(bias_ptr, b, h, stride_bias_b, stride_bias_h, BIAS_VEC)
     q = _rows(q_ptr, first_row, M, stride_qs, D, BLOCK_D, BLOCK_M, VEC, True)
+    q, rest_scale = _prescaled(q, scale)
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     if BOUNDED:
@@ -210,12 +224,12 @@ def _attention_kernel(
         top = tl.full([BLOCK_M], float("-inf"), tl.float32)
     whole, end = _whole_keys(first_row, BLOCK_M, N, shift, CAUSAL, BLOCK_N)
     acc, total, top = _attend(
-        acc, total, top, q, first_row, 0, whole, k_ptr, v_ptr, stride_ks, stride_vs, M, N, shift, scale,
+        acc, total, top, q, first_row, 0, whole, k_ptr, v_ptr, stride_ks, stride_vs, M, N, shift, rest_scale,
         mask_ptr, stride_mask_m, mask_n, MASK_VEC, bias_ptr, stride_bias_m, bias_n, BIAS_VEC,
         D, DV, BLOCK_D, BLOCK_DV, VEC, CAUSAL, BOUNDED, UNIT, PRECISION, BLOCK_M, BLOCK_N, False,
     )  # fmt: skip
     acc, total, top = _attend(
-        acc, total, top, q, first_row, whole, end, k_ptr, v_ptr, stride_ks, stride_vs, M, N, shift, scale,
+        acc, total, top, q, first_row, whole, end, k_ptr, v_ptr, stride_ks, stride_vs, M, N, shift, rest_scale,
         mask_ptr, stride_mask_m, mask_n, MASK_VEC, bias_ptr, stride_bias_m, bias_n, BIAS_VEC,
         D, DV, BLOCK_D, BLOCK_DV, VEC, CAUSAL, BOUNDED, UNIT, PRECISION, BLOCK_M, BLOCK_N, True,
     )  # fmt: skip
@@ -329,6 +343,7 @@ def _key_value_grad_kernel(
     k_ptr = _head(k_ptr, b, h_kv, stride_kb, stride_kh, VEC)
     v_ptr = _head(v_ptr, b, h_kv, stride_vb, stride_vh, VEC)
     k = _rows(k_ptr, first_key, N, stride_ks, D, BLOCK_D, BLOCK_N, VEC, True)
+    k, rest_scale = _prescaled(k, scale)
     v = _rows(v_ptr, first_key, N, stride_vs, DV, BLOCK_DV, BLOCK_N, VEC, True)
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
@@ -352,14 +367,14 @@ def _key_value_grad_kernel(
         if CAUSAL:
             dk, dv = _gather_queries(
                 dk, dv, k, v, first_key, begin, tl.minimum(whole, M), q_ptr, do_ptr,
-                top_ptr + row, rest_row, delta_ptr + row, stride_qs, stride_dos, M, N, shift, scale,
+                top_ptr + row, rest_row, delta_ptr + row, stride_qs, stride_dos, M, N, shift, rest_scale,
                 mask_ptr, stride_mask_m, mask_n, MASK_VEC, bias_ptr, stride_bias_m, bias_n, BIAS_VEC,
                 D, DV, BLOCK_D, BLOCK_DV, VEC, CAUSAL, UNIT, PRECISION, BLOCK_M, BLOCK_N, True,
             )  # fmt: skip
         # Keys behind the end are not stored: nothing has to hide them.
         dk, dv = _gather_queries(
             dk, dv, k, v, first_key, whole, M, q_ptr, do_ptr,
-            top_ptr + row, rest_row, delta_ptr + row, stride_qs, stride_dos, M, N, shift, scale,
+            top_ptr + row, rest_row, delta_ptr + row, stride_qs, stride_dos, M, N, shift, rest_scale,
             mask_ptr, stride_mask_m, mask_n, MASK_VEC, bias_ptr, stride_bias_m, bias_n, BIAS_VEC,
             D, DV, BLOCK_D, BLOCK_DV, VEC, CAUSAL, UNIT, PRECISION, BLOCK_M, BLOCK_N, False,
         )  # fmt: skip
@@ -424,18 +439,19 @@ def _query_grad_kernel(
     if bias_ptr is not None:
         bias_ptr = _head(bias_ptr, b, h, stride_bias_b, stride_bias_h, BIAS_VEC)
     q = _rows(q_ptr, first_row, M, stride_qs, D, BLOCK_D, BLOCK_M, VEC, True)
+    q, rest_scale = _prescaled(q, scale)
     do = _rows(do_ptr, first_row, M, stride_dos, DV, BLOCK_DV, BLOCK_M, VEC, True)
     i = first_row + tl.arange(0, BLOCK_M)
     top, rest, delta = _row_statistics(top_ptr, rest_ptr, delta_ptr, bh * M + i, i < M)
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     whole, end = _whole_keys(first_row, BLOCK_M, N, shift, CAUSAL, BLOCK_N)
     dq = _gather_keys(
-        dq, q, do, top, rest, delta, first_row, 0, whole, k_ptr, v_ptr, stride_ks, stride_vs, M, N, shift, scale,
+        dq, q, do, top, rest, delta, first_row, 0, whole, k_ptr, v_ptr, stride_ks, stride_vs, M, N, shift, rest_scale,
         mask_ptr, stride_mask_m, mask_n, MASK_VEC, bias_ptr, stride_bias_m, bias_n, BIAS_VEC,
         D, DV, BLOCK_D, BLOCK_DV, VEC, CAUSAL, UNIT, PRECISION, BLOCK_M, BLOCK_N, False,
     )  # fmt: skip
     dq = _gather_keys(
-        dq, q, do, top, rest, delta, first_row, whole, end, k_ptr, v_ptr, stride_ks, stride_vs, M, N, shift, scale,
+        dq, q, do, top, rest, delta, first_row, whole, end, k_ptr, v_ptr, stride_ks, stride_vs, M, N, shift, rest_scale,
         mask_ptr, stride_mask_m, mask_n, MASK_VEC, bias_ptr, stride_bias_m, bias_n, BIAS_VEC,
         D, DV, BLOCK_D, BLOCK_DV, VEC, CAUSAL, UNIT, PRECISION, BLOCK_M, BLOCK_N, True,
     )  # fmt: skip
@@ -484,12 +500,13 @@ def _bias_grad_kernel(
             mask_tile = _head(mask_ptr, b, h, stride_mask_b, stride_mask_h, MASK_VEC)
         bias_tile = _head(bias_ptr, b, h, stride_bias_b, stride_bias_h, BIAS_VEC)
         q = _rows(q_tile, first_row, M, stride_qs, D, BLOCK_D, BLOCK_M, VEC, True)
+        q, rest_scale = _prescaled(q, scale)
         k = _rows(k_tile, first_key, N, stride_ks, D, BLOCK_D, BLOCK_N, VEC, True)
         v = _rows(v_tile, first_key, N, stride_vs, DV, BLOCK_DV, BLOCK_N, VEC, True)
         do = _rows(do_tile, first_row, M, stride_dos, DV, BLOCK_DV, BLOCK_M, VEC, True)
         top, rest, delta = _row_statistics(top_ptr, rest_ptr, delta_ptr, (b * H + h) * M + i, i < M)
         products = dot(q, tl.trans(k), tl.zeros([BLOCK_M, BLOCK_N], tl.float32), PRECISION)
-        s = _scores(products, row[:, None], column[None, :], first_row, first_key, M, N, shift, scale,
+        s = _scores(products, row[:, None], column[None, :], first_row, first_key, M, N, shift, rest_scale,
                     mask_tile, stride_mask_m, mask_n, MASK_VEC,
                     bias_tile, stride_bias_m, bias_n, BIAS_VEC, CAUSAL, UNIT, True)  # fmt: skip
         p = _probabilities(s, top[:, None], rest[:, None], UNIT)

@@ -162,9 +162,10 @@ def _share(dy, y, divisor, REDUCE: tl.constexpr, K: tl.constexpr):
         return tl.div_rn(dy, divisor)
     else:
         dy *= tl.div_rn(tl.zeros_like(divisor) + K, divisor)
-        if REDUCE == "norm2":
-            dy = tl.div_rn(dy, y)
-        return tl.where(y == 0.0, 0.0, dy)  # torch's choice where the root has no derivative
+        # 0 is torch's choice where the root has no derivative, and with norm 1 where the sum is NaN.
+        if REDUCE == "norm2":  # half of it, and twice the element's factor, overflow where torch's gradient does
+            return tl.where(y == 0.0, 0.0, 0.5 * tl.div_rn(dy, y))
+        return tl.where((y == 0.0) | (y != y), 0.0, dy)
 
 
 @triton.jit
@@ -625,7 +626,7 @@ def _pool_backward_kernel(
     mask = mask_m[:, None] & mask_c[None, :]
     if x_ptr is not None:
         a_off = tile_offsets(n, d, h, w, c, stride_an, stride_ac, stride_ad, stride_ah, stride_aw, A_VEC, A_UNIT_C)
-        acc *= tl.load(x_ptr + a_off, mask=mask, other=0.0).to(tl.float32)
+        acc *= 2.0 * tl.load(x_ptr + a_off, mask=mask, other=0.0).to(tl.float32)
     x_off = tile_offsets(n, d, h, w, c, stride_xn, stride_xc, stride_xd, stride_xh, stride_xw, X_VEC, X_UNIT_C)
     tl.store(dx_ptr + x_off, narrow(acc, dx_ptr.dtype.element_ty), mask=mask)
 
@@ -707,7 +708,7 @@ def _pool_backward_cells_kernel(
         mask = mask_p[:, None] & mask_c[None, :]
         if x_ptr is not None:
             a_off = tile_offsets(n, d, h, w, c, stride_an, stride_ac, stride_ad, stride_ah, stride_aw, A_VEC, A_UNIT_C)
-            acc *= tl.load(x_ptr + a_off, mask=mask, other=0.0).to(tl.float32)
+            acc *= 2.0 * tl.load(x_ptr + a_off, mask=mask, other=0.0).to(tl.float32)
         x_off = tile_offsets(n, d, h, w, c, stride_xn, stride_xc, stride_xd, stride_xh, stride_xw, X_VEC, X_UNIT_C)
         tl.store(dx_ptr + x_off, narrow(acc, dx_ptr.dtype.element_ty), mask=mask)
 
@@ -798,7 +799,7 @@ def _pool_backward_rows_kernel(
     if x_ptr is not None:
         a_row = n.to(tl.int64) * stride_an + c.to(tl.int64) * stride_ac + d * stride_ad + h * stride_ah
         mask = mask_row[:, None] & below(w, W, A_VEC)[None, :]
-        acc *= tl.load(x_ptr + (a_row * A_VEC)[:, None] + w[None, :], mask=mask, other=0.0).to(tl.float32)
+        acc *= 2.0 * tl.load(x_ptr + (a_row * A_VEC)[:, None] + w[None, :], mask=mask, other=0.0).to(tl.float32)
     x_off = (row.to(tl.int64) * (W // X_VEC) * X_VEC)[:, None] + w[None, :]
     mask = mask_row[:, None] & below(w, W, X_VEC)[None, :]
     tl.store(dx_ptr + x_off, narrow(acc, dx_ptr.dtype.element_ty), mask=mask)
@@ -902,7 +903,7 @@ def _pool_backward_cell_rows_kernel(
         if x_ptr is not None:
             a_row = n.to(tl.int64) * stride_an + c.to(tl.int64) * stride_ac + d * stride_ad + h * stride_ah
             mask = mask_h[:, None] & ((w >= 0) & below(w, W, A_VEC))[None, :]
-            dx *= tl.load(x_ptr + (a_row * A_VEC)[:, None] + w[None, :], mask=mask, other=0.0).to(tl.float32)
+            dx *= 2.0 * tl.load(x_ptr + (a_row * A_VEC)[:, None] + w[None, :], mask=mask, other=0.0).to(tl.float32)
         x_row = ((plane.to(tl.int64) * D + d) * H + h) * (W // X_VEC) * X_VEC
         mask = mask_h[:, None] & x_cols[None, :]
         tl.store(dx_ptr + x_row[:, None] + w[None, :], narrow(dx, dx_ptr.dtype.element_ty), mask=mask)

@@ -1,6 +1,7 @@
 """Operators: validation, schemas, autograd, dispatch and the torch fallback. Kernels are imported where they run."""
 
-from ._dispatch import Decision, UnsupportedError, explain, record, use_backend
+from ._dispatch import Decision, UnsupportedError, record, use_backend
+from ._explain import explain
 from .attention import attention, attention_pool, scaled_dot_product_attention
 from .conv import conv1d, conv2d, conv3d, conv_transpose1d, conv_transpose2d, conv_transpose3d
 from .conv_pool import conv2d_max_pool2d

@@ -23,7 +23,8 @@ KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 class UnsupportedError(NotImplementedError):
-    """Raised under ``use_backend("triton")`` for a call that no kernel covers; the message names the argument."""
+    """Raised under ``use_backend("triton")`` for a call that no kernel covers (the message names the argument), and by
+    :func:`explain` for one that cannot be looked at without running it (the message names the line or the type)."""
 
 
 DEFAULT_BACKEND = word("TRITUNE_BACKEND") or "auto"
@@ -350,26 +351,3 @@ def record() -> Iterator[list[Decision]]:
         yield decisions
     finally:
         _state.set(_state.backend, previous)
-
-
-def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Decision | list[Decision]:
-    """Says what ``fn(*args, **kwargs)`` would run, without running it.
-
-    ``fn`` may be an operator of this package (the result is its :class:`Decision`) or any function, module or model
-    that calls some (a list, in call order). The call happens on fake tensors: nothing is computed or allocated.
-
-    Example::
-
-        >>> print(tritune.explain(tritune.max_pool2d, torch.randn(1, 8, 4, 4), 2))
-        max_pool2d: torch: no kernel covers the call
-          not triton: input is on the CPU, where torch serves (TRITON_INTERPRET=1 interprets the kernels there)
-    """
-    from torch._subclasses.fake_tensor import FakeTensorMode
-    from torch.utils._pytree import tree_map_only
-
-    with FakeTensorMode(allow_non_fake_inputs=True) as mode, record() as decisions:
-        fake_args, fake_kwargs = tree_map_only(torch.Tensor, mode.from_tensor, (args, kwargs))
-        fn(*fake_args, **fake_kwargs)
-    if getattr(fn, "__module__", "").startswith(f"{__package__}.") and len(decisions) == 1:
-        return decisions[0]
-    return decisions

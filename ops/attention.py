@@ -507,7 +507,7 @@ def _weights(
     empty = (s == -inf).all(-1, keepdim=True)
     s = torch.where(empty, 0.0, s)
     if k.shape[2] == 0:
-        return s, torch.full_like(s.sum(-1), -inf)
+        return s, s.sum(-1) - inf  # with a gradient, as everywhere
     p = torch.where(empty, 0.0, torch.softmax(s, -1))
     return p, torch.where(empty.squeeze(-1), -inf, torch.logsumexp(s, -1))
 
@@ -525,8 +525,9 @@ def _grads(
     inner = (p * dp).sum(-1, keepdim=True)
     ds = p * (dp - (inner if dlse is None else inner - dlse.unsqueeze(-1)))
     needs_q, needs_k, needs_v, needs_bias = needs
-    dq = (scale * (ds @ keys)).to(q.dtype) if needs_q else None
-    dk = _folded(scale * (ds.transpose(-1, -2) @ q.to(wide)), k) if needs_k else None
+    # The scale first, which is below 1 most often: sums with keys near finfo.max stay finite.
+    dq = ((scale * ds) @ keys).to(q.dtype) if needs_q else None
+    dk = _folded((scale * ds).transpose(-1, -2) @ q.to(wide), k) if needs_k else None
     dv = _folded(p.transpose(-1, -2) @ dout, v) if needs_v else None
     dbias = ds.sum_to_size(bias.shape).to(bias.dtype) if bias is not None and needs_bias else None
     return dq, dk, dv, dbias

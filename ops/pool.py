@@ -610,12 +610,17 @@ def _lp_pool(
         return y * sign
     if input.device.type == "cuda" and torch.is_autocast_enabled("cuda") and input.dtype.itemsize == 2:
         input = input.float()  # powers are in fp32 there, and so is what becomes of them
+    # In three dimensions torch's kernel for the CPU has no 16-bit types: in float32 from the powers on, rounded once.
+    is_widened = rank == 3 and input.device.type == "cpu" and input.dtype in (torch.float16, torch.bfloat16)
+    wide = input.float() if is_widened else input
+    dtype = wide.dtype if is_widened and torch.is_autocast_enabled("cpu") else input.dtype
     if norm_type not in FUSED_NORMS:
-        return _root(_serve_avg_pool(rank, input.pow(norm_type), args, True, 0), args.kernel_size, norm_type)
+        mean = _serve_avg_pool(rank, wide.pow(norm_type), args, True, 0)
+        return _root(mean, args.kernel_size, norm_type).to(dtype)
 
     def composite() -> Tensor:
-        mean = _torch_avg(input.pow(norm_type), args.kernel_size, args.stride, args.padding, args.ceil_mode, True, 0)
-        return _root(mean, args.kernel_size, norm_type)
+        mean = _torch_avg(wide.pow(norm_type), args.kernel_size, args.stride, args.padding, args.ceil_mode, True, 0)
+        return _root(mean, args.kernel_size, norm_type).to(dtype)
 
     return _serve(
         f"lp_pool{rank}d", rank, input, args.output_size, _windows(args), f"norm{norm_type:.0f}", 0,
@@ -1349,10 +1354,12 @@ def _lp_gradient(
     dy: Tensor, input: Tensor, output: Tensor, kernel_size: Sequence[int], norm: float, spread: Callable[[Tensor],
     Tensor],
 ) -> Tensor:  # fmt: skip
-    """``sum over windows of dy * y^(1-p) * K / divisor, times x^(p-1)``; ``spread`` is the gradient of a mean."""
-    zero = output == 0
-    slope = torch.where(zero, 1.0, output) ** (1 - norm) * math.prod(kernel_size)
-    return spread(torch.where(zero, 0.0, dy * slope)) * input ** (norm - 1)
+    """``sum over windows of dy * y^(1-p) * K / (divisor p), times p x^(p-1)``; ``spread`` is the gradient of a mean.
+    The factors are torch's, so that what overflows is NaN where torch's is. A sum that is NaN has no gradient for p = 1
+    alone, as in torch."""
+    flat = (output == 0) | (output.isnan() if norm == 1 else False)
+    slope = torch.where(flat, 1.0, output) ** (1 - norm) * math.prod(kernel_size)
+    return spread(torch.where(flat, 0.0, dy * slope) / norm) * (norm * input ** (norm - 1))
 
 
 def _lp_backward_autograd(dy: Tensor, input: Tensor, output: Tensor, *options: Any) -> Tensor:

@@ -1,0 +1,295 @@
+"""What a call would run: the call is made on copies without data, so that looking at it changes nothing."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import gc
+import random
+import sys
+import sysconfig
+import traceback
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import CellType, CodeType, FunctionType, ModuleType
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from ._dispatch import Decision, UnsupportedError, record
+
+
+def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Decision | list[Decision]:
+    """Says what ``fn(*args, **kwargs)`` would run, without running it, and leaves everything as it was.
+
+    ``fn`` may be an operator of this package (the result is its :class:`Decision`) or any function, module or model
+    that calls some (a list, in call order).
+
+    The call is made on copies. Tensors have a shape and no data, so nothing is computed or allocated; only lengths and
+    counters (integers on the CPU, in at most one dimension) keep their values. Whatever ``fn`` reaches is copied with
+    them: attributes and buffers, what a closure holds, the globals and class attributes that your functions name. The
+    states of the random generators are restored. What the call does to the world outside, such as a file that it
+    writes or what an installed library remembers, cannot be undone. No other thread should run ``fn`` meanwhile.
+
+    Raises:
+        UnsupportedError: the call depends on values, as ``.item()``, a boolean mask and ``.numpy()`` do, or reaches
+            an object that cannot be copied; the message names the line or the type.
+        (others): what the call itself raises.
+
+    Example::
+
+        >>> print(tritune.explain(tritune.max_pool2d, torch.randn(1, 8, 4, 4), 2))
+        max_pool2d: torch: no kernel covers the call
+          not triton: input is on the CPU, where torch serves (TRITON_INTERPRET=1 interprets the kernels there)
+    """
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    with _random_states_restored(), _copied((fn, args, kwargs), mode) as (copies, known), record() as decisions:
+        call, args, kwargs = copies
+        try:
+            with mode, _KnownValues(known):
+                call(*args, **kwargs)
+        except Exception as error:
+            if not _needs_values(error):
+                raise
+            raise UnsupportedError(
+                f"explain: {_line_of(error)} needs the values of a tensor, and explain computes none: explain what "
+                "comes before and after it, or make the call inside `with tritune.ops.record() as decisions:`"
+            ) from error
+    if len(decisions) == 1 and getattr(fn, "__module__", "").startswith(f"{__package__}."):
+        return decisions[0]
+    return decisions
+
+
+# --- values that the call may read -----------------------------------------------------------------------------------
+
+MAX_KNOWN = 1024  # elements: lengths, batch sizes and counters have fewer
+
+
+def _may_be_known(tensor: Tensor) -> bool:
+    """Is this likely a length or a counter, which the call may branch on?"""
+    is_integer = not tensor.is_floating_point() and not tensor.is_complex()
+    return is_integer and tensor.dim() <= 1 and tensor.numel() <= MAX_KNOWN and tensor.device.type == "cpu"
+
+
+class _KnownValues(TorchDispatchMode):
+    """Computes with lengths and counters as long as they depend on nothing else; FakeTensorMode would forget them."""
+
+    def __init__(self, known: list[Tensor]) -> None:
+        super().__init__()
+        self.known = WeakTensorKeyDictionary()
+        self._know(known)
+
+    def _know(self, results: Any) -> Any:
+        self.known.update({one: True for one in tree_leaves(results) if isinstance(one, Tensor)})
+        return results
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        from torch._subclasses.fake_tensor import unset_fake_temporarily
+
+        kwargs = kwargs or {}
+        tensors = [one for one in tree_leaves((args, kwargs)) if isinstance(one, Tensor)]
+        if func is torch.ops.aten.lift_fresh.default and _may_be_known(tensors[0]):  # torch.tensor and its like
+            return self._know(tensors[0])
+        if func is torch.ops.aten._pack_padded_sequence.default and tensors[1] in self.known:
+            return self._pack(*args)
+        on_cpu = kwargs.get("device") in (None, torch.device("cpu"))
+        if tensors and on_cpu and all(tensor in self.known for tensor in tensors):
+            with unset_fake_temporarily():
+                return self._know(func(*args, **kwargs))
+        result = func(*args, **kwargs)
+        if not tensors and isinstance(result, Tensor) and _may_be_known(result):
+            with unset_fake_temporarily():
+                return self._know(func(*args, **kwargs))
+        for argument, value in zip(func._schema.arguments, args, strict=False):
+            if argument.is_write and isinstance(value, Tensor):
+                self.known.pop(value, None)
+        return result
+
+    def _pack(self, input: Tensor, lengths: Tensor, batch_first: bool) -> tuple[Tensor, Tensor]:
+        """The shapes of packed rows, which follow from the lengths alone."""
+        from torch._subclasses.fake_tensor import unset_fake_temporarily
+
+        with unset_fake_temporarily():
+            rows, batch_sizes = torch._VF._pack_padded_sequence(torch.empty(*input.shape[:2], 1), lengths, batch_first)
+        return input.new_empty(rows.shape[0], *input.shape[2:]), self._know(batch_sizes)
+
+
+def _needs_values(error: Exception) -> bool:
+    from torch._subclasses import fake_tensor
+
+    kinds = (fake_tensor.DataDependentOutputException, fake_tensor.DynamicOutputShapeException)
+    # torch has no type for the others: numpy(), and a format such as f"{loss:.2f}".
+    return isinstance(error, kinds) or "tensor subclasses" in str(error) or "FakeTensor.__format__" in str(error)
+
+
+def _line_of(error: Exception) -> str:
+    """Where the user's code was: file, line and text."""
+    frames = list(traceback.walk_tb(error.__traceback__))
+    users = [one for one in frames if not _is_installed(one[0].f_globals.get("__name__"))] or frames
+    summary = traceback.StackSummary.extract(iter(users[-1:]))[0]
+    return f"{summary.filename}:{summary.lineno} ({summary.line})"
+
+
+# --- copies of everything that the call reaches ----------------------------------------------------------------------
+
+
+class _Place(NamedTuple):
+    """Where a function or class keeps what is not copied with an object: an entry of its globals, else an attribute."""
+
+    holder: Any
+    name: str
+
+    def read(self) -> Any:
+        if isinstance(self.holder, FunctionType):
+            return getattr(self.holder, self.name)
+        if isinstance(self.holder, CellType):
+            try:
+                return self.holder.cell_contents
+            except ValueError:  # of a variable that has no value yet
+                return _ABSENT
+        return (self.holder if isinstance(self.holder, dict) else vars(self.holder)).get(self.name, _ABSENT)
+
+    def write(self, value: Any) -> None:
+        if isinstance(self.holder, dict):
+            if value is _ABSENT:
+                self.holder.pop(self.name, None)
+            else:
+                self.holder[self.name] = value
+        elif value is not _ABSENT:
+            setter = type if isinstance(self.holder, type) else object  # a metaclass may refuse, as that of Enum does
+            setter.__setattr__(self.holder, self.name, value)
+        elif self.read() is not _ABSENT:
+            delattr(self.holder, self.name)
+
+
+_ABSENT = object()
+_LruCache = type(functools.lru_cache(int))
+_INSTALLED = tuple({sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")})
+
+
+@contextmanager
+def _copied(root: Any, mode: Any) -> Iterator[tuple[Any, list[Tensor]]]:
+    """A copy of ``root`` with tensors that have no data, and those that kept their values.
+
+    Within the block the functions and classes that ``root`` reaches work on copies, too.
+    """
+    tensors, caches, places = _reach(root)
+    before = [(place, place.read()) for place in places]
+    moved = [(place, value) for place, value in before if _is_state(place, value)]
+    try:
+        memo: dict[int, Any] = {id(cache): _empty(cache) for cache in caches}
+        known = {id(tensor): tensor.clone() for tensor in tensors if _may_be_known(tensor)}
+        with warnings.catch_warnings():  # torch reads the gradient of tensors that have none, and says so
+            warnings.simplefilter("ignore")
+            memo |= {id(tensor): mode.from_tensor(tensor) for tensor in tensors} | known
+        for tensor in tensors:
+            vars(memo[id(tensor)]).update(copy.deepcopy(vars(tensor), memo))
+        result, values = copy.deepcopy((root, [value for _, value in moved]), memo)
+    except Exception as error:
+        raise UnsupportedError(
+            f"explain: something that the call reaches cannot be copied ({error}): explain a part without it, or make "
+            "the call inside `with tritune.ops.record() as decisions:`"
+        ) from error
+    try:
+        for (place, value), copied in zip(moved, values, strict=True):
+            if copied is not value:
+                place.write(copied)
+        yield result, list(known.values())
+    finally:
+        for place, value in before:
+            if place.read() is not value:
+                place.write(value)
+
+
+def _reach(root: Any) -> tuple[list[Tensor], list[Any], list[_Place]]:
+    """The tensors, the results that ``functools.cache`` keeps, and the places that a call of ``root`` can come to."""
+    tensors: list[Tensor] = []
+    caches: list[Any] = []
+    places: dict[tuple[int, str], _Place] = {}
+    seen: dict[int, Any] = {}  # with the objects, which must outlive their ids
+    todo = [root]
+    while todo:
+        one = todo.pop()
+        if id(one) in seen or isinstance(one, ModuleType | CodeType):
+            continue
+        seen[id(one)] = one
+        if isinstance(one, Tensor):
+            tensors.append(one)
+            todo.append(vars(one))
+        elif isinstance(one, type | FunctionType | _LruCache):
+            is_users = not _is_installed(one.__module__)
+            found = list(_places_of(one, is_users))
+            places |= {(id(place.holder), place.name): place for place in found}
+            todo += [place.read() for place in found]
+            if is_users:
+                todo += [*vars(one).values(), *getattr(one, "__bases__", ())]
+            if is_users and isinstance(one, _LruCache):
+                caches.append(one)
+        else:
+            todo += gc.get_referents(one)
+    return tensors, caches, list(places.values())
+
+
+def _places_of(one: Any, is_users: bool) -> Iterator[_Place]:
+    if isinstance(one, FunctionType):
+        yield from (_Place(cell, "cell_contents") for cell in one.__closure__ or ())
+    if not is_users:
+        return
+    if isinstance(one, FunctionType):
+        yield from (_Place(one, name) for name in ("__defaults__", "__kwdefaults__", "__dict__"))
+        if not _is_installed(one.__globals__.get("__name__")):
+            yield from (_Place(one.__globals__, name) for name in _names(one.__code__))
+    elif isinstance(one, type):
+        methods = [value for value in vars(one).values() if isinstance(value, FunctionType)]
+        names = {*vars(one), *(name for method in methods for name in _names(method.__code__))}
+        yield from (_Place(one, name) for name in names if not name.startswith(("__", "_abc_")))
+
+
+def _names(code: CodeType) -> set[str]:
+    """The globals and attributes that a function names, and those inside it."""
+    inner = (_names(one) for one in code.co_consts if isinstance(one, CodeType))
+    return set(code.co_names).union(*inner)
+
+
+def _is_state(place: _Place, value: Any) -> bool:
+    """Is this something that a call may change? Not so methods and properties, which are no state, nor modules."""
+    if isinstance(value, _LruCache):
+        return not _is_installed(value.__module__)
+    is_method = isinstance(place.holder, type | dict) and hasattr(type(value), "__get__")
+    return value is not _ABSENT and not is_method and not isinstance(value, ModuleType)
+
+
+def _empty(cache: Any) -> Any:
+    return functools.lru_cache(**cache.cache_parameters())(cache.__wrapped__)
+
+
+@functools.cache
+def _is_installed(module: str | None) -> bool:
+    """Is this a library's code, whose state is not the user's?"""
+    root = _root(module)
+    file = getattr(sys.modules.get(root), "__file__", None) or ""
+    return root == _root(__name__) or root in sys.stdlib_module_names or file.startswith(_INSTALLED)
+
+
+def _root(module: str | None) -> str:
+    return (module or "").partition(".")[0]
+
+
+@contextmanager
+def _random_states_restored() -> Iterator[None]:
+    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
+    gpus = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    try:
+        with torch.random.fork_rng(gpus):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)  # noqa: NPY002

@@ -1,0 +1,450 @@
+"""Looking changes nothing: what a call reaches is, after ``explain``, what it was before, bit for bit."""
+
+from __future__ import annotations
+
+import functools
+import random
+import re
+import threading
+import warnings
+from collections.abc import Callable
+from types import CellType, FunctionType, MethodType, ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import test_extremes
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
+
+import tritune
+from tritune.ops import record
+
+pytestmark = pytest.mark.torch
+
+
+# --- the deep comparison ---------------------------------------------------------------------------------------------
+
+
+def snapshot(one: Any, seen: dict[int, Any]) -> Any:
+    """Everything that ``one`` holds, by identity and by value, as nested tuples that compare by ``==``."""
+    if isinstance(one, bool | int | float | str | bytes | None | torch.dtype | ModuleType):
+        return one
+    if id(one) in seen:
+        return id(one)
+    seen[id(one)] = one  # an object that is gone would leave its id to another
+
+    def inside(*parts: Any) -> Any:
+        return tuple(snapshot(part, seen) for part in parts)
+
+    held: Any = ()
+    if isinstance(one, type):
+        held = tuple((name, *inside(value)) for name, value in vars(one).items() if name[0] != "_")
+        return id(one), held if one.__module__ == __name__ else ()
+    if isinstance(one, Tensor):
+        values = one.detach().contiguous().view(-1).view(torch.uint8).tolist() if one.numel() else []
+        held = (values, one._version, one.requires_grad, tuple(one.shape), one.stride())
+        held = (*held, *inside(one.grad if one.is_leaf else None, one._backward_hooks))
+    elif isinstance(one, np.ndarray):
+        held = one.tobytes()
+    elif isinstance(one, np.random.Generator):
+        held = str(one.bit_generator.state)
+    elif isinstance(one, dict):
+        held = tuple(inside(key, value) for key, value in one.items())
+    elif isinstance(one, list | tuple | set | frozenset):
+        held = inside(*one)
+    elif isinstance(one, FunctionType):
+        held = inside(one.__defaults__, one.__kwdefaults__, *(one.__closure__ or ()))
+    elif isinstance(one, CellType):
+        held = inside(one.cell_contents)
+    elif isinstance(one, MethodType):
+        held = inside(one.__self__, one.__func__)
+    elif isinstance(one, functools.partial):
+        held = inside(one.func, one.args, one.keywords)
+    elif isinstance(one, type(table)):
+        held = tuple(one.cache_info())
+    if hasattr(one, "__dict__"):
+        held = (held, inside(type(one), vars(one)))
+    return (type(one), None if isinstance(one, tuple) else id(one), held)
+
+
+def everything(call: Any) -> Any:
+    """The call, the state of this module, and those of the random generators."""
+    seen: dict[int, Any] = {}
+    randomness = (torch.get_rng_state().tolist(), random.getstate(), str(np.random.get_state()))  # noqa: NPY002
+    state = {name: value for name, value in globals().items() if name in GLOBALS}
+    return [snapshot(call, seen), [(name, snapshot(value, seen)) for name, value in state.items()], randomness]
+
+
+# --- calls that leave traces -----------------------------------------------------------------------------------------
+
+WRITTEN: list[Tensor] = []
+COUNT = 0
+STATIC = nn.Sequential(tritune.nn.Conv2d(2, 2, 1), nn.BatchNorm2d(2))
+GLOBALS = ("WRITTEN", "COUNT", "CREATED", "STATIC", "table")
+
+
+@functools.cache
+def table(size: int) -> Tensor:
+    return torch.arange(size) * torch.ones(size)
+
+
+class Pooling(nn.Module):
+    """Something to explain; what follows derives from it and leaves traces as well."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.note()
+
+    def note(self) -> None: ...
+
+    def touch(self, x: Tensor) -> None: ...
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.touch(x)
+        return tritune.max_pool2d(x, 2)
+
+
+class Counter(Pooling):
+    def note(self) -> None:
+        self.count, self.calls = 0, {"of": {"forward": [0]}}
+
+    def touch(self, x: Tensor) -> None:
+        self.count += 1
+        self.calls["of"]["forward"].append(x.shape)
+
+
+class Cache(Pooling):
+    def note(self) -> None:
+        self.cache: list[Tensor] = [torch.zeros(1)]
+        self.last = None
+
+    def touch(self, x: Tensor) -> None:
+        self.cache.append(x.mean())
+        self.cache[0].add_(1)
+        self.last = x
+
+
+class Average(Pooling):
+    def note(self) -> None:
+        self.register_buffer("mean", torch.zeros(2))
+        self.register_buffer("steps", torch.tensor(0))
+        self.register_buffer("ready", torch.tensor(False))
+
+    def touch(self, x: Tensor) -> None:
+        if not self.ready:
+            self.ready.fill_(True)
+        self.steps += 1
+        self.mean.lerp_(x.mean((0, 2, 3)), 1 / int(self.steps))
+
+
+class Lazy(Pooling):
+    def touch(self, x: Tensor) -> None:
+        if not hasattr(self, "layer"):
+            self.layer = nn.Linear(x.shape[-1], 3)
+            self.register_buffer("size", torch.tensor(x.shape[-1]))
+        self.layer(x)
+
+
+class OnTheClass(Pooling):
+    seen: list[Tensor] = []
+    calls = 0
+
+    def touch(self, x: Tensor) -> None:
+        self.seen.append(x)
+        type(self).calls += 1
+        type(self).created = x
+
+
+class Global(Pooling):
+    def touch(self, x: Tensor) -> None:
+        global COUNT, CREATED
+        WRITTEN.append(x)
+        COUNT += 1
+        CREATED = x
+        x + table(x.shape[-1])
+
+
+class RandomNumbers(Pooling):
+    def note(self) -> None:
+        self.own = np.random.default_rng(1)
+
+    def touch(self, x: Tensor) -> None:
+        torch.manual_seed(random.randrange(9) + int(np.random.randint(9)) + int(self.own.integers(9)))  # noqa: NPY002
+
+
+class Parameters(Pooling):
+    def note(self) -> None:
+        self.weight = nn.Parameter(torch.ones(1))
+        self.weight.grad = torch.ones(1)
+        self.weight.tag = [1]
+
+    def touch(self, x: Tensor) -> None:
+        self.weight.tag.append(2)
+        with torch.no_grad():
+            self.weight.mul_(2)
+            self.weight.grad.zero_()
+        self.weight.requires_grad_(False)
+        self.weight = nn.Parameter(x[0, 0, 0])
+        self.eval()
+
+
+class Numpy(Pooling):
+    def note(self) -> None:
+        self.histogram = np.zeros(3)
+
+    def touch(self, x: Tensor) -> None:
+        self.histogram += 1
+
+
+class Hooked(Pooling):
+    def note(self) -> None:
+        outputs: list[Tensor] = []
+        self.register_forward_hook(lambda module, args, result: outputs.append(result))
+        self.register_forward_pre_hook(self.before)
+
+    def before(self, module: Any, args: Any) -> None:
+        self.register_forward_hook(print)
+
+
+class Enumerated(Pooling):
+    @functools.lru_cache(8)  # noqa: B019
+    def positions(self, size: int) -> Tensor:
+        return torch.ones(size) * self.training
+
+    def touch(self, x: Tensor) -> None:
+        self.positions(x.shape[-1]) + x
+
+
+IMAGE = (3, 2, 4, 4)
+POOLINGS = (
+    Counter, Cache, Average, Lazy, OnTheClass, Global, RandomNumbers, Parameters, Numpy, Hooked, Enumerated
+)  # fmt: skip
+
+
+def normalised() -> Any:
+    layers = nn.Sequential(tritune.nn.Conv2d(2, 3, 1), nn.BatchNorm2d(3), nn.Dropout(), tritune.nn.MaxPool2d(2))
+    return layers, (torch.randn(IMAGE, requires_grad=True),)
+
+
+def cumulative() -> Any:
+    return nn.Sequential(tritune.nn.Conv2d(2, 3, 1), nn.BatchNorm2d(3, momentum=None)), (torch.randn(IMAGE),)
+
+
+def normalised_weight(of: Callable[..., Any]) -> Callable[[], Any]:
+    def make() -> Any:
+        with warnings.catch_warnings():  # the older ones are deprecated, and in use
+            warnings.simplefilter("ignore")
+            return of(tritune.nn.Conv2d(2, 3, 1)), (torch.randn(IMAGE),)
+
+    return make
+
+
+def sequence(kind: Any, packed: bool) -> Callable[[], Any]:
+    def make() -> Any:
+        x = torch.randn(3, 2, 4)
+        return kind(4, 5, bidirectional=True), (pack_padded_sequence(x, torch.tensor([3, 1])) if packed else x,)
+
+    return make
+
+
+def packs_inside() -> Any:
+    layer = tritune.nn.LSTM(4, 5, batch_first=True)
+
+    def call(x: Tensor, lengths: Tensor) -> Tensor:
+        packed = pack_padded_sequence(x, lengths.cpu(), batch_first=True, enforce_sorted=False)
+        return pad_packed_sequence(layer(packed)[0], batch_first=True)[0]
+
+    return call, (torch.randn(3, 5, 4), torch.tensor([2, 5, 3]))
+
+
+def closure() -> Any:
+    net, seen = normalised()[0], []
+
+    def call(x: Tensor, *, memory: list[Any] = []) -> Tensor:  # noqa: B006
+        nonlocal net
+        seen.append(x)
+        memory.append(x)
+        call.calls += 1
+        result, net = net(x), None
+        return result
+
+    call.calls = 0
+    return call, (torch.randn(IMAGE),)
+
+
+def bound_method() -> Any:
+    class Trainer:
+        def __init__(self) -> None:
+            self.net, self.losses, self.step = normalised()[0], [], 0
+
+        def run(self, x: Tensor) -> None:
+            self.step += 1
+            self.losses.append(self.net(x).sum())
+
+    return Trainer().run, (torch.randn(IMAGE),)
+
+
+def partial() -> Any:
+    cache: dict[str, Tensor] = {}
+
+    def call(net: Any, cache: dict[str, Tensor], x: Tensor) -> None:
+        cache["x"] = net(x)
+
+    return functools.partial(call, normalised()[0], cache=cache), (), {"x": torch.randn(IMAGE)}
+
+
+def arguments() -> Any:
+    past = {"keys": [torch.randn(1, 1, 2, 8)]}
+
+    def call(q: Tensor, past: dict[str, list[Tensor]]) -> Tensor:
+        past["keys"].append(q)
+        q.mul_(2)
+        keys = torch.cat(past["keys"], 2)
+        return tritune.scaled_dot_product_attention(q, keys, keys)
+
+    return call, (torch.randn(1, 1, 1, 8), past)
+
+
+def trains() -> Any:
+    net, x = normalised()
+    optimizer = torch.optim.AdamW(net.parameters())
+
+    def step(x: Tensor) -> None:
+        optimizer.zero_grad()
+        net(x).sum().backward()
+        optimizer.step()
+
+    return step, x
+
+
+CALLS: dict[str, Callable[[], Any]] = {
+    **{kind.__name__: lambda kind=kind: (kind(), (torch.randn(IMAGE),)) for kind in POOLINGS},
+    "BatchNorm": normalised,
+    "cumulative BatchNorm": cumulative,
+    "evaluation": lambda: (normalised()[0].eval(), (torch.randn(IMAGE),)),
+    "spectral_norm": normalised_weight(parametrizations.spectral_norm),
+    "weight_norm": normalised_weight(parametrizations.weight_norm),
+    "older spectral_norm": normalised_weight(nn.utils.spectral_norm),
+    "older weight_norm": normalised_weight(nn.utils.weight_norm),
+    **{
+        f"{kind.__name__}, {'packed' if packed else 'padded'}": sequence(kind, packed)
+        for kind in (tritune.nn.LSTM, tritune.nn.GRU, tritune.nn.RNN)
+        for packed in (False, True)
+    },
+    "packs inside": packs_inside,
+    "closure": closure,
+    "bound method": bound_method,
+    "partial": partial,
+    "arguments": arguments,
+    "training step": trains,
+    "global model": lambda: (lambda x: STATIC(x).sum(), (torch.randn(IMAGE),)),
+    "decorated": lambda: (tritune.use_backend("torch")(torch.no_grad()(normalised()[0])), (torch.randn(IMAGE),)),
+}
+
+
+LEAVE_NOTHING = (
+    "evaluation",
+    "weight_norm",
+    "packs inside",
+    *(name for name in CALLS if "padded" in name or "packed" in name),
+)
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_nothing_is_changed(name):
+    call = CALLS[name]()
+    fn, args, *kwargs = call
+    kwargs = kwargs[0] if kwargs else {}
+    before = everything(call)
+    decisions = tritune.explain(fn, *args, **kwargs)
+    assert everything(call) == before
+    with record() as made:
+        fn(*args, **kwargs)
+    assert [one.op for one in decisions] == [one.op for one in made]
+    assert made, "the call comes to no operator of ours, so it shows nothing"
+    assert (everything(call) == before) == (name in LEAVE_NOTHING), "what the call itself leaves is not seen"
+
+
+# --- calls that cannot be explained ----------------------------------------------------------------------------------
+
+
+class Generating(Pooling):
+    def note(self) -> None:
+        self.batches = (number for number in range(3))
+
+
+class Locked(Pooling):
+    def note(self) -> None:
+        self.lock = threading.Lock()
+
+
+DEPEND_ON_VALUES: dict[str, Callable[[Tensor], Any]] = {
+    "item": lambda x: x.sum().item(),
+    "float": lambda x: float(x.max()),
+    "if": lambda x: 1 if x.sum() > 0 else 2,
+    "assert": lambda x: None if x.isfinite().all() else x,
+    "tolist": lambda x: x.tolist(),
+    "mask": lambda x: x[x > 0],
+    "nonzero": lambda x: x.nonzero(),
+    "unique": lambda x: x.unique(),
+    "numpy": lambda x: x.numpy(),
+    "array": lambda x: np.asarray(x) + 1,
+    "format": lambda x: f"{x.sum():.2f}",
+    "allclose": lambda x: torch.allclose(x, x),
+    "counted": lambda x: int(torch.arange(4).index_add_(0, torch.arange(4), x[0, 0, 0].long())[0]),
+    "lengths": lambda x: pack_padded_sequence(x[0], x[0, 0, 0, :2].long().abs() + 1),
+    "repeats": lambda x: torch.repeat_interleave(x[0, 0, 0].long()),
+}
+
+
+@pytest.mark.parametrize("name", DEPEND_ON_VALUES)
+def test_what_depends_on_values_is_refused(name):
+    class Model(Counter):
+        def touch(self, x: Tensor) -> None:
+            super().touch(x)
+            DEPEND_ON_VALUES[name](x)
+
+    call = Model(), (torch.randn(IMAGE),)
+    before = everything(call)
+    with pytest.raises(tritune.UnsupportedError) as refused:
+        tritune.explain(call[0], *call[1])
+    assert everything(call) == before
+    assert re.fullmatch(
+        rf'explain: {re.escape(__file__)}:\d+ \("{name}": .*\) needs the values of a tensor.*', str(refused.value)
+    )
+
+
+@pytest.mark.parametrize("model, what", [(Generating, "generator"), (Locked, "lock")])
+def test_what_cannot_be_copied_is_refused(model, what):
+    call = model(), (torch.randn(IMAGE),)
+    before = everything(call)
+    with pytest.raises(tritune.UnsupportedError, match=f"^explain: something .* cannot be copied .*{what}.*record"):
+        tritune.explain(call[0], *call[1])
+    assert everything(call) == before
+
+
+def test_errors_are_the_calls_own_and_leave_nothing():
+    class Fails(Counter):
+        def touch(self, x: Tensor) -> None:
+            super().touch(x)
+            WRITTEN.append(x)
+            raise LookupError("the call's own")
+
+    call = Fails(), (torch.randn(IMAGE),)
+    before = everything(call)
+    with pytest.raises(LookupError, match=r"^the call's own$"):
+        tritune.explain(call[0], *call[1])
+    assert everything(call) == before
+
+
+@pytest.mark.parametrize("name", test_extremes.CALLS)
+def test_every_public_function(name):
+    one = test_extremes.CALLS[name]
+    call = one.function, {key: torch.randn(shape, requires_grad=True) for key, shape in one.shapes.items()}, one.kwargs
+    before = everything(call)
+    decisions = tritune.explain(call[0], **call[1], **call[2])
+    assert everything(call) == before
+    assert decisions
