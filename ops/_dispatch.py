@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -99,6 +100,8 @@ def torch_validates(input: Any) -> bool:
     checks of meta and fake tensors, and so those under torch.compile, let more pass."""
     kind = type(input)
     if (kind is not torch.Tensor and kind is not torch.nn.Parameter) or torch.compiler.is_dynamo_compiling():
+        return False
+    if logger.isEnabledFor(logging.INFO):  # :func:`choose` logs why torch serves
         return False
     backend = _state.torch_first
     return input.is_cpu if backend == "auto" else backend == "torch" and not input.is_meta
