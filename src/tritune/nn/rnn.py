@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,7 +25,7 @@ class _Recurrent(Quantizable, torch.nn.RNNBase):
     one of those, by isinstance, unless everybody sets ``torch._dynamo.config.allow_rnn``.
     """
 
-    __jit_unused_properties__: ClassVar = [
+    __jit_unused_properties__ = [  # noqa: RUF012
         *Quantizable.__jit_unused_properties__, *torch.nn.RNNBase.__jit_unused_properties__
     ]  # fmt: skip
     _torch: type[torch.nn.RNNBase]
