@@ -25,7 +25,7 @@ class _Recurrent(Quantizable, torch.nn.RNNBase):
     one of those, by isinstance, unless everybody sets ``torch._dynamo.config.allow_rnn``.
     """
 
-    __jit_unused_properties__ = [  # noqa: RUF012
+    __jit_unused_properties__ = [  # type: ignore[misc]  # noqa: RUF012
         *Quantizable.__jit_unused_properties__, *torch.nn.RNNBase.__jit_unused_properties__
     ]  # fmt: skip
     _torch: type[torch.nn.RNNBase]
@@ -107,6 +107,10 @@ class _Recurrent(Quantizable, torch.nn.RNNBase):
         rows, batch_sizes, sorted_indices, unsorted_indices = input
         self.check_input(rows, batch_sizes)
         if hx is not None:
+            count = self.num_layers * (2 if self.bidirectional else 1)
+            for state in self._states(hx):
+                if state.shape[0] != count:
+                    raise RuntimeError(f"Expected {count} hidden states, got {list(state.shape)}")
             hx = self.permute_hidden(self._joined(self._states(hx)), sorted_indices)
         out, state = self._by_layer(rows, batch_sizes, hx)
         packed = PackedSequence(out, batch_sizes, sorted_indices, unsorted_indices)
