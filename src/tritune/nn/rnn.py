@@ -112,11 +112,14 @@ class _Recurrent(Quantizable, torch.nn.RNNBase):
                 if state.shape[0] != count:
                     raise RuntimeError(f"Expected {count} hidden states, got {list(state.shape)}")
             hx = self.permute_hidden(self._joined(self._states(hx)), sorted_indices)
-        out, state = self._by_layer(rows, batch_sizes, hx)
+        batch = int(batch_sizes[0])
+        for state in () if hx is None else self._states(hx):
+            torch._check(state.shape[1] == batch)
+        out, state = self._by_layer(rows, batch_sizes, hx, batch)
         packed = PackedSequence(out, batch_sizes, sorted_indices, unsorted_indices)
         return packed, self.permute_hidden(state, unsorted_indices)
 
-    def _by_layer(self, input: Tensor, batch_sizes: Tensor | None, hx: Any) -> Any:
+    def _by_layer(self, input: Tensor, batch_sizes: Tensor | None, hx: Any, batch: int = 0) -> Any:
         directions = 2 if self.bidirectional else 1
         given = () if hx is None else self._states(hx)
         lasts = []
@@ -124,7 +127,9 @@ class _Recurrent(Quantizable, torch.nn.RNNBase):
             states = given if self.num_layers == 1 else [s.narrow(0, layer * directions, directions) for s in given]
             h0, c0, *_ = (*states, None, None)
             weights = self._weights(layer)
-            input, *last = sequence_layer(_CELLS[self.mode], input, batch_sizes, weights, h0, c0, self.batch_first)
+            input, *last = sequence_layer(
+                _CELLS[self.mode], input, batch_sizes, weights, h0, c0, self.batch_first, batch
+            )
             lasts.append(last if self.mode == "LSTM" else last[:1])
             if layer + 1 < self.num_layers and self.training and self.dropout:
                 input = dropout(input, self.dropout)
