@@ -309,13 +309,14 @@ def is_traced_as_torch(count: int) -> bool:
 
 def sequence_layer(
     cell: str, input: Tensor, batch_sizes: Tensor | None, weights: Sequence[Tensor | None], h0: Tensor | None,
-    c0: Tensor | None, batch_first: bool,
+    c0: Tensor | None, batch_first: bool, batch: int = 0,
 ) -> tuple[Tensor, Tensor, Any]:  # fmt: skip
     """One layer of a module where torch's own layer cannot be called as it is.
 
     Args:
         input: a batch as in :func:`rnn`, or the rows of a packed one.
-        batch_sizes: of a packed batch.
+        batch_sizes, batch: of a packed batch; the second is the first of the first, read once for all layers, because
+            while tracing each reading is another unknown.
         weights: w_ih, w_hh, b_ih, b_hh, and w_hr of an LSTM with projections, each with its directions stacked.
     """
     w_ih, w_hh, b_ih, b_hh, w_hr = weights
@@ -326,7 +327,7 @@ def sequence_layer(
         return _recur(op, cell, input, w_ih, w_hh, b_ih, b_hh, h0, c0, batch_first=batch_first)
     input, w_ih, w_hh, b_ih, b_hh, w_hr, h0, c0 = autocast(input, w_ih, w_hh, b_ih, b_hh, w_hr, h0, c0)
     if batch_sizes is not None:
-        return _packed_layer(cell, input, batch_sizes, w_ih, w_hh, b_ih, b_hh, h0, c0, w_hr)
+        return _packed_layer(cell, input, batch_sizes, batch, w_ih, w_hh, b_ih, b_hh, h0, c0, w_hr)
     steps = input.transpose(0, 1) if batch_first else input
     h0, c0 = _initial(cell, steps, w_hh, h0, c0, steps.shape[1])
     out, h_n, c_n, _ = _formula(steps, w_ih, w_hh, b_ih, b_hh, h0, c0, cell, False, w_hr)
@@ -345,14 +346,12 @@ def _initial(
 
 
 def _packed_layer(
-    cell: str, rows: Tensor, batch_sizes: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None, b_hh: Tensor | None,
-    h0: Tensor | None, c0: Tensor | None, w_hr: Tensor | None,
+    cell: str, rows: Tensor, batch_sizes: Tensor, batch: int, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None,
+    b_hh: Tensor | None, h0: Tensor | None, c0: Tensor | None, w_hr: Tensor | None,
 ) -> tuple[Tensor, Tensor, Any]:  # fmt: skip
     """A layer over packed rows, by way of a batch that is filled up with rows of its own. Each direction is filled up
     for itself, behind its last step, so that what is in the filling reaches no result."""
-    batch = int(batch_sizes[0])
     h0, c0 = _initial(cell, rows, w_hh, h0, c0, batch)
-    torch._check(h0.shape[1] == batch)
     sizes = batch_sizes.to(rows.device)
     ends = sizes.cumsum(0)
     starts = ends - sizes

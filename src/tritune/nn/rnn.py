@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,7 +25,7 @@ class _Recurrent(Quantizable, torch.nn.RNNBase):
     one of those, by isinstance, unless everybody sets ``torch._dynamo.config.allow_rnn``.
     """
 
-    __jit_unused_properties__: ClassVar = [
+    __jit_unused_properties__ = [  # type: ignore[misc]  # noqa: RUF012
         *Quantizable.__jit_unused_properties__, *torch.nn.RNNBase.__jit_unused_properties__
     ]  # fmt: skip
     _torch: type[torch.nn.RNNBase]
@@ -107,12 +107,19 @@ class _Recurrent(Quantizable, torch.nn.RNNBase):
         rows, batch_sizes, sorted_indices, unsorted_indices = input
         self.check_input(rows, batch_sizes)
         if hx is not None:
+            count = self.num_layers * (2 if self.bidirectional else 1)
+            for state in self._states(hx):
+                if state.shape[0] != count:
+                    raise RuntimeError(f"Expected {count} hidden states, got {list(state.shape)}")
             hx = self.permute_hidden(self._joined(self._states(hx)), sorted_indices)
-        out, state = self._by_layer(rows, batch_sizes, hx)
+        batch = int(batch_sizes[0])
+        for state in () if hx is None else self._states(hx):
+            torch._check(state.shape[1] == batch)
+        out, state = self._by_layer(rows, batch_sizes, hx, batch)
         packed = PackedSequence(out, batch_sizes, sorted_indices, unsorted_indices)
         return packed, self.permute_hidden(state, unsorted_indices)
 
-    def _by_layer(self, input: Tensor, batch_sizes: Tensor | None, hx: Any) -> Any:
+    def _by_layer(self, input: Tensor, batch_sizes: Tensor | None, hx: Any, batch: int = 0) -> Any:
         directions = 2 if self.bidirectional else 1
         given = () if hx is None else self._states(hx)
         lasts = []
@@ -120,7 +127,9 @@ class _Recurrent(Quantizable, torch.nn.RNNBase):
             states = given if self.num_layers == 1 else [s.narrow(0, layer * directions, directions) for s in given]
             h0, c0, *_ = (*states, None, None)
             weights = self._weights(layer)
-            input, *last = sequence_layer(_CELLS[self.mode], input, batch_sizes, weights, h0, c0, self.batch_first)
+            input, *last = sequence_layer(
+                _CELLS[self.mode], input, batch_sizes, weights, h0, c0, self.batch_first, batch
+            )
             lasts.append(last if self.mode == "LSTM" else last[:1])
             if layer + 1 < self.num_layers and self.training and self.dropout:
                 input = dropout(input, self.dropout)
