@@ -47,8 +47,6 @@ class _Recurrent(Quantizable, torch.nn.RNNBase):
             reason = self._uncovered(input)
             if reason is not None:
                 require_torch(self._torch.__name__.lower(), [data, *self.parameters()], reason)
-                if isinstance(input, PackedSequence) and not torch.compiler.is_compiling():
-                    self._check_rows_are_real(data)
                 return self._torch.forward(self, input, hx)
         return self._serve_packed(input, hx) if isinstance(input, PackedSequence) else self._serve(input, hx)
 
@@ -58,15 +56,6 @@ class _Recurrent(Quantizable, torch.nn.RNNBase):
         if self.num_layers > 1:
             return f"num_layers={self.num_layers}"
         return f"proj_size={self.proj_size}" if self.proj_size else None
-
-    def _check_rows_are_real(self, rows: Tensor) -> None:
-        from torch._subclasses.fake_tensor import FakeTensor
-
-        if isinstance(rows, FakeTensor):
-            raise NotImplementedError(
-                f"{type(self).__name__}: fake tensors, which tritune.explain uses, cannot stand for a packed sequence, "
-                "whose sizes are data; torch serves every packed sequence"
-            )
 
     def _serve(self, input: Tensor, hx: Any) -> Any:
         if self.num_layers > 1 or self.proj_size or torch.compiler.is_exporting():
