@@ -234,6 +234,18 @@ class Decision:
             lines.append(f"  not {other}: {self.rejected}")
         return "\n".join(lines)
 
+    def summary(self) -> str:
+        """The same on one line, without the configs of the kernels."""
+        kernels = f" ({', '.join(name for name, _ in self.kernels)})" if self.kernels else ""
+        return f"{self.op}: {self.backend}{kernels}: {self.because}" + (f": {self.rejected}" if self.rejected else "")
+
+
+class Decisions(list[Decision]):
+    """What a function or model runs, in call order. It prints one decision a line; each says more of itself."""
+
+    def __str__(self) -> str:
+        return "\n".join(decision.summary() for decision in self)
+
 
 def choose(
     op: str,
@@ -345,10 +357,10 @@ def _log_fallback(op: str, reason: str) -> None:
 
 
 @contextmanager
-def record() -> Iterator[list[Decision]]:
+def record() -> Iterator[Decisions]:
     """Collects the decision of every call in the block, in this thread."""
     previous = _state.recorder
-    decisions: list[Decision] = []
+    decisions = Decisions()
     _state.set(_state.backend, decisions)
     try:
         yield decisions

@@ -22,14 +22,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from ._dispatch import Decision, UnsupportedError, record
+from ._dispatch import Decision, Decisions, UnsupportedError, record
 
 
-def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Decision | list[Decision]:
+def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Decision | Decisions:
     """Says what ``fn(*args, **kwargs)`` would run, without running it, and leaves everything as it was.
 
     ``fn`` may be an operator of this package (the result is its :class:`Decision`) or any function, module or model
-    that calls some (a list, in call order).
+    that calls some (a list, in call order, printed one a line).
 
     The call is made on copies. Tensors have a shape and no data, so nothing is computed or allocated; only lengths and
     counters (integers on the CPU, in at most one dimension) keep their values. Whatever ``fn`` reaches is copied with

@@ -381,11 +381,10 @@ class TestModulesAreTorchs:
         assert function(*arguments)[0] is function
 
     @pytest.mark.parametrize("name", MODULES)
-    def test_a_packed_sequence_cannot_be_explained(self, name):
-        """Its sizes are data, which the fake tensors of an explanation lack."""
+    def test_a_packed_sequence_is_explained(self, name):
         packed = torch.nn.utils.rnn.pack_padded_sequence(torch.randn(5, 2, 3), torch.tensor([5, 3]))
-        with pytest.raises(NotImplementedError, match="torch serves every packed sequence"):
-            tritune.explain(getattr(tritune.nn, name)(3, 4), packed)
+        (decision,) = tritune.explain(getattr(tritune.nn, name)(3, 4), packed)
+        assert (decision.op, decision.backend) == (name.lower(), "torch")
 
     @pytest.mark.parametrize("name, op", [("RNN", "rnn"), ("GRU", "gru"), ("LSTM", "lstm")])
     @pytest.mark.parametrize("num_layers", [1, 2])

@@ -34,6 +34,8 @@ def main(args: argparse.Namespace) -> int:
     store.clear()  # a file that was read before would not be complained of again
     try:
         return {"list": _list, "show": _show, "diff": _diff, "merge": _merge}[args.action](args)
+    except BrokenPipeError:
+        raise  # a reader that has seen enough
     except (Unreadable, OSError) as error:
         print(f"tritune configs {args.action}: {printable(str(error))}", file=sys.stderr)
         return 2
@@ -292,9 +294,9 @@ def _merge(args: argparse.Namespace) -> int:
         raise Unreadable(f"{args.out} exists: name a new place, or {args.left} itself to add to it")
     if args.left.is_file() != args.right.is_file():
         raise Unreadable(f"{args.left} and {args.right} are a file and a folder")
+    (writable_file if args.left.is_file() else writable_folder)(args.out)
     if args.left.samefile(args.right):
         raise Unreadable(f"{args.left} and {args.right} are the same")
-    (writable_file if args.left.is_file() else writable_folder)(args.out)
     names = sorted(left.keys() | right.keys())
     kernels = {name: _kernel(name, left.get(name), right.get(name)) for name in names}
     kept: Counter[str] = Counter()

@@ -260,8 +260,9 @@ def _decide(op: Op, request: Request) -> Decision:
         with record() as decisions:
             try:
                 op.function(*arguments, **keywords)
-            except RuntimeError:
-                # A CPU build of torch cannot index GPU tensors, not even fake ones; the choice has been made by then.
+            except (RuntimeError, AssertionError):
+                # A CPU build of torch refuses much of what is done with GPU tensors, even with fake ones; the choice
+                # has been made by then.
                 if not decisions:
                     raise
         return decisions[0]
