@@ -26,3 +26,8 @@ def warnings() -> Iterator[list[str]]:
         yield messages
     finally:
         logger.removeHandler(handler)
+
+
+def one_line(text: str) -> str:
+    """The text without line breaks, control characters and bytes that are no text, which the name of a file may hold."""
+    return "".join(one if one.isprintable() else ascii(one)[1:-1] for one in text)

@@ -33,7 +33,7 @@ from typing import Any, NamedTuple
 from . import schema
 from .config import Config, Tunable
 from .device import DEVICES, DeviceSpec
-from .log import logger
+from .log import logger, one_line
 
 SHIPPED = Path(__file__).resolve().parent / "configs"
 LARGEST_FILE = 16 << 20  # bytes; ten thousand entries take 5 MB
@@ -191,7 +191,7 @@ def warn(message: str) -> None:
     """Logs a warning, unless it was logged before."""
     if message not in _warned:
         _warned.add(message)
-        logger.warning(message)
+        logger.warning(one_line(message))
 
 
 def load(path: Path, kernel: str = "") -> tuple[Entry, ...]:

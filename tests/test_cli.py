@@ -199,6 +199,8 @@ class TestEveryCommand:
 
     def prepare(self, words, tmp_path, monkeypatch):
         """The arguments with which a command takes seconds."""
+        if words == ("explain", "model"):
+            return ["torch.nn:Identity", "1x2"]
         if words[0] == "explain":
             op = explain_command.OPS[words[1]]
             return [*op.example.split(), *(["--hidden", "64"] if "--hidden" in op.options else [])]
@@ -314,6 +316,26 @@ class TestExplain:
         pytest.importorskip("triton")
         assert cli.main(["explain", *arguments]) == 0
         return capsys.readouterr().out
+
+    def test_model(self, capsys, tmp_path, monkeypatch):
+        """One line a call, each with the name of the function that was called."""
+        (tmp_path / "its_model.py").write_text(
+            "import torch, tritune\n"
+            "def make():\n"
+            "    return torch.nn.Sequential(tritune.nn.Conv2d(3, 4, 3), tritune.nn.LPPool2d(2, 2),\n"
+            "                               tritune.nn.AdaptiveAvgPool2d(1))\n"
+        )
+        monkeypatch.chdir(tmp_path)
+        lines = self.explain(capsys, "model", "its_model:make", "1x3x8x8").splitlines()
+        assert [line.partition(":")[0] for line in lines] == ["conv2d", "lp_pool2d", "adaptive_avg_pool2d"]
+        document = json.loads(self.explain(capsys, "model", "its_model:make", "1x3x8x8", "--json"))
+        assert [decision["op"] for decision in document] == ["conv2d", "lp_pool2d", "adaptive_avg_pool2d"]
+
+    @pytest.mark.parametrize("place", ["no_such_module:make", "its_model", "math:pi", "math:nothing"])
+    def test_what_is_no_model(self, capsys, place):
+        assert cli.main(["explain", "model", place, "1x3x8x8"]) == 2
+        out, err = capsys.readouterr()
+        assert out == "" and err.count("\n") == 1 and place in err
 
     def test_convolution(self, capsys, monkeypatch):
         monkeypatch.setenv("TRITUNE_DEVICE", "")

@@ -1,6 +1,7 @@
 """What torch.compile and torch.export see of a call: on the default backend what they see of torch's own function, on
 ``"triton"`` our operators. Every public function and module has a row; one without fails."""
 
+import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -12,6 +13,10 @@ import tritune
 from tritune.ops import conv as conv_ops
 
 ACTIVATED = {"activation": "relu"}
+OPERATORS = sorted(
+    name for name in tritune.__all__ if getattr(getattr(tritune, name), "__module__", "").startswith("tritune.ops.")
+    and getattr(tritune, name).__module__.rpartition(".")[2][0] != "_"
+)  # fmt: skip
 
 
 class Row(NamedTuple):
@@ -110,9 +115,7 @@ ELSEWHERE = {"rnn", "gru", "lstm", "elman_step", "attention", "attention_pool"}
 
 @pytest.mark.torch
 def test_every_function_has_a_row() -> None:
-    operators = {name for name in tritune.__all__ if getattr(getattr(tritune, name), "__module__", "").count(".ops.")}
-    missing = {name for name in operators - ELSEWHERE if not any(row.split()[0] == name for row in TABLE)}
-    assert missing == {"explain", "use_backend", "Decision", "UnsupportedError"}
+    assert set(OPERATORS) - ELSEWHERE == {name.split()[0] for name in TABLE}
 
 
 class _Call(torch.nn.Module):
@@ -190,3 +193,46 @@ def test_graph_is_ours_on_the_kernels(name: str) -> None:
     with tritune.use_backend("triton"):
         operators = [op for op in exported(row.ours, operands(row, grad=False)) if op.startswith("tritune.")]
     assert operators and all(op.startswith(f"tritune.{row.kernels}") for op in operators)
+
+
+class _Overriding:
+    """No tensor, but an object that torch's functions accept."""
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return function, args
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("backend", ["auto", "torch", "triton"])
+@pytest.mark.parametrize("name", OPERATORS)
+def test_an_override_comes_first(name: str, backend: str) -> None:
+    """As torch's own do, a function hands an object with ``__torch_function__`` itself and all arguments."""
+    function = getattr(tritune, name)
+    needed = [p for p in inspect.signature(function).parameters.values() if p.default is p.empty]
+    arguments = [_Overriding() for _ in needed]
+    with tritune.use_backend(backend):
+        called, given = function(*arguments)
+    assert called is function and list(given[: len(arguments)]) == arguments
+
+
+@pytest.mark.torch
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
+@pytest.mark.parametrize("name", [name for name in TABLE if "unpool" not in name])
+def test_fx_records_the_function(name: str) -> None:
+    row = TABLE[name]
+
+    class Model(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            for place, shape in enumerate(row.shapes[1:]):
+                self.register_buffer(f"operand{place}", torch.randn(shape))
+
+        def forward(self, x: torch.Tensor) -> Any:
+            return row.ours(x, *self.buffers())
+
+    model, x = Model(), torch.randn(row.shapes[0])
+    traced = torch.fx.symbolic_trace(model)
+    assert getattr(tritune, name.split()[0]) in [node.target for node in traced.graph.nodes]
+    for got, wanted in zip(_all(traced(x)), _all(model(x)), strict=True):
+        torch.testing.assert_close(got, wanted, rtol=0, atol=0, equal_nan=True)

@@ -19,7 +19,7 @@ from typing import Any
 from .autotune import store
 from .autotune.config import Tunable
 from .autotune.device import DEVICES, named
-from .autotune.log import warnings
+from .autotune.log import one_line, warnings
 from .autotune.store import Entry, File
 from .paths import writable_file, writable_folder
 
@@ -42,11 +42,9 @@ def main(args: argparse.Namespace) -> int:
 
 
 def printable(text: str) -> str:
-    """One line that any terminal takes. The name of a file may hold line breaks, control characters, and bytes that are
-    no text."""
-    escaped = "".join(one if one.isprintable() else ascii(one)[1:-1] for one in text)
+    """One line that any terminal takes."""
     encoding = sys.stdout.encoding or "utf-8"
-    return escaped.encode(encoding, "backslashreplace").decode(encoding)
+    return one_line(text).encode(encoding, "backslashreplace").decode(encoding)
 
 
 def say(text: str) -> None:

@@ -5,11 +5,13 @@ An operator is one entry of OPS: what its shapes are, its options, and how both 
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -29,6 +31,7 @@ from .ops import (
     conv_transpose2d,
     conv_transpose3d,
     elman_step,
+    explain,
     gru,
     lstm,
     record,
@@ -239,12 +242,39 @@ def main(request: Request) -> int:
         if before is not None:
             os.environ["TRITUNE_DEVICE"] = before
     if request.json:
-        document = asdict(decision)
-        document["kernels"] = [{"kernel": name, **choice._asdict()} for name, choice in decision.kernels]
-        print(json.dumps(document, indent=1))
+        print(json.dumps(_document(decision), indent=1))
     else:
         print(decision)
     return 0
+
+
+def explain_model(place: str, shapes: Sequence[tuple[int, ...]], dtype: str, backend: str, as_json: bool) -> int:
+    """The decisions of a model on this machine, one a line. ``place`` is ``package.module:name`` of a module, or of a
+    class or function that makes one without arguments."""
+    module, _, name = place.partition(":")
+    if str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        found = getattr(importlib.import_module(module), name)
+        model = found if isinstance(found, torch.nn.Module) else found()
+        model = model.to(device, DTYPES[dtype]).eval()
+        tensors = [torch.zeros(shape, dtype=DTYPES[dtype], device=device) for shape in shapes]
+        with torch.no_grad(), use_backend(backend):
+            decisions = explain(model, *tensors)
+    except Exception as error:  # whatever somebody else's model raises
+        return _fail(f"{place}: {type(error).__name__}: {error}", 2)
+    assert isinstance(decisions, list)
+    if as_json:
+        print(json.dumps([_document(decision) for decision in decisions], indent=1))
+    else:
+        print(decisions or f"{place} calls no function of tritune")
+    return 0
+
+
+def _document(decision: Decision) -> dict[str, Any]:
+    kernels = [{"kernel": name, **choice._asdict()} for name, choice in decision.kernels]
+    return {**asdict(decision), "kernels": kernels}
 
 
 def _decide(op: Op, request: Request) -> Decision:
