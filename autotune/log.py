@@ -29,5 +29,5 @@ def warnings() -> Iterator[list[str]]:
 
 
 def one_line(text: str) -> str:
-    """The text without line breaks, control characters and bytes that are no text, which the name of a file may hold."""
+    """The text without line breaks, control characters, and bytes that are no text: names of files may hold them."""
     return "".join(one if one.isprintable() else ascii(one)[1:-1] for one in text)
