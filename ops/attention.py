@@ -30,7 +30,7 @@ from ._dispatch import (
 )
 from ._layout import autocast
 from ._register import below_autograd, register
-from .attention_checks import AttentionArgs
+from .attention_checks import ALIGNMENTS, SCORES, AttentionArgs
 
 
 def scaled_dot_product_attention(
@@ -139,16 +139,23 @@ def _twice_differentiable(
     fused = out.grad_fn.name()  # type: ignore[union-attr]
     if not fused.startswith("ScaledDotProduct"):
         return out  # the composite has all derivatives
-    mask, bias = (attn_mask, None) if attn_mask is not None and attn_mask.dtype is torch.bool else (None, attn_mask)
-    scale = query.size(-1) ** -0.5 if scale is None else scale
-    call = (query, key, value, mask, bias, scale, 0 if is_causal else None)
+    # torch's node has other inputs than these where it repeats or casts them, and on a GPU.
+    if not enable_gqa and query.is_cpu and out.dtype is query.dtype:
+        hook = _SecondDerivative(query, key, value, attn_mask, scale, is_causal)
+        out.grad_fn.register_hook(hook)  # type: ignore[union-attr]
+        return out
     if torch.jit.is_tracing():
-        return out  # a trace has no place for it, and none for a difference between calls with gradients and without
-    if enable_gqa or not query.is_cpu or out.dtype is not query.dtype:  # torch's node has other inputs than these
-        doubled: Tensor = _TwiceDifferentiable.apply(out, *call)
-        return doubled
-    out.grad_fn.register_hook(_SecondDerivative(*call))  # type: ignore[union-attr]
-    return out
+        return out  # the trace would not be the same without gradients
+    doubled: Tensor = _TwiceDifferentiable.apply(out, query, key, value, *_formulas(query, attn_mask, scale, is_causal))
+    return doubled
+
+
+def _formulas(
+    query: Tensor, attn_mask: Tensor | None, scale: float | None, is_causal: bool
+) -> tuple[Tensor | None, Tensor | None, float, int | None]:  # fmt: skip
+    """``(mask, bias, scale, shift)`` of :func:`_formula` for a call of torch's."""
+    mask, bias = (attn_mask, None) if attn_mask is not None and attn_mask.dtype is torch.bool else (None, attn_mask)
+    return mask, bias, query.size(-1) ** -0.5 if scale is None else scale, 0 if is_causal else None
 
 
 def attention(
@@ -213,13 +220,13 @@ def attention(
             is_causal=is_causal, causal_alignment=causal_alignment, enable_gqa=enable_gqa, return_lse=return_lse,
             eps=eps, precision=precision,
         )  # fmt: skip
-    options = (score, scale, is_causal, causal_alignment, enable_gqa, eps)
     if not return_lse and (precision is None or precision in PRECISIONS) and torch_validates(query):
         try:
-            call = _torchs_call(query, key, value, attn_mask, bias, *options)
-            if call is not None:
-                out = _twice_differentiable(_torch_attention(*call), *call)
-                return out if key.dim() == 4 else out.squeeze(0)
+            out = _by_torch(
+                query, key, value, attn_mask, bias, score, scale, is_causal, causal_alignment, enable_gqa, eps
+            )
+            if out is not None:
+                return out
         except TORCH_ERRORS:
             pass  # our validator has the words
     attention_checks.check_attention(
@@ -229,10 +236,9 @@ def attention(
     if not return_lse and torch_serves(query):  # compiled, fake or meta tensors
         q, k, v, added = autocast(query, key, value, bias)
         attention_checks.check_operands(q, k, v, (("attn_mask", attn_mask), ("bias", added)), scale, enable_gqa)
-        call = _torchs_call(query, key, value, attn_mask, bias, *options)
-        if call is not None:
-            out = _torch_attention(*call)
-            return out if key.dim() == 4 else out.squeeze(0)
+        out = _by_torch(query, key, value, attn_mask, bias, score, scale, is_causal, causal_alignment, enable_gqa, eps)
+        if out is not None:
+            return out
     out, lse = _attend(
         "attention", query, key, value, attn_mask, bias, score=score, scale=scale, is_causal=is_causal,
         bottom_right=causal_alignment == "bottom_right", enable_gqa=enable_gqa, wants_lse=return_lse, eps=eps,
@@ -286,60 +292,65 @@ def attention_pool(
     return pooled
 
 
-def _torchs_call(
+def _by_torch(
     query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, bias: Tensor | None, score: str,
     scale: Any, is_causal: bool, causal_alignment: str, enable_gqa: bool, eps: float,
-) -> tuple[Any, ...] | None:  # fmt: skip
-    """What torch's attention has to be given to compute :func:`attention`: tensors of four dimensions, without which
-    it takes none of its fused kernels. ``None`` where it cannot, or accepts what our validator rejects."""
-    if score not in attention_checks.SCORES or causal_alignment not in attention_checks.ALIGNMENTS or not eps > 0:
+) -> Tensor | None:  # fmt: skip
+    """:func:`attention` by one call of torch's. ``None`` where that computes something else, or accepts what our
+    validator rejects."""
+    if score not in SCORES or causal_alignment not in ALIGNMENTS or not eps > 0:
         return None
     if attn_mask is not None and attn_mask.dtype is not torch.bool:
         return None
     if bias is not None and bias.dtype is not query.dtype and bias.dtype is not torch.float32:
         return None
-    if isinstance(scale, Tensor):
+    learned = None
+    if scale is None:
+        scale = 1.0 if score == "cosine" else None
+    elif isinstance(scale, Tensor):
         if not _is_scale_of(scale, query):
             return None
         learned, scale = scale, 1.0
-    else:
-        if scale is not None and type(scale) is not float and type(scale) is not int:
-            return None
-        learned = None
-        scale = 1.0 if scale is None and score == "cosine" else scale
+    elif type(scale) is not float and type(scale) is not int:
+        return None
     dims = key.dim()
-    if not (3 <= dims <= 4 and query.numel() and key.numel() and value.numel()):
+    if not 3 <= dims <= 4 or not key.numel():
         return None
-    if value.shape != key.shape and value.shape[:-1] != key.shape[:-1]:
-        return None
-    is_shared = query.shape != key.shape and not enable_gqa and query.shape[:-2] != key.shape[:-2]
-    if is_shared and not _expands(query, key):
-        return None
+    shape, is_shared = key.shape, False
+    if query.shape != shape or value.shape != shape:
+        if value.shape[:-1] != shape[:-1]:
+            return None
+        is_shared = not enable_gqa and query.shape[:-2] != shape[:-2]
+        if is_shared and not _expands(query, key):
+            return None
     mask = attn_mask
     if is_causal:
-        shift = key.shape[-2] - query.shape[-2] if causal_alignment == "bottom_right" else 0
+        shift = shape[-2] - query.shape[-2] if causal_alignment == "bottom_right" else 0
         if mask is not None or bias is not None or not _is_zero(shift):
-            visible = _visible(query.shape[-2], key.shape[-2], shift, query.device)
+            visible = _visible(query.shape[-2], shape[-2], shift, query.device)
             mask, is_causal = visible if mask is None else mask & visible, False
     if bias is not None:
         mask = bias if mask is None else torch.where(mask, bias, -inf)
-    if mask is not None and dims < mask.dim():
+    if mask is not None and mask.dim() > dims:
         return None
-    if mask is not None and mask.dim() == 3:
-        mask = mask.unsqueeze(0)
     if not _is_torchs(query, key, value, mask, 0.0, is_causal, scale, enable_gqa):
         return None
 
     if score == "cosine":
-        query, key, value = autocast(query, key, value)
         query, key = _unit(query, eps), _unit(key, eps)
     if learned is not None:
         query = query * (learned if learned.dim() == 0 else learned.to(query.dtype).view(-1, 1, 1))
     if is_shared:
-        query = query.expand(*key.shape[:-2], *query.shape[-2:])
+        query = query.expand(*shape[:-2], *query.shape[-2:])
+    # torch takes a fused kernel only if everything has four dimensions.
+    if mask is not None and mask.dim() == 3:
+        mask = mask.unsqueeze(0)
     if dims == 3:
         query, key, value = query.unsqueeze(0), key.unsqueeze(0), value.unsqueeze(0)
-    return query, key, value, mask, 0.0, bool(is_causal), scale, enable_gqa
+    out = _sdpa(query, key, value, mask, 0.0, is_causal, scale=scale, enable_gqa=enable_gqa)
+    if not torch.compiler.is_compiling() and out.requires_grad and type(out) is Tensor:
+        out = _twice_differentiable(out, query, key, value, mask, 0.0, is_causal, scale, enable_gqa)
+    return out if dims == 4 else out.squeeze(0)
 
 
 def _expands(query: Tensor, key: Tensor) -> bool:
@@ -655,7 +666,7 @@ class _SecondDerivative:
         q, k, v = (operand() for operand in self.operands)
         if q is None or k is None or v is None:
             return None  # activation checkpointing dropped them: torch says that it has no second derivative
-        mask, bias, scale, shift = self.options
+        mask, bias, scale, shift = _formulas(q, *self.options)
         needs = [grad is not None for grad in grads[:3]]
         dq, dk, dv, _ = _grads(q, k, v, mask, bias, douts[0], None, scale, shift, [*needs, False])
         return dq, dk, dv, *grads[3:]
@@ -871,20 +882,29 @@ def _normalized(t: Tensor, eps: float, backend: str) -> Tensor:
 def _unit(t: Tensor, eps: float) -> Tensor:
     """``t / max(|t|, eps)`` of the rows, in torch's operators."""
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or in_transform():
-        lengths = _lengths(t, eps)
-    elif torch.is_grad_enabled() and t.requires_grad:
-        unit: Tensor = _Unit.apply(t, eps)
-        return unit
-    else:
-        lengths = _measured_lengths(t, eps)
-    return (t / lengths).to(t.dtype)
+        unit = t / _lengths(t, eps)
+        return unit if unit.dtype is t.dtype else unit.to(t.dtype)
+    if 0 < t.numel() <= _FEW and t.is_cpu and not torch._C._len_torch_dispatch_stack():
+        lengths = torch.linalg.vector_norm(t, 2, -1, True)
+        if type(lengths) is Tensor:  # a fake tensor has no numbers to look at
+            least, most = torch.aminmax(lengths.detach())
+            if least.item() >= eps and eps >= _LEAST_SQUARED and most.item() < inf:
+                return t / lengths
+    if torch.is_grad_enabled() and t.requires_grad:
+        differentiable: Tensor = _Unit.apply(t, eps)
+        return differentiable
+    return (t / _measured_lengths(t, eps)).to(t.dtype)
+
+
+_FEW = 1 << 15  # numbers that take less time than a Function, whose gradient has fewer passes
 
 
 def _lengths(t: Tensor, eps: float) -> Tensor:
     """[..., 1]: max(|t|, eps) in float32 at least, with derivatives of every order."""
     wide = torch.promote_types(t.dtype, torch.float32)
     if torch.compiler.is_compiling():  # of the first order only, as everything that is compiled
-        return _norm(t, torch.float64).clamp_min(eps).to(wide)
+        lengths = _norm(t, torch.float64).clamp_min(eps)
+        return lengths if wide is torch.float64 else lengths.to(wide)
     # A short row has no part in its length, which at 0 has no second derivative.
     is_short = _norm(t.detach(), torch.float64) < eps
     return torch.where(is_short, eps, _norm(torch.where(is_short, 1.0, t), torch.float64)).to(wide)
