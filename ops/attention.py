@@ -316,13 +316,13 @@ def _by_torch(
     dims = key.dim()
     if not 3 <= dims <= 4 or not key.numel():
         return None
-    shape, is_shared = key.shape, False
-    if query.shape != shape or value.shape != shape:
-        if value.shape[:-1] != shape[:-1]:
-            return None
-        is_shared = not enable_gqa and query.shape[:-2] != shape[:-2]
-        if is_shared and not _expands(query, key):
-            return None
+    shape = key.shape
+    lead = shape[:-2]
+    if value.shape != shape and value.shape[:-1] != shape[:-1]:
+        return None
+    is_shared = not enable_gqa and query.shape[:-2] != lead
+    if is_shared and query.shape[:-2] != lead[dims - query.dim() :] and not _expands(query, lead):
+        return None
     mask = attn_mask
     if is_causal:
         shift = shape[-2] - query.shape[-2] if causal_alignment == "bottom_right" else 0
@@ -341,7 +341,7 @@ def _by_torch(
     if learned is not None:
         query = query * (learned if learned.dim() == 0 else learned.to(query.dtype).view(-1, 1, 1))
     if is_shared:
-        query = query.expand(*shape[:-2], *query.shape[-2:])
+        query = query.expand(*lead, -1, -1)
     # torch takes a fused kernel only if everything has four dimensions.
     if mask is not None and mask.dim() == 3:
         mask = mask.unsqueeze(0)
@@ -353,10 +353,15 @@ def _by_torch(
     return out if dims == 4 else out.squeeze(0)
 
 
-def _expands(query: Tensor, key: Tensor) -> bool:
-    """Does the query have all leading dimensions of the key, or fewer or smaller ones that are expanded to them?"""
-    pairs = zip(reversed(query.shape[:-2]), reversed(key.shape[:-2]), strict=False)
-    return query.dim() <= key.dim() and all(have in (1, wanted) for have, wanted in pairs)
+def _expands(query: Tensor, lead: Sequence[int]) -> bool:
+    """Can the query's leading dimensions be expanded to these?"""
+    missing = len(lead) + 2 - query.dim()
+    if missing < 0:
+        return False
+    for have, wanted in zip(query.shape, lead[missing:], strict=False):  # the query's last two are no leading ones
+        if have != wanted and have != 1:
+            return False
+    return True
 
 
 def _is_scale_of(scale: Tensor, query: Tensor) -> bool:
