@@ -356,12 +356,8 @@ def _by_torch(
 def _expands(query: Tensor, lead: Sequence[int]) -> bool:
     """Can the query's leading dimensions be expanded to these?"""
     missing = len(lead) + 2 - query.dim()
-    if missing < 0:
-        return False
-    for have, wanted in zip(query.shape, lead[missing:], strict=False):  # the query's last two are no leading ones
-        if have != wanted and have != 1:
-            return False
-    return True
+    pairs = zip(query.shape, lead[missing:], strict=False)  # the query's last two are no leading ones
+    return missing >= 0 and all(have in (1, wanted) for have, wanted in pairs)
 
 
 def _is_scale_of(scale: Tensor, query: Tensor) -> bool:

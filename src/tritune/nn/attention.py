@@ -144,8 +144,9 @@ class AttentionPool(_Scored):
         """``attn_mask``: bool ``[B, N]``, or ``[N]``: True at the elements that count."""
         key, value = self.key(input), self.value(input)
         heads = (*key.shape[:-1], self.num_heads, -1)
+        key, value = key.view(heads).transpose(-3, -2), value.view(heads).transpose(-3, -2)
         pooled = attention_pool(
-            self.query, key.view(heads).transpose(-3, -2), value.view(heads).transpose(-3, -2), score=self.score, scale=self.scale, attn_mask=attn_mask, eps=self.eps,
+            self.query, key, value, score=self.score, scale=self.scale, attn_mask=attn_mask, eps=self.eps,
             precision=self.precision,
         )  # fmt: skip
         result: Tensor = self.out(pooled.transpose(-3, -2).flatten(-2))
