@@ -16,6 +16,7 @@ from torch.overrides import handle_torch_function, has_torch_function_variadic
 from ..autotune.device import DeviceSpec, detect
 from ..autotune.resolve import Choice, resolve
 from . import attention_checks
+from ._checks import PRECISIONS
 from ._dispatch import (
     TORCH_ERRORS,
     choose,
@@ -29,7 +30,7 @@ from ._dispatch import (
 )
 from ._layout import autocast
 from ._register import below_autograd, register
-from .attention_checks import AttentionArgs
+from .attention_checks import ALIGNMENTS, SCORES, AttentionArgs
 
 
 def scaled_dot_product_attention(
@@ -138,14 +139,23 @@ def _twice_differentiable(
     fused = out.grad_fn.name()  # type: ignore[union-attr]
     if not fused.startswith("ScaledDotProduct"):
         return out  # the composite has all derivatives
+    # torch's node has other inputs than these where it repeats or casts them, and on a GPU.
+    if not enable_gqa and query.is_cpu and out.dtype is query.dtype:
+        hook = _SecondDerivative(query, key, value, attn_mask, scale, is_causal)
+        out.grad_fn.register_hook(hook)  # type: ignore[union-attr]
+        return out
+    if torch.jit.is_tracing():
+        return out  # the trace would not be the same without gradients
+    doubled: Tensor = _TwiceDifferentiable.apply(out, query, key, value, *_formulas(query, attn_mask, scale, is_causal))
+    return doubled
+
+
+def _formulas(
+    query: Tensor, attn_mask: Tensor | None, scale: float | None, is_causal: bool
+) -> tuple[Tensor | None, Tensor | None, float, int | None]:  # fmt: skip
+    """``(mask, bias, scale, shift)`` of :func:`_formula` for a call of torch's."""
     mask, bias = (attn_mask, None) if attn_mask is not None and attn_mask.dtype is torch.bool else (None, attn_mask)
-    scale = query.size(-1) ** -0.5 if scale is None else scale
-    call = (query, key, value, mask, bias, scale, 0 if is_causal else None)
-    if enable_gqa or not query.is_cpu or out.dtype is not query.dtype:  # torch's node has other inputs than these
-        doubled: Tensor = _TwiceDifferentiable.apply(out, *call)
-        return doubled
-    out.grad_fn.register_hook(_SecondDerivative(*call))  # type: ignore[union-attr]
-    return out
+    return mask, bias, query.size(-1) ** -0.5 if scale is None else scale, 0 if is_causal else None
 
 
 def attention(
@@ -203,10 +213,32 @@ def attention(
         >>> out.shape, lse.shape
         (torch.Size([2, 8, 100, 64]), torch.Size([2, 8, 100]))
     """
+    tensors = (query, key, value, attn_mask, bias, scale)
+    if has_torch_function_variadic(*tensors):
+        return handle_torch_function(
+            attention, tensors, query, key, value, score=score, scale=scale, attn_mask=attn_mask, bias=bias,
+            is_causal=is_causal, causal_alignment=causal_alignment, enable_gqa=enable_gqa, return_lse=return_lse,
+            eps=eps, precision=precision,
+        )  # fmt: skip
+    if not return_lse and (precision is None or precision in PRECISIONS) and torch_validates(query):
+        try:
+            out = _by_torch(
+                query, key, value, attn_mask, bias, score, scale, is_causal, causal_alignment, enable_gqa, eps
+            )
+            if out is not None:
+                return out
+        except TORCH_ERRORS:
+            pass  # our validator has the words
     attention_checks.check_attention(
         query, key, value, attn_mask, bias, score=score, scale=scale, causal_alignment=causal_alignment, eps=eps,
         precision=precision,
     )  # fmt: skip
+    if not return_lse and torch_serves(query):  # compiled, fake or meta tensors
+        q, k, v, added = autocast(query, key, value, bias)
+        attention_checks.check_operands(q, k, v, (("attn_mask", attn_mask), ("bias", added)), scale, enable_gqa)
+        out = _by_torch(query, key, value, attn_mask, bias, score, scale, is_causal, causal_alignment, enable_gqa, eps)
+        if out is not None:
+            return out
     out, lse = _attend(
         "attention", query, key, value, attn_mask, bias, score=score, scale=scale, is_causal=is_causal,
         bottom_right=causal_alignment == "bottom_right", enable_gqa=enable_gqa, wants_lse=return_lse, eps=eps,
@@ -245,12 +277,94 @@ def attention_pool(
         >>> tritune.attention_pool(torch.randn(1, 16), x, x, score="cosine", scale=5.0).shape
         torch.Size([2, 1, 16])
     """
+    tensors = (query, key, value, attn_mask, scale)
+    if has_torch_function_variadic(*tensors):
+        overridden: Tensor = handle_torch_function(
+            attention_pool, tensors, query, key, value, score=score, scale=scale, attn_mask=attn_mask, eps=eps,
+            precision=precision,
+        )  # fmt: skip
+        return overridden
     if isinstance(attn_mask, Tensor) and isinstance(key, Tensor) and attn_mask.dim() == 2 and key.dim() > 2:
         attn_mask = attn_mask.view(attn_mask.shape[0], *(1,) * (key.dim() - 2), attn_mask.shape[1])
     pooled: Tensor = attention(
         query, key, value, score=score, scale=scale, attn_mask=attn_mask, eps=eps, precision=precision
     )
     return pooled
+
+
+def _by_torch(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, bias: Tensor | None, score: str,
+    scale: Any, is_causal: bool, causal_alignment: str, enable_gqa: bool, eps: float,
+) -> Tensor | None:  # fmt: skip
+    """:func:`attention` by one call of torch's. ``None`` where that computes something else, or accepts what our
+    validator rejects."""
+    if score not in SCORES or causal_alignment not in ALIGNMENTS or not eps > 0:
+        return None
+    if attn_mask is not None and attn_mask.dtype is not torch.bool:
+        return None
+    if bias is not None and bias.dtype is not query.dtype and bias.dtype is not torch.float32:
+        return None
+    learned = None
+    if scale is None:
+        scale = 1.0 if score == "cosine" else None
+    elif isinstance(scale, Tensor):
+        if not _is_scale_of(scale, query):
+            return None
+        learned, scale = scale, 1.0
+    elif type(scale) is not float and type(scale) is not int:
+        return None
+    dims = key.dim()
+    if not 3 <= dims <= 4 or not key.numel():
+        return None
+    shape = key.shape
+    lead = shape[:-2]
+    if value.shape != shape and value.shape[:-1] != shape[:-1]:
+        return None
+    is_shared = not enable_gqa and query.shape[:-2] != lead
+    if is_shared and query.shape[:-2] != lead[dims - query.dim() :] and not _expands(query, lead):
+        return None
+    mask = attn_mask
+    if is_causal:
+        shift = shape[-2] - query.shape[-2] if causal_alignment == "bottom_right" else 0
+        if mask is not None or bias is not None or not _is_zero(shift):
+            visible = _visible(query.shape[-2], shape[-2], shift, query.device)
+            mask, is_causal = visible if mask is None else mask & visible, False
+    if bias is not None:
+        mask = bias if mask is None else torch.where(mask, bias, -inf)
+    if mask is not None and mask.dim() > dims:
+        return None
+    if not _is_torchs(query, key, value, mask, 0.0, is_causal, scale, enable_gqa):
+        return None
+
+    if score == "cosine":
+        query, key = _unit(query, eps), _unit(key, eps)
+    if learned is not None:
+        query = query * (learned if learned.dim() == 0 else learned.to(query.dtype).view(-1, 1, 1))
+    if is_shared:
+        query = query.expand(*lead, -1, -1)
+    # torch takes a fused kernel only if everything has four dimensions.
+    if mask is not None and mask.dim() == 3:
+        mask = mask.unsqueeze(0)
+    if dims == 3:
+        query, key, value = query.unsqueeze(0), key.unsqueeze(0), value.unsqueeze(0)
+    out = _sdpa(query, key, value, mask, 0.0, is_causal, scale=scale, enable_gqa=enable_gqa)
+    if not torch.compiler.is_compiling() and out.requires_grad and type(out) is Tensor:
+        out = _twice_differentiable(out, query, key, value, mask, 0.0, is_causal, scale, enable_gqa)
+    return out if dims == 4 else out.squeeze(0)
+
+
+def _expands(query: Tensor, lead: Sequence[int]) -> bool:
+    """Can the query's leading dimensions be expanded to these?"""
+    missing = len(lead) + 2 - query.dim()
+    pairs = zip(query.shape, lead[missing:], strict=False)  # the query's last two are no leading ones
+    return missing >= 0 and all(have in (1, wanted) for have, wanted in pairs)
+
+
+def _is_scale_of(scale: Tensor, query: Tensor) -> bool:
+    """Is this tensor one number, or one for each head of the query?"""
+    if not scale.is_floating_point() or scale.device != query.device:
+        return False
+    return scale.dim() == 0 or (scale.dim() == 1 and query.dim() > 2 and scale.shape[0] in (1, query.shape[-3]))
 
 
 def _attend(
@@ -418,7 +532,7 @@ def _auto_rule(problem: Any, device: DeviceSpec, wants_lse: bool) -> tuple[bool,
 
 def _visible(m: int, n: int, shift: int, device: torch.device) -> Tensor:
     """[M, N]: key j <= query i + shift."""
-    return torch.arange(n, device=device) <= torch.arange(m, device=device).unsqueeze(1) + shift
+    return torch.ones(m, n, dtype=torch.bool, device=device).tril(shift)
 
 
 def _hidden(q: Tensor, k: Tensor, mask: Tensor | None, shift: int | None) -> Tensor | None:
@@ -435,7 +549,7 @@ def _on_torch(
     if wants_lse or (in_transform() and not dropout_p):
         return _formula(*call)
     out = _composite(*call, group=group, dropout_p=dropout_p)
-    if saves and not dropout_p and not torch.compiler.is_compiling() and is_plain(call[0]):
+    if saves and not dropout_p and not (torch.compiler.is_compiling() or torch.jit.is_tracing()) and is_plain(call[0]):
         out = _TwiceDifferentiable.apply(out, *call)
     return out, None
 
@@ -556,7 +670,7 @@ class _SecondDerivative:
         q, k, v = (operand() for operand in self.operands)
         if q is None or k is None or v is None:
             return None  # activation checkpointing dropped them: torch says that it has no second derivative
-        mask, bias, scale, shift = self.options
+        mask, bias, scale, shift = _formulas(q, *self.options)
         needs = [grad is not None for grad in grads[:3]]
         dq, dk, dv, _ = _grads(q, k, v, mask, bias, douts[0], None, scale, shift, [*needs, False])
         return dq, dk, dv, *grads[3:]
@@ -769,31 +883,80 @@ def _normalized(t: Tensor, eps: float, backend: str) -> Tensor:
         return OP_NORMALIZE(t, eps, backend)[0]
 
 
-def _lengths(t: Tensor, eps: float) -> Tensor:
-    """[..., 1]: max(|t|, eps) in float32 at least. The squares are added in float64, where no row of float32 overflows
-    or vanishes."""
-    wide = torch.promote_types(t.dtype, torch.float32)
-    length = torch.linalg.vector_norm(t.detach(), dim=-1, keepdim=True, dtype=torch.float64)
-    if torch.is_grad_enabled() or in_transform():
-        # A short row has no part in its length, which at 0 has no second derivative.
-        is_short = length < eps
-        length = torch.linalg.vector_norm(torch.where(is_short, 1.0, t), dim=-1, keepdim=True, dtype=torch.float64)
-        return torch.where(is_short, eps, length).to(wide)
-    return length.clamp_min(eps).to(wide)
-
-
-@_without_autocast
 def _unit(t: Tensor, eps: float) -> Tensor:
-    lengths = _lengths(t, eps)
-    return (t.to(lengths.dtype) / lengths).to(t.dtype)
+    """``t / max(|t|, eps)`` of the rows, in torch's operators."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or in_transform():
+        unit = t / _lengths(t, eps)
+        return unit if unit.dtype is t.dtype else unit.to(t.dtype)
+    if 0 < t.numel() <= _FEW and t.is_cpu and not torch._C._len_torch_dispatch_stack():
+        lengths = torch.linalg.vector_norm(t, 2, -1, True)
+        if type(lengths) is Tensor:  # a fake tensor has no numbers to look at
+            least, most = torch.aminmax(lengths.detach())
+            if least.item() >= eps and eps >= _LEAST_SQUARED and most.item() < inf:
+                return t / lengths
+    if torch.is_grad_enabled() and t.requires_grad:
+        differentiable: Tensor = _Unit.apply(t, eps)
+        return differentiable
+    return (t / _measured_lengths(t, eps)).to(t.dtype)
 
 
-def _unit_grad(t: Tensor, dout: Tensor, eps: float) -> Tensor:
-    """The gradient of :func:`_unit` as a function of its argument."""
-    lengths = _lengths(t, eps)
-    unit = t.to(lengths.dtype) / lengths
-    along = (unit * dout).sum(-1, keepdim=True)
-    return ((dout - torch.where(lengths == eps, 0.0, along) * unit) / lengths).to(t.dtype)
+_FEW = 1 << 15  # numbers that take less time than a Function, whose gradient has fewer passes
+
+
+def _lengths(t: Tensor, eps: float) -> Tensor:
+    """[..., 1]: max(|t|, eps) in float32 at least, with derivatives of every order."""
+    wide = torch.promote_types(t.dtype, torch.float32)
+    if torch.compiler.is_compiling():  # of the first order only, as everything that is compiled
+        lengths = _norm(t, torch.float64).clamp_min(eps)
+        return lengths if wide is torch.float64 else lengths.to(wide)
+    # A short row has no part in its length, which at 0 has no second derivative.
+    is_short = _norm(t.detach(), torch.float64) < eps
+    return torch.where(is_short, eps, _norm(torch.where(is_short, 1.0, t), torch.float64)).to(wide)
+
+
+def _measured_lengths(t: Tensor, eps: float) -> Tensor:
+    """The values of :func:`_lengths`. Most rows can be squared in float32, in a quarter of the time on the CPU."""
+    wide = torch.promote_types(t.dtype, torch.float32)
+    if t.is_cpu and eps >= _LEAST_SQUARED and not torch._C._len_torch_dispatch_stack():
+        lengths = _norm(t, wide)
+        if type(lengths) is Tensor and lengths.sum().item() < inf:  # a fake tensor has no numbers
+            return lengths.clamp_min_(eps)
+    return _norm(t, torch.float64).clamp_min_(eps).to(wide)
+
+
+_LEAST_SQUARED = 1e-15  # its square is so far above the least float32 that a sum of such has all its digits
+
+
+def _norm(t: Tensor, dtype: torch.dtype) -> Tensor:
+    """[..., 1]: |t|, of squares added in ``dtype``. In float64 no row of float32 overflows or vanishes."""
+    return torch.linalg.vector_norm(t, 2, -1, True, dtype=None if dtype is t.dtype else dtype)
+
+
+def _unit_grad(t: Tensor, dout: Tensor, eps: float, lengths: Tensor) -> Tensor:
+    """The gradient of :func:`_unit` as a function of its argument, whose ``lengths`` are given."""
+    unit = t / lengths
+    dout = dout.to(unit.dtype)
+    along = torch.linalg.vecdot(unit, dout).unsqueeze(-1).masked_fill(lengths == eps, 0.0)
+    return (torch.addcmul(dout, along, unit, value=-1) / lengths).to(t.dtype)
+
+
+class _Unit(torch.autograd.Function):
+    """:func:`_unit`. Its gradient takes fewer passes than those of its parts, and is right for rows too long to be
+    squared and in the second order for rows of zeros."""
+
+    @staticmethod
+    def forward(ctx: Any, t: Tensor, eps: float) -> Tensor:
+        lengths = _measured_lengths(t, eps)
+        ctx.save_for_backward(t, lengths)
+        ctx.eps = eps
+        return (t / lengths).to(t.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor, None]:
+        t, lengths = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            lengths = _lengths(t, ctx.eps)
+        return _unit_grad(t, dout, ctx.eps, lengths), None
 
 
 def _normalize(input: Tensor, eps: float, backend: str) -> tuple[Tensor, Tensor]:
@@ -803,7 +966,7 @@ def _normalize(input: Tensor, eps: float, backend: str) -> tuple[Tensor, Tensor]
 
         run_normalize(_rows_problem(input), input, eps, out, inverse)
         return out, inverse
-    lengths = _lengths(input, eps)
+    lengths = _measured_lengths(input, eps)
     return out.copy_(input / lengths), inverse.copy_(1 / lengths.squeeze(-1))
 
 
@@ -857,14 +1020,14 @@ def _normalize_backward(
 
         run_normalize_grad(_rows_problem(out), out, inverse, dout, eps, dx)
         return dx
-    return dx.copy_(_unit_grad(input, dout, eps))
+    return dx.copy_(_unit_grad(input, dout, eps, _measured_lengths(input, eps)))
 
 
 def _normalize_backward_autograd(
     input: Tensor, out: Tensor, inverse: Tensor, dout: Tensor, eps: float, backend: str
 ) -> Tensor:  # fmt: skip
     if torch.is_grad_enabled() and (input.requires_grad or dout.requires_grad):
-        return _unit_grad(input, dout, eps)
+        return _unit_grad(input, dout, eps, _lengths(input, eps))
     with below_autograd():
         return OP_NORMALIZE_BACKWARD(input, out, inverse, dout, eps, backend)
 

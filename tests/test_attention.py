@@ -770,3 +770,162 @@ def test_changing_sizes_compile_once():
                 key = (source.signature, source.constants, source.attrs)
                 binaries.setdefault(tunable.name, set()).add(repr([sorted(part.items()) for part in key]))
     assert {name: len(found) for name, found in binaries.items()} == dict.fromkeys(binaries, 1)
+
+
+def unit(t: Tensor) -> Tensor:
+    lengths = torch.linalg.vector_norm(t, 2, -1, True, dtype=torch.float64).clamp_min(1e-6).to(torch.float32)
+    return t / lengths if t.dtype is torch.float32 else (t / lengths).to(t.dtype)
+
+
+def by_hand(
+    query: Tensor, key: Tensor, value: Tensor, score: str = "dot", scale: Any = None, attn_mask: Tensor | None = None,
+    bias: Tensor | None = None, is_causal: bool = False, enable_gqa: bool = False,
+) -> Tensor:  # fmt: skip
+    """The same call as somebody writes it who has torch alone; rows of cosine scores as long as 1e30 are right."""
+    if score == "cosine":
+        query, key = unit(query), unit(key)
+        scale = 1.0 if scale is None else scale
+    if isinstance(scale, Tensor):
+        query, scale = query * (scale if scale.dim() == 0 else scale.to(query.dtype).view(-1, 1, 1)), 1.0
+    mask = attn_mask if bias is None else bias
+    mask = mask.unsqueeze(0) if mask is not None and mask.dim() == 3 else mask  # torch fuses with 2 and 4 dimensions
+    return F.scaled_dot_product_attention(query, key, value, mask, 0.0, is_causal, scale=scale, enable_gqa=enable_gqa)
+
+
+SERVED: dict[str, tuple[dict[str, Any], int]] = {  # options, heads of key and value
+    "dot": ({}, 4),
+    "scale": ({"scale": 0.3}, 4),
+    "causal": ({"is_causal": True}, 4),
+    "mask": ({"attn_mask": torch.arange(42).view(6, 7) % 3 < 2}, 4),
+    "mask of heads": ({"attn_mask": torch.arange(168).view(4, 6, 7) % 5 < 4}, 4),
+    "bias": ({"bias": torch.linspace(-1, 1, 42).view(6, 7)}, 4),
+    "groups": ({"enable_gqa": True}, 2),
+    "learned scale": ({"scale": torch.tensor(0.7)}, 4),
+    "learned scales": ({"scale": torch.tensor([0.5, 1.0, 1.5, 2.0])}, 4),
+    "cosine": ({"score": "cosine"}, 4),
+    "cosine, scale": ({"score": "cosine", "scale": 5.0, "is_causal": True}, 4),
+    "cosine, learned scale": ({"score": "cosine", "scale": torch.tensor(0.7)}, 4),
+}
+
+
+@pytest.fixture(params=SERVED)
+def served(request) -> Any:
+    """Options of a call that torch serves, and its operands, where heads and sequence lie as a projection makes them"""
+    options, heads = SERVED[request.param]
+    q, k, v = (torch.randn(2, s, h, 8).transpose(1, 2) for s, h in ((6, 4), (7, heads), (7, heads)))
+    return options, [q, k, v]
+
+
+class Call(torch.nn.Module):
+    def __init__(self, fn: Callable[..., Tensor], options: dict[str, Any]) -> None:
+        super().__init__()
+        self.fn, self.options = fn, options
+
+    def forward(self, *tensors: Tensor) -> Tensor:
+        out = self.fn(*tensors, **self.options)
+        return out.transpose(1, 2).view(*out.shape[::2], -1) if out.dim() == 4 else out
+
+
+def aten(fn: Callable[..., Tensor], options: dict[str, Any], args: list[Tensor]) -> list[str]:
+    """What a strictly exported program runs, in order."""
+    nodes = torch.export.export(Call(fn, options), tuple(args), strict=True).graph.nodes
+    return [str(node.target) for node in nodes if node.op == "call_function"]
+
+
+@pytest.mark.torch
+class TestWhereTorchServes:
+    """One call of torch's, in eager, in graphs and in traces."""
+
+    def test_it_is_torchs_result(self, served):
+        options, args = served
+        ours, wanted = tritune.attention(*args, **options), by_hand(*args, **options)
+        if "score" in options:
+            torch.testing.assert_close(ours, wanted)
+        else:
+            assert torch.equal(ours, wanted)
+        assert ours.stride() == wanted.stride()
+
+    @pytest.mark.filterwarnings("ignore::DeprecationWarning")
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_exported_graphs_are_those_of_torchs_functions(self, dtype, served):
+        options, args = served
+        args = [t.to(dtype) for t in args]
+        assert aten(tritune.attention, options, args) == aten(by_hand, options, args)
+
+    @pytest.mark.filterwarnings("ignore::DeprecationWarning")
+    @pytest.mark.filterwarnings("ignore:.*lru_cache:UserWarning")
+    def test_compiled_strides_are_eagers(self, served):
+        options, args = served
+        torch.compiler.reset()
+        eager = tritune.attention(*args, **options)
+        compiled = torch.compile(
+            lambda *args: tritune.attention(*args, **options), fullgraph=True, backend="aot_eager"
+        )  # fmt: skip
+        out = compiled(*args)
+        torch.testing.assert_close(out, eager)
+        assert out.stride() == eager.stride()
+
+    def test_torch_functions_are_dispatched_first(self):
+        seen = []
+
+        class Foreign:
+            @classmethod
+            def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+                seen.append(function)
+                return "foreign"
+
+        x, foreign = torch.randn(2, 3, 5, 8), Foreign()
+        for name in ("query", "key", "value", "attn_mask", "bias", "scale"):
+            assert tritune.attention(**({"query": x, "key": x, "value": x} | {name: foreign})) == "foreign"
+        for name in ("query", "key", "value", "attn_mask", "scale"):
+            assert tritune.attention_pool(**({"query": x, "key": x, "value": x} | {name: foreign})) == "foreign"
+        assert seen == [tritune.attention] * 6 + [tritune.attention_pool] * 5
+
+    @pytest.mark.parametrize("fn", [tritune.attention, tritune.attention_pool])
+    def test_symbolic_traces(self, fn):
+        x = torch.randn(2, 5, 8)
+        graph = torch.fx.symbolic_trace(lambda x: fn(x, x, x, score="cosine"))
+        assert torch.equal(graph(x), fn(x, x, x, score="cosine"))
+
+    @pytest.mark.filterwarnings("ignore::DeprecationWarning")
+    @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+    @pytest.mark.parametrize("options", [{}, {"score": "cosine", "scale": "learnable"}], ids=str)
+    @pytest.mark.parametrize("grad", [True, False])
+    def test_jit_traces(self, options, grad):
+        """torch.jit.trace compares a second trace, made without gradients, with the first."""
+        pool, x = tritune.nn.AttentionPool(8, 2, **options), torch.randn(2, 5, 8)
+        groups, q, k = tritune.nn.Attention(enable_gqa=True), torch.randn(1, 4, 5, 8), torch.randn(1, 2, 5, 8)
+        with torch.set_grad_enabled(grad):
+            torch.testing.assert_close(torch.jit.trace(pool, (x,))(x + 1), pool(x + 1))
+            q.requires_grad_(grad)
+            torch.testing.assert_close(torch.jit.trace(groups, (q, k, k))(q, k, k), groups(q, k, k))
+
+    @pytest.mark.parametrize("rows", [5, 2000], ids=["few", "many"])
+    @pytest.mark.parametrize("size", [0.0, 1e-20, 1.0, 1e18, 1e30])
+    def test_rows_of_any_length(self, size, rows):
+        """Few and many rows are normalised in different ways, and so are those beside a row that is short or long."""
+        shapes = ((1, 1, rows, 32), (1, 1, 9, 32), (1, 1, 9, 4))
+        q, k, v = (torch.randn(shape, dtype=torch.float64) for shape in shapes)
+        q[0, 0, 3] = torch.linspace(-1, 1, 32) * size
+        args = [t.float().requires_grad_() for t in (q, k, v)]
+        exact = [t.detach().double().requires_grad_() for t in args]
+        dout = torch.randn(1, 1, rows, 4)
+
+        def derivatives(fn: Any, leaves: list[Tensor], dout: Tensor, **options: Any) -> list[Tensor]:
+            out = fn(*leaves, score="cosine", scale=3.0, **options)
+            first = torch.autograd.grad(out, leaves[:2], dout, create_graph=True)
+            second = torch.autograd.grad(first[1].square().sum(), leaves[1])
+            return [out.detach(), *(t.detach() for t in first), *second]
+
+        for name, got, wanted in zip(
+            ("out", "dq", "dk", "ddk"),
+            derivatives(tritune.attention, args, dout),
+            derivatives(tritune.attention, exact, dout.double(), return_lse=False),
+            strict=True,
+        ):
+            kept = torch.ones(got.shape[-2], dtype=torch.bool)
+            if name == "dq":
+                torch.testing.assert_close(got[0, 0, 3].double(), wanted[0, 0, 3], rtol=1e-3, atol=1e-35)
+                kept[3] = False
+            error = (got.double() - wanted)[:, :, kept].abs().max() / wanted[:, :, kept].abs().max()
+            assert error < 2e-6 * (50 if name == "ddk" else 1), f"{name}: {error:.1e}"

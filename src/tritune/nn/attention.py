@@ -40,10 +40,11 @@ class _Scored(Scriptable, torch.nn.Module):
     @property
     def scale(self) -> float | Tensor | None:
         """What the scores are multiplied by."""
-        if self.logit_scale is None:
+        logit_scale = self.logit_scale
+        if logit_scale is None:
             return self.fixed_scale
         # At most 100, as in CLIP and Swin V2. Dynamo takes a number that is no literal for an input.
-        return self.logit_scale.clamp(max=4.605170185988092).exp()
+        return logit_scale.clamp(max=4.605170185988092).exp()
 
     def extra_repr(self) -> str:
         scale = "'learnable'" if self.logit_scale is not None else self.fixed_scale
@@ -141,9 +142,9 @@ class AttentionPool(_Scored):
 
     def forward(self, input: Tensor, attn_mask: Tensor | None = None) -> Tensor:
         """``attn_mask``: bool ``[B, N]``, or ``[N]``: True at the elements that count."""
-        key, value = (
-            layer(input).unflatten(-1, (self.num_heads, -1)).transpose(-3, -2) for layer in (self.key, self.value)
-        )
+        key, value = self.key(input), self.value(input)
+        heads = (*key.shape[:-1], self.num_heads, -1)
+        key, value = key.view(heads).transpose(-3, -2), value.view(heads).transpose(-3, -2)
         pooled = attention_pool(
             self.query, key, value, score=self.score, scale=self.scale, attn_mask=attn_mask, eps=self.eps,
             precision=self.precision,
