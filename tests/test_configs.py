@@ -91,7 +91,7 @@ class TestShow:
         assert lines[3].split()[:7] == ["3.2", "4.0", "measured", "C=8", "dtype=bf16", "->", "BLOCK=16"]
 
     def test_what_would_serve_a_device(self, run, monkeypatch, tmp_path):
-        """In the order of a lookup; of the user's entries only those of the device itself count."""
+        """In the order of a lookup: device, sibling, target, each time the user's entries before the shipped ones."""
         monkeypatch.setattr(store, "SHIPPED", tmp_path)
         for number, name in enumerate(("sm_90", "nvidia_h100", "nvidia_h200", "nvidia_a100", "sm_80"), 1):
             put(tmp_path, entry(number, 16), name=f"{name}/pool.json")
@@ -101,9 +101,9 @@ class TestShow:
             shown = json.loads(run("show", "pool", "--device", device, "--json"))
             return [one["key"]["C"] for part in shown for one in part["entries"]]
 
-        read = [one.key["C"] for _, entries in store.layers("pool", named("h200")) for one in entries]
-        assert sizes("h200") == sizes("NVIDIA-H200") == read == [30, 3, 2, 1]
-        assert sizes("a100") == [40, 4, 5]
+        read = [one.key["C"] for *_, entries in store.layers("pool", named("h200")) for one in entries]
+        assert sizes("h200") == sizes("NVIDIA-H200") == read == [30, 3, 20, 2, 10, 1]
+        assert sizes("a100") == [40, 4, 50, 5]
         assert sizes("sm_90") == [10, 1]
         assert "unknown device 'abacus'" in run("show", "pool", "--device", "abacus", code=2)
 
