@@ -19,7 +19,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from math import ceil
 from pathlib import Path
@@ -124,13 +124,15 @@ def markdown(document: dict[str, Any]) -> str:
         ", and the others are in bold." if outside else "."
     )
     against_itself = ", ".join(f"{record['size']} {record['direction']} {_cell(record)}" for record in control)
-    head = ["call", *(f"{size}, {direction}" for size in SIZES for direction in DIRECTIONS), "within"]
-    lines = [head, ["---"] * len(head), *_rows(records)]
-    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    kinds = [(size, direction) for size in SIZES for direction in DIRECTIONS]
+    summary = _table(["", "median of all calls", "costliest call"], [_summary(*kind, records) for kind in kinds])
+    table = _table(["call", *map(", ".join, kinds), "within"], _rows(records))
     return f"""\
 On the CPU, where torch serves, a small call of any function or module here is to take at most {SMALL_ABOVE_US:.0f} µs
 longer than torch's own, forward and with all gradients, and a large one at most {LARGE_RATIO} times its time.
 {verdict}
+
+{summary}
 
 <details><summary>Every call, small and large, forward and training</summary>
 
@@ -144,6 +146,18 @@ The same measurement of torch's conv2d against itself: {against_itself}.
 """
 
 
+def _table(head: list[str], rows: Iterable[list[str]]) -> str:
+    return "\n".join(f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head), *rows))
+
+
+def _summary(size: str, direction: str, records: Sequence[dict[str, Any]]) -> list[str]:
+    of_kind = [record for record in records if (record["size"], record["direction"]) == (size, direction)]
+    key, text = ("above_us", "{:+.1f} µs") if size == "small" else ("ratio", "{:.3f} ×")
+    costliest = max(of_kind, key=lambda record: record[key])
+    middle = percentile([record[key] for record in of_kind], 0.5)
+    return [f"{size}, {direction}", text.format(middle), f"{text.format(costliest[key])} (`{costliest['call']}`)"]
+
+
 def _rows(records: Sequence[dict[str, Any]]) -> Iterator[list[str]]:
     by_call: dict[str, list[dict[str, Any]]] = {}
     for record in records:
@@ -155,7 +169,8 @@ def _rows(records: Sequence[dict[str, Any]]) -> Iterator[list[str]]:
 
 def _cell(record: dict[str, Any]) -> str:
     if record["size"] == "small":
-        text = f"{record['torch_us']:.1f} {'−' if record['above_us'] < 0 else '+'} {abs(record['above_us']):.1f}"
+        above = round(record["above_us"], 1)
+        text = f"{record['torch_us']:.1f} {'−' if above < 0 else '+'} {abs(above)}"
     else:
         text = f"{record['torch_us'] / 1e3:.1f} × {record['ratio']:.3f}"
     return text if record["within"] else f"**{text}**"
@@ -193,17 +208,18 @@ def main(args: argparse.Namespace) -> int:
             between_markers(readme, "")
         except (OSError, ValueError) as error:
             return _refuse(f"{args.readme}: {error}")
-    env = fingerprint("cpu")  # before this command writes anything
+    env = {**fingerprint("cpu"), "slug": "cpu"}  # before this command writes anything: the tree is as committed
     control: list[dict[str, Any]] = []
     records: list[dict[str, Any]] = []
     try:
         with one_thread(), Progress(sys.stderr, len(calls)) as progress:
             control += measure_call(CONTROL)
+            start = time.monotonic()
             for done, call in enumerate(calls, 1):
                 found = list(measure_call(call))
                 records += found
                 progress.line(f"{done}/{len(calls)} {call.name}: {', '.join(map(_cell, found))}")
-                progress.update(done)
+                progress.update(done, (time.monotonic() - start) / done * (len(calls) - done))
     except KeyboardInterrupt:
         print(f"interrupted after {len(records) // 4} of {len(calls)} calls", file=sys.stderr)
         return 130

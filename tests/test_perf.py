@@ -608,6 +608,8 @@ class TestOverhead:
         assert table == overhead.markdown(json.loads((tmp_path / "cpu/overhead.json").read_text()))
         assert readme.read_text() == f"above\n{overhead.BEGIN}\n{table}{overhead.END}\nbelow\n"
         assert "6 of 8 measurements" in table
+        assert "| small, forward | +9.5 µs | +9.5 µs (`conv1d`) |\n" in table
+        assert "| large, training | 1.400 × | 1.400 × (`conv1d`) |\n" in table
         assert "| `conv1d` | 2000.0 + 9.5 | 2000.0 + 9.5 | 2.0 × 1.400 | 2.0 × 1.400 | yes |" in table
         assert "| `nn.Conv2d` | 2000.0 + 9.5 | **2000.0 + 9.5** | 2.0 × 1.400 | **2.0 × 1.400** | no |" in table
         assert {path.name for path in tmp_path.rglob("*.*")} == {"README.md", "overhead.json", "overhead.md"}
@@ -694,7 +696,7 @@ def python_events(call: Callable[[], object]) -> int:
 class TestHostCalls:
     """Validation and the choice of backend cost a small call on the CPU some 10 to 13 us (convolution, attention) or
     6 to 9 (pooling) on an idle machine. Microseconds do not repeat on a shared one, so what is held is the number of
-    calls that Python makes; ``make bench`` has the times, beside torch's."""
+    calls that Python makes; ``make overhead`` has the times, beside torch's."""
 
     @pytest.mark.parametrize(
         "op, budget",
