@@ -151,8 +151,8 @@ def _convolutions() -> Iterator[Call]:
             yield module(f"{kind}Activation{rank}d", small, large, 8, 8, 3, padding=1, activation="relu",
                          formula=partial(_activated, theirs))  # fmt: skip
     small, large, weights = [CONV_SMALL[2]], [CONV_LARGE[2]], [(8, 8, 3, 3), (8,)]
-    yield function("conv2d", small, large, None, 1, 1, 1, 8, weights=[(8, 1, 3, 3)], special="depthwise")
-    yield function("conv2d", small, large, 1, 1, weights=weights, special="channels last",
+    yield function("conv2d", small, [(16, 8, 80, 80)], None, 1, 1, 1, 8, weights=[(8, 1, 3, 3)], special="depthwise")
+    yield function("conv2d", small, [(8, 8, 80, 80)], 1, 1, weights=weights, special="channels last",
                    inputs=lambda x: (x.contiguous(memory_format=torch.channels_last),))  # fmt: skip
     yield function("conv2d", small, large, weights=weights, padding=1, activation="relu", special="relu",
                    theirs=lambda x, w, b: F.relu(F.conv2d(x, w, b, 1, 1)))  # fmt: skip
@@ -183,11 +183,11 @@ POOL_SMALL = {1: (1, 4, 16), 2: (1, 4, 8, 8), 3: (1, 4, 4, 4, 4)}
 PLANE = {1: (4096,), 2: (64, 64), 3: (16, 16, 16)}
 # (functions, modules, arguments, channels of all large planes): torch's functions differ much in what a plane costs.
 POOLS = (
-    ("max_pool", "MaxPool", (2,), (256, 32, 32)),
+    ("max_pool", "MaxPool", (2,), (512, 48, 48)),
     ("avg_pool", "AvgPool", (2,), (64, 128, 128)),
     ("lp_pool", "LPPool", (2.0, 2), (64, 128, 128)),
-    ("adaptive_max_pool", "AdaptiveMaxPool", (2,), (512, 512, 128)),
-    ("adaptive_avg_pool", "AdaptiveAvgPool", (2,), (512, 512, 128)),
+    ("adaptive_max_pool", "AdaptiveMaxPool", (2,), (512, 512, 256)),
+    ("adaptive_avg_pool", "AdaptiveAvgPool", (2,), (512, 512, 256)),
     ("max_unpool", "MaxUnpool", (2,), (256, 512, 512)),
 )
 
@@ -200,9 +200,9 @@ def _pools() -> Iterator[Call]:
             inputs = indices if one == "max_unpool" else None
             yield function(f"{one}{rank}d", small, large, *args, inputs=inputs)
             yield module(f"{kind}{rank}d", small, large, *args, inputs=inputs)
-    small, large = [POOL_SMALL[2]], [(1, 32, *PLANE[2])]
+    small, large = [POOL_SMALL[2]], [(1, 48, *PLANE[2])]
     yield function("max_pool2d", small, large, 2, None, 0, 1, False, True, special="indices")
-    large = [(1, 256, *PLANE[2])]
+    large = [(1, 512, *PLANE[2])]
     yield function("max_pool2d", small, large, 3, 2, 1, special="channels last",
                    inputs=lambda x: (x.contiguous(memory_format=torch.channels_last),))  # fmt: skip
     yield function("global_avg_pool", small, [(4, 512, *PLANE[2])], theirs=lambda x: F.adaptive_avg_pool2d(x, 1))
