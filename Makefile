@@ -18,7 +18,7 @@ PYTEST = OMP_NUM_THREADS=1 $(BIN)/pytest -q
 PARALLEL = -n $(JOBS)
 
 .PHONY: help setup demo test test-torch test-interpret test-static test-wheel quick compat \
-	lint format bench static gpu clean
+	lint format bench overhead static gpu clean
 
 help:
 	@echo 'make demo      train three models on handwritten digits with tritune and torch; results in build/demo/'
@@ -27,6 +27,7 @@ help:
 	@echo 'make compat    the oldest supported torch; the compat subset on the oldest and the newest supported Triton'
 	@echo 'make lint      ruff and mypy          make format    rewrite the sources as ruff likes them'
 	@echo 'make bench     CPU benchmarks         make static    compile-time profile of the shipped kernels'
+	@echo 'make overhead  what our calls cost above torch'"'"'s own on the CPU; for perf/results/cpu and README.md'
 	@echo 'make gpu       measure on this machine'"'"'s GPU with $$(PYTHON) as it is; OUT=folder for the results'
 	@echo 'make setup     only create .venv      make clean     remove all that make created'
 	@echo
@@ -114,6 +115,9 @@ format: $(READY)
 
 bench: $(READY)
 	$(PYTEST) perf/
+
+overhead: $(READY)
+	$(BIN)/python -m tritune.perf.overhead --out perf/results/cpu --readme README.md
 
 static: $(READY)
 	$(BIN)/python -m tritune bench static

@@ -30,6 +30,7 @@ def fingerprint(device: str) -> dict[str, Any]:
         **_sources(),
         "python": platform.python_version(),
         "machine": f"{platform.system()} {platform.machine()}",
+        "cpu": _cpu(),
         "torch": str(torch.__version__),
         "triton": _version("triton"),
         "numpy": _version("numpy"),
@@ -43,6 +44,16 @@ def _version(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
+
+
+def _cpu() -> str | None:
+    """The model, as Linux tells it."""
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        return platform.processor() or None
+    model = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
+    return model[1] if model else platform.processor() or None
 
 
 def _gpu() -> dict[str, Any]:

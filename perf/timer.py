@@ -79,8 +79,8 @@ def interleaved(
     most: int,
     give_up_us: float = inf,
 ) -> dict[str, list[float]]:
-    """Samples of all competitors, round by round. Each round starts with another one and every second round runs
-    backwards, so nobody always follows the same neighbour. Who is slower than ``give_up_us`` leaves after FEW."""
+    """Samples of all competitors, round by round. Every other round starts with another one, and the round behind it
+    runs backwards, so nobody always follows the same neighbour. Who is slower than ``give_up_us`` leaves after FEW."""
     samples: dict[str, list[float]] = {name: [] for name in names}
     end = time.perf_counter() + seconds
     for round_ in range(most):
@@ -88,7 +88,7 @@ def interleaved(
             break
         if round_ == FEW:
             names = [name for name in names if percentile(samples[name], 0.5) <= give_up_us]
-        start = round_ % len(names) if names else 0
+        start = round_ // 2 % len(names) if names else 0
         order = [*names[start:], *names[:start]]
         for name in reversed(order) if round_ % 2 else order:
             samples[name].append(sample(name))
@@ -132,13 +132,13 @@ class WallTimer:
         counts: dict[str, int] = {}
         for name, competitor in competitors.items():
             try:
-                counts[name] = ceil(self.sample_us / max(_wall_us(competitor, 1), 0.1))
+                counts[name] = ceil(self.sample_us / max(mean_us(competitor, 1), 0.1))
             except RuntimeError as error:
                 results[name] = str(error)
         with no_garbage_collection():
             samples = interleaved(
                 list(counts),
-                lambda name: _wall_us(competitors[name], counts[name]),
+                lambda name: mean_us(competitors[name], counts[name]),
                 seconds,
                 self.least,
                 self.most,
@@ -147,14 +147,14 @@ class WallTimer:
         return results | {name: summarise(times, None, "wall") for name, times in samples.items()}
 
 
-def _wall_us(competitor: Competitor, count: int) -> float:
-    """Mean of ``count`` calls."""
+def mean_us(competitor: Competitor, count: int, clock_ns: Callable[[], int] = time.perf_counter_ns) -> float:
+    """The mean of ``count`` calls."""
     competitor.before()
     calls = [competitor.calls[i % len(competitor.calls)] for i in range(count)]
-    start = time.perf_counter_ns()
+    start = clock_ns()
     for call in calls:
         call()
-    return (time.perf_counter_ns() - start) / 1e3 / count
+    return (clock_ns() - start) / 1e3 / count
 
 
 # --- on a GPU --------------------------------------------------------------------------------------------------------
@@ -271,7 +271,7 @@ class CudaTimer:
         """The queue of launches holds about 1000: a few calls never wait for the device."""
         best = float("inf")
         for _ in range(repeats):
-            best = min(best, _wall_us(competitor, count))
+            best = min(best, mean_us(competitor, count))
             self.gpu.synchronize()
         return best
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import ast
 import contextlib
+import inspect
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -21,7 +23,9 @@ import tritune
 from tritune.autotune import device as devices
 from tritune.autotune import store
 from tritune.autotune.config import Config
-from tritune.perf import environment, families, gpu, gpu_tests, timer, worker
+from tritune.perf import environment, families, gpu, gpu_tests, overhead, timer, worker
+from tritune.perf.calls import CALLS, DIRECTIONS, SIZES, Call
+from tritune.perf.calls import prepare as prepare_call
 from tritune.perf.case import Case, prepare, random_tensors
 from tritune.perf.check import Machine, argument_sets, compare
 from tritune.perf.families import CASES, operator_of
@@ -251,7 +255,14 @@ class TestTimer:
     def test_order_changes(self):
         order: list[str] = []
         timer.interleaved(["a", "b", "c"], lambda name: order.append(name) or 0.0, 0, least=3, most=3)
-        assert order == ["a", "b", "c", "a", "c", "b", "c", "a", "b"]
+        assert order == ["a", "b", "c", "c", "b", "a", "b", "c", "a"]
+
+    @pytest.mark.parametrize("names", ["ab", "abc", "abcd"])
+    def test_each_is_first_and_last_as_often_as_the_others(self, names):
+        order: list[str] = []
+        rounds = 2 * len(names)
+        timer.interleaved(list(names), lambda name: order.append(name) or 0.0, 0, least=rounds, most=rounds)
+        assert sorted(order[:: len(names)]) == sorted(order[len(names) - 1 :: len(names)]) == sorted(2 * names)
 
     def test_percentiles(self):
         assert timer.percentile([3, 1, 2], 0.5) == 2
@@ -495,6 +506,158 @@ def test_a_gpu_run_needs_no_other_packages():
                 assert package in {*sys.stdlib_module_names, *there, *local}, f"{path.name} imports {name}"
 
 
+# --- what a call costs above torch's own -----------------------------------------------------------------------------
+
+
+@pytest.mark.torch
+class TestCalls:
+    def test_every_public_function_and_module_has_a_row(self):
+        values = {name: getattr(tritune, name) for name in tritune.__all__}
+        functions = {name for name, value in values.items() if callable(value) and not inspect.isclass(value)}
+        modules = {f"nn.{name}" for name, value in vars(tritune.nn).items() if inspect.isclass(value)}
+        assert {call.public_name for call in CALLS} == functions - {"explain"} | modules
+        assert len({call.name for call in CALLS}) == len(CALLS)
+
+    @pytest.mark.parametrize("call", CALLS, ids=lambda call: call.name)
+    def test_the_peer_computes_the_same(self, call):
+        for direction in DIRECTIONS:
+            with torch.set_grad_enabled(direction == "training"):
+                ours, torchs = prepare_call(call, "small", direction)
+                torch.testing.assert_close(ours(), torchs())
+
+    @pytest.mark.parametrize("call", CALLS, ids=lambda call: call.name)
+    def test_ours_runs_our_code_and_the_peer_does_not(self, call):
+        folders = {str(Path(package.__file__).parent) for package in (tritune.ops, tritune.nn)}
+
+        def runs_ours(run: Callable[[], object]) -> bool:
+            files: set[str] = set()
+            sys.setprofile(lambda frame, event, argument: files.add(frame.f_code.co_filename))
+            try:
+                run()
+            finally:
+                sys.setprofile(None)
+            return any(str(Path(file).parent) in folders for file in files)
+
+        ours, torchs = prepare_call(call, "small", "forward")
+        assert runs_ours(ours)
+        assert not runs_ours(torchs)
+
+
+@pytest.mark.torch
+class TestOverhead:
+    def test_a_drift_and_a_burst_cancel(self):
+        """The clock slows down from sample to sample, and once somebody else takes the machine."""
+        us = {"ours": 13.0, "torch": 10.0}
+        taken: list[str] = []
+
+        def sample(name: str) -> float:
+            taken.append(name)
+            return us[name] + 0.5 * len(taken) + (500 if len(taken) == 21 else 0)
+
+        samples = timer.interleaved(list(us), sample, 0, least=40, most=40)
+        found = overhead.cost(samples["ours"], samples["torch"])
+        assert found.above_us == pytest.approx(3)
+        assert found.rounds == 40
+
+    @pytest.mark.parametrize("slower_us", [0.0, 30.0])
+    def test_work_of_our_own_is_found(self, slower_us):
+        def spin(us: float) -> None:
+            end = time.thread_time_ns() + 1e3 * us
+            while time.thread_time_ns() < end:
+                pass
+
+        found = overhead.measure(lambda: spin(50 + slower_us), lambda: spin(50), 0.05)
+        assert found.above_us == pytest.approx(slower_us, abs=5)
+        assert found.ratio == pytest.approx(1 + slower_us / 50, abs=0.1)
+
+    @pytest.mark.parametrize(
+        "size, above_us, ratio, within",
+        [
+            ("small", 4.0, 5.0, True),
+            ("small", 4.1, 1.01, False),
+            ("large", 90.0, 1.02, True),
+            ("large", 3, 1.03, False),
+        ],
+    )
+    def test_the_yardstick(self, size, above_us, ratio, within):
+        assert overhead.Cost(1.0, 1.0, above_us, ratio, 1).is_within(size) == within
+
+    @pytest.fixture
+    def run(self, monkeypatch):
+        """The command, on two calls whose measurements are made up: one misses the yardstick in training."""
+        monkeypatch.setattr(overhead, "CALLS", [call for call in CALLS if call.name in ("conv1d", "nn.Conv2d")])
+
+        def measured(call: Call) -> Iterator[dict[str, object]]:
+            for size in SIZES:
+                for direction in DIRECTIONS:
+                    missed = call.name == "nn.Conv2d" and direction == "training"
+                    numbers = {"torch_us": 2000.0, "ours_us": 2001.0, "above_us": 9.5, "ratio": 1.4, "rounds": 9}
+                    yield {"call": call.name, "size": size, "direction": direction, **numbers, "within": not missed}
+
+        monkeypatch.setattr(overhead, "measure_call", measured)
+
+        def run(*argv: object) -> int:
+            parser = argparse.ArgumentParser()
+            overhead.add_arguments(parser)
+            return overhead.main(parser.parse_args(list(map(str, argv))))
+
+        return run
+
+    def test_json_and_nothing_else(self, run, capsys):
+        assert run("--json") == 1
+        out, err = capsys.readouterr()
+        document = json.loads(out)
+        assert [record["call"] for record in document["records"]] == ["conv1d"] * 4 + ["nn.Conv2d"] * 4
+        assert document["env"]["torch"] == torch.__version__
+        assert "1/2 conv1d" in err and "2/2 nn.Conv2d" in err
+
+    def test_files_and_readme(self, run, tmp_path, capsys):
+        readme = tmp_path / "README.md"
+        readme.write_text(f"above\n{overhead.BEGIN}\nold\n{overhead.END}\nbelow\n")
+        assert run("--out", tmp_path / "cpu", "--readme", readme) == 1
+        table = (tmp_path / "cpu/overhead.md").read_text()
+        assert table == overhead.markdown(json.loads((tmp_path / "cpu/overhead.json").read_text()))
+        assert readme.read_text() == f"above\n{overhead.BEGIN}\n{table}{overhead.END}\nbelow\n"
+        assert "6 of 8 measurements" in table
+        assert "| small, forward | +9.5 µs | +9.5 µs (`conv1d`) |\n" in table
+        assert "| large, training | 1.400 × | 1.400 × (`conv1d`) |\n" in table
+        assert "| `conv1d` | 2000.0 + 9.5 | 2000.0 + 9.5 | 2.0 × 1.400 | 2.0 × 1.400 | yes |" in table
+        assert "| `nn.Conv2d` | 2000.0 + 9.5 | **2000.0 + 9.5** | 2.0 × 1.400 | **2.0 × 1.400** | no |" in table
+        assert {path.name for path in tmp_path.rglob("*.*")} == {"README.md", "overhead.json", "overhead.md"}
+        assert capsys.readouterr().out == ""
+
+    def test_all_within(self, run):
+        assert run("--only", "conv1d") == 0
+
+    def test_bad_usage(self, run, tmp_path, capsys):
+        (tmp_path / "README.md").write_text("no markers")
+        for argv in (("--only", "nothing"), ("--only", "conv1d", "--out", tmp_path / "cpu"),
+                     ("--readme", tmp_path / "README.md"), ("--readme", tmp_path / "missing")):  # fmt: skip
+            assert run(*argv) == 2
+            out, err = capsys.readouterr()
+            assert out == "" and err.count("\n") == 1
+        assert [path.name for path in tmp_path.iterdir()] == ["README.md"]
+
+    def test_an_interrupt_writes_nothing(self, run, tmp_path, monkeypatch, capsys):
+        def interrupted(call: Call) -> None:
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(overhead, "measure_call", interrupted)
+        assert run("--out", tmp_path / "cpu") == 130
+        assert capsys.readouterr().err == "interrupted after 0 of 2 calls\n"
+        assert not list(tmp_path.iterdir())
+
+    @pytest.mark.checkout
+    def test_the_table_of_the_readme_is_that_of_the_results(self):
+        folder = ROOT / "perf/results/cpu"
+        document = json.loads((folder / "overhead.json").read_text(encoding="utf-8"))
+        table = (folder / "overhead.md").read_text(encoding="utf-8")
+        assert table == overhead.markdown(document)
+        readme = (ROOT / "README.md").read_text(encoding="utf-8")
+        assert overhead.between_markers(readme, table) == readme
+        assert [record["call"] for record in document["records"][::4]] == [call.name for call in CALLS]
+
+
 # --- budgets of host time --------------------------------------------------------------------------------------------
 
 
@@ -505,11 +668,11 @@ def fastest(calls: dict[str, Callable[[], object]], seconds: float) -> SimpleNam
     least: dict[str, float] = {}
 
     def sample(name: str) -> float:
-        us = timer._wall_us(competitors[name], counts[name])
+        us = timer.mean_us(competitors[name], counts[name])
         least[name] = min(us, least.get(name, us))
         return us
 
-    counts = {name: max(1, int(one.sample_us / timer._wall_us(c, 5))) for name, c in competitors.items()}
+    counts = {name: max(1, int(one.sample_us / timer.mean_us(c, 5))) for name, c in competitors.items()}
     timer.interleaved(list(calls), sample, seconds, one.least, one.most)
     return SimpleNamespace(**least)
 
@@ -544,7 +707,7 @@ def python_events(call: Callable[[], object]) -> int:
 class TestHostCalls:
     """Validation and the choice of backend cost a small call on the CPU some 10 to 13 us (convolution, attention) or
     6 to 9 (pooling) on an idle machine. Microseconds do not repeat on a shared one, so what is held is the number of
-    calls that Python makes; ``make bench`` has the times, beside torch's."""
+    calls that Python makes; ``make overhead`` has the times, beside torch's."""
 
     @pytest.mark.parametrize(
         "op, budget",

@@ -15,16 +15,12 @@ if importlib.util.find_spec("tritune") is None:
 
 
 @pytest.fixture
-def bench_case(benchmark: Any) -> Callable[[Any, str, str], None]:
-    """Times one provider on one case of a family; on a GPU a call and the wait for its result (the device's
-    own time is what `make gpu` measures)."""
-    from tritune.perf.case import prepare, random_tensors
-    from tritune.perf.families import operator_of
+def bench(benchmark: Any) -> Callable[[str, Callable[[], Any], str], None]:
+    """Times a call, in a group of the table; on a GPU it is the call and the wait for its result (the device's own
+    time is what `make gpu` measures)."""
 
-    def run(case: Any, provider: str, device: str) -> None:
-        benchmark.group = case.id
-        operator = operator_of(case)
-        call = prepare(operator, case, provider, random_tensors(operator, case, device, seed=0))
+    def run(group: str, call: Callable[[], Any], device: str) -> None:
+        benchmark.group = group
 
         def call_and_wait() -> None:
             call()
