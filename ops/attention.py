@@ -144,7 +144,7 @@ def _twice_differentiable(
         hook = _SecondDerivative(query, key, value, attn_mask, scale, is_causal)
         out.grad_fn.register_hook(hook)  # type: ignore[union-attr]
         return out
-    if torch.jit.is_tracing():
+    if torch._C._is_tracing():
         return out  # the trace would not be the same without gradients
     doubled: Tensor = _TwiceDifferentiable.apply(out, query, key, value, *_formulas(query, attn_mask, scale, is_causal))
     return doubled
@@ -549,7 +549,7 @@ def _on_torch(
     if wants_lse or (in_transform() and not dropout_p):
         return _formula(*call)
     out = _composite(*call, group=group, dropout_p=dropout_p)
-    if saves and not dropout_p and not (torch.compiler.is_compiling() or torch.jit.is_tracing()) and is_plain(call[0]):
+    if saves and not dropout_p and not (torch.compiler.is_compiling() or torch._C._is_tracing()) and is_plain(call[0]):
         out = _TwiceDifferentiable.apply(out, *call)
     return out, None
 
@@ -885,7 +885,7 @@ def _normalized(t: Tensor, eps: float, backend: str) -> Tensor:
 
 def _unit(t: Tensor, eps: float) -> Tensor:
     """``t / max(|t|, eps)`` of the rows, in torch's operators."""
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or in_transform():
+    if torch.compiler.is_compiling() or torch._C._is_tracing() or in_transform():
         unit = t / _lengths(t, eps)
         return unit if unit.dtype is t.dtype else unit.to(t.dtype)
     if 0 < t.numel() <= _FEW and t.is_cpu and not torch._C._len_torch_dispatch_stack():

@@ -28,9 +28,9 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 
+from ..progress import Progress
 from .calls import CALLS, DIRECTIONS, SIZES, Call, prepare
 from .environment import fingerprint
-from .progress import Progress
 from .timer import Competitor, interleaved, mean_us, no_garbage_collection, percentile
 
 SCHEMA = 1

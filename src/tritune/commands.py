@@ -263,7 +263,7 @@ for _name, _op in explain_command.OPS.items():
 @explain.command("model", help="What each call of a model would run on this machine, one a line.")
 def _model(
     place: Annotated[str, typer.Argument(metavar="PACKAGE.MODULE:NAME", help="A module, or what makes one.")],
-    shapes: Annotated[list[str], typer.Argument(parser=_shape, metavar="SHAPE", help="Of the inputs: 1x3x224x224")],
+    shapes: Annotated[list[Any], typer.Argument(parser=_shape, metavar="SHAPE", help="Of the inputs: 1x3x224x224")],
     dtype: Annotated[str, typer.Option(help="Of model and inputs.", **_one_of(explain_command.DTYPES))] = "fp32",
     backend: Annotated[str, typer.Option(help="As of use_backend.", **_one_of(("auto", "triton", "torch")))] = "auto",
     as_json: Json = False,
