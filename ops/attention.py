@@ -72,22 +72,27 @@ def scaled_dot_product_attention(
         >>> tritune.scaled_dot_product_attention(q, k, v).shape
         torch.Size([2, 8, 100, 32])
     """
-    tensors = (query, key, value, attn_mask)
-    call = (*tensors, dropout_p, is_causal, scale, enable_gqa)
     is_nested = False
-    if has_torch_function_variadic(*tensors):
+    if has_torch_function_variadic(query, key, value, attn_mask):
+        tensors = (query, key, value, attn_mask)
         is_nested = any(isinstance(t, Tensor) and t.is_nested for t in tensors[:3])
         if not is_nested:
             overridden: Tensor = handle_torch_function(
-                scaled_dot_product_attention, tensors, *call[:6], scale=scale, enable_gqa=enable_gqa
-            )
+                scaled_dot_product_attention, tensors, *tensors, dropout_p, is_causal, scale=scale,
+                enable_gqa=enable_gqa,
+            )  # fmt: skip
             return overridden
     elif torch_validates(query):
         try:
-            if _is_torchs(*call):
-                return _twice_differentiable(_torch_attention(*call), *call)
+            if _is_torchs(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa):
+                out = _sdpa(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+                if not out.requires_grad or dropout_p != 0.0:
+                    return out
+                return _twice_differentiable(out, query, key, value, attn_mask, is_causal, scale, enable_gqa)
         except TORCH_ERRORS:
             is_nested = query.is_nested
+    tensors = (query, key, value, attn_mask)
+    call = (*tensors, dropout_p, is_causal, scale, enable_gqa)
     if is_nested:
         reason = "a nested tensor"
         choose("scaled_dot_product_attention", (query,), lambda _: (False, reason), lambda _: (), lambda: reason)
@@ -118,8 +123,12 @@ def _is_torchs(
         return False
     if enable_gqa and not (query.dim() > 2 and key.size(-3) and value.size(-3)):
         return False
-    rows_overlap = not torch.compiler.is_compiling() and 0 < query.stride(-2) < query.size(-1)
-    return key.size(-2) == value.size(-2) and not rows_overlap and (dropout_p != 0.0 or not in_transform())
+    if key.size(-2) != value.size(-2):
+        return False
+    if torch.compiler.is_compiling():
+        return True
+    rows_overlap = 0 < query.stride(-2) < query.size(-1)
+    return not rows_overlap and (dropout_p != 0.0 or not in_transform())
 
 
 def _torch_attention(
@@ -130,12 +139,10 @@ def _torch_attention(
 
 
 def _twice_differentiable(
-    out: Tensor, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, dropout_p: float, is_causal: bool,
+    out: Tensor, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, is_causal: bool,
     scale: float | None, enable_gqa: bool,
 ) -> Tensor:  # fmt: skip
-    """torch's result ``out`` with the second derivative that torch's fused kernels lack."""
-    if not out.requires_grad or dropout_p != 0.0:
-        return out
+    """torch's result ``out``, which needs a gradient, with the second derivative that torch's fused kernels lack."""
     fused = out.grad_fn.name()  # type: ignore[union-attr]
     if not fused.startswith("ScaledDotProduct"):
         return out  # the composite has all derivatives
@@ -349,7 +356,7 @@ def _by_torch(
         query, key, value = query.unsqueeze(0), key.unsqueeze(0), value.unsqueeze(0)
     out = _sdpa(query, key, value, mask, 0.0, is_causal, scale=scale, enable_gqa=enable_gqa)
     if not torch.compiler.is_compiling() and out.requires_grad and type(out) is Tensor:
-        out = _twice_differentiable(out, query, key, value, mask, 0.0, is_causal, scale, enable_gqa)
+        out = _twice_differentiable(out, query, key, value, mask, is_causal, scale, enable_gqa)
     return out if dims == 4 else out.squeeze(0)
 
 
