@@ -345,7 +345,7 @@ def problems(call: Call, dtype: torch.dtype, device: str, backend: str) -> Itera
 
 # Of the kernels, not mended yet: a gradient that is multiplied by a zero, where torch leaves it out, is NaN if it is
 # infinite (relu, relu6, windows over the border); a NaN before hardswish or relu6 lets the gradient through; infinite
-# gradients of attention and GRU are -inf where torch's are NaN; of a single key the gradient of the query is noise, not 0.
+# gradients of attention and GRU are -inf where torch's are NaN; with a single key the gradient of the query is noise.
 KERNEL_FAULTS = re.compile(r"conv|attention|scaled_dot|gru")
 
 
