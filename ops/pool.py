@@ -616,11 +616,13 @@ def _lp_pool(
     dtype = wide.dtype if is_widened and torch.is_autocast_enabled("cpu") else input.dtype
     if norm_type not in FUSED_NORMS:
         mean = _serve_avg_pool(rank, wide.pow(norm_type), args, True, 0)
-        return _root(mean, args.kernel_size, norm_type).to(dtype)
+        root = _root(mean, args.kernel_size, norm_type)
+        return root.to(dtype) if is_widened else root
 
     def composite() -> Tensor:
         mean = _torch_avg(wide.pow(norm_type), args.kernel_size, args.stride, args.padding, args.ceil_mode, True, 0)
-        return _root(mean, args.kernel_size, norm_type).to(dtype)
+        root = _root(mean, args.kernel_size, norm_type)
+        return root.to(dtype) if is_widened else root
 
     return _serve(
         f"lp_pool{rank}d", rank, input, args.output_size, _windows(args), f"norm{norm_type:.0f}", 0,
