@@ -36,13 +36,11 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 class _State(threading.local):
     def __init__(self) -> None:
         # In every thread attributes of the instance: torch.compile does not see one that comes to hide a class's.
-        self.backend = DEFAULT_BACKEND
-        self.recorder: list[Decision] | None = None
-        # "auto" or "torch" where that is the backend and nothing is recorded, "" elsewhere: one look for fast calls.
-        self.torch_first = "" if DEFAULT_BACKEND == "triton" else DEFAULT_BACKEND
+        self.set(DEFAULT_BACKEND, None)
 
     def set(self, backend: str, recorder: list[Decision] | None) -> None:
         self.backend, self.recorder = backend, recorder
+        # "auto" or "torch" where that is the backend and nothing is recorded, "" elsewhere: one look for fast calls.
         self.torch_first = "" if backend == "triton" or recorder is not None else backend
 
 

@@ -98,12 +98,12 @@ def scaled_dot_product_attention(
         choose("scaled_dot_product_attention", (query,), lambda _: (False, reason), lambda _: (), lambda: reason)
         return _torch_attention(*call)
     attention_checks.check_scaled_dot_product_attention(*call)
-    mask, bias = (attn_mask, None) if attn_mask is not None and attn_mask.dtype is torch.bool else (None, attn_mask)
     if torch_serves(query):  # compiled, fake or meta tensors, or an error that is torch's alone
         q, k, v, given = autocast(*tensors)
         attention_checks.check_operands(q, k, v, (("attn_mask", given),), scale, enable_gqa)
         if _is_torchs(*call):
             return _torch_attention(*call)
+    mask, bias = _mask_and_bias(attn_mask)
     return _attend(
         "scaled_dot_product_attention", query, key, value, mask, bias, scale=scale, is_causal=is_causal,
         enable_gqa=enable_gqa, dropout_p=dropout_p,
@@ -157,11 +157,16 @@ def _twice_differentiable(
     return doubled
 
 
+def _mask_and_bias(attn_mask: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """torch's one argument as our two: a boolean one hides keys, another is added to the scores."""
+    return (attn_mask, None) if attn_mask is not None and attn_mask.dtype is torch.bool else (None, attn_mask)
+
+
 def _formulas(
     query: Tensor, attn_mask: Tensor | None, scale: float | None, is_causal: bool
 ) -> tuple[Tensor | None, Tensor | None, float, int | None]:  # fmt: skip
     """``(mask, bias, scale, shift)`` of :func:`_formula` for a call of torch's."""
-    mask, bias = (attn_mask, None) if attn_mask is not None and attn_mask.dtype is torch.bool else (None, attn_mask)
+    mask, bias = _mask_and_bias(attn_mask)
     return mask, bias, query.size(-1) ** -0.5 if scale is None else scale, 0 if is_causal else None
 
 
@@ -662,7 +667,7 @@ def _folded(grad: Tensor, t: Tensor) -> Tensor:
 
 
 class _SecondDerivative:
-    """What :class:`_TwiceDifferentiable` does, as a hook of torch's own node, for a fifth of the time; only where the
+    """What :class:`_TwiceDifferentiable` does, as a hook of torch's own node, which costs a call less; only where the
     node's inputs are the call's. It keeps no operand alive that autograd does not."""
 
     __slots__ = ("operands", "options")

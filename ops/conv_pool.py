@@ -113,7 +113,7 @@ def conv2d_max_pool2d(
 
 
 def _needs_grad(tensors: tuple[Any, ...]) -> bool:
-    return torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in tensors)
+    return any(isinstance(t, Tensor) and pool._needs_grad(t) for t in tensors)
 
 
 def _apart(

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -366,13 +367,11 @@ def global_avg_pool(input: Tensor, keepdim: bool = True) -> Tensor:
         return overridden
     pool_checks.check_global_pool("avg", input, keepdim)
     rank = input.dim() - 2
+    composite = partial(_torch_adaptive("avg", rank), input, 1)
     if torch_validates(input):
-        y = _torch_adaptive("avg", rank)(input, 1)
+        y = composite()
     else:
-        y = _serve_mean(
-            "global_avg_pool", rank, input, (1,) * rank, _ADAPTIVE, True, 0,
-            lambda: _torch_adaptive("avg", rank)(input, (1,) * rank),
-        )  # fmt: skip
+        y = _serve_mean("global_avg_pool", rank, input, (1,) * rank, _ADAPTIVE, True, 0, composite)
     return y if keepdim else y.flatten(1)
 
 
@@ -396,14 +395,12 @@ def global_max_pool(input: Tensor, keepdim: bool = True) -> Tensor:
         return overridden
     pool_checks.check_global_pool("max", input, keepdim)
     rank = input.dim() - 2
+    composite = partial(_torch_adaptive("max", rank), input, 1)
     y: Tensor
     if torch_validates(input):
-        y = _torch_adaptive("max", rank)(input, 1)
+        y = composite()
     else:
-        y = _serve_max(
-            "global_max_pool", rank, input, (1,) * rank, _ADAPTIVE, False,
-            lambda: _torch_adaptive("max", rank)(input, (1,) * rank),
-        )  # fmt: skip
+        y = _serve_max("global_max_pool", rank, input, (1,) * rank, _ADAPTIVE, False, composite)
     return y if keepdim else y.flatten(1)
 
 
@@ -611,18 +608,20 @@ def _lp_pool(
     if input.device.type == "cuda" and torch.is_autocast_enabled("cuda") and input.dtype.itemsize == 2:
         input = input.float()  # powers are in fp32 there, and so is what becomes of them
     # In three dimensions torch's kernel for the CPU has no 16-bit types: in float32 from the powers on, rounded once.
-    is_widened = rank == 3 and input.device.type == "cpu" and input.dtype in (torch.float16, torch.bfloat16)
+    is_widened = _lacks_a_kernel(input, rank)
     wide = input.float() if is_widened else input
     dtype = wide.dtype if is_widened and torch.is_autocast_enabled("cpu") else input.dtype
-    if norm_type not in FUSED_NORMS:
-        mean = _serve_avg_pool(rank, wide.pow(norm_type), args, True, 0)
+
+    def root_of(mean: Tensor) -> Tensor:
         root = _root(mean, args.kernel_size, norm_type)
         return root.to(dtype) if is_widened else root
 
+    if norm_type not in FUSED_NORMS:
+        return root_of(_serve_avg_pool(rank, wide.pow(norm_type), args, True, 0))
+
     def composite() -> Tensor:
-        mean = _torch_avg(wide.pow(norm_type), args.kernel_size, args.stride, args.padding, args.ceil_mode, True, 0)
-        root = _root(mean, args.kernel_size, norm_type)
-        return root.to(dtype) if is_widened else root
+        window = (args.kernel_size, args.stride, args.padding)
+        return root_of(_torch_avg(wide.pow(norm_type), *window, args.ceil_mode, True, 0))
 
     return _serve(
         f"lp_pool{rank}d", rank, input, args.output_size, _windows(args), f"norm{norm_type:.0f}", 0,
@@ -978,6 +977,11 @@ def _places(winners: Tensor, space: Sequence[int], windows: Sequence[Sequence[in
     return torch.where(valid, flat, 0), valid
 
 
+def _lacks_a_kernel(t: Tensor, rank: int) -> bool:
+    """Would torch average 16-bit numbers in three dimensions on the CPU, for which it has no kernel?"""
+    return rank == 3 and t.device.type == "cpu" and t.dtype in (torch.float16, torch.bfloat16)
+
+
 def _torch_avg(
     input: Tensor, kernel_size: Any, stride: Any, padding: Any, ceil_mode: bool, include_pad: bool, divisor: int
 ) -> Tensor:  # fmt: skip
@@ -989,7 +993,7 @@ def _torch_avg(
         return y if divisor == 0 else y * (kernel_size[0] / divisor)
     function: Callable[..., Tensor] = _TORCH[f"avg_pool{rank}d"]
     call = (kernel_size, stride, padding, ceil_mode, include_pad, divisor or None)
-    if rank == 3 and input.device.type == "cpu" and input.dtype in (torch.float16, torch.bfloat16):
+    if _lacks_a_kernel(input, rank):
         y = function(input.float(), *call)
         return y if torch.is_autocast_enabled("cpu") else y.to(input.dtype)
     return function(input, *call)
@@ -1016,7 +1020,7 @@ def _torch_mean_backward(
         flat = [[0 if place == 2 else 1, *values] if values else [] for place, values in enumerate(windows)]
         return _torch_mean_backward(dy.unsqueeze(2), (1, *space), flat, include_pad, divisor).squeeze(2)
     like = dy.new_empty(1).expand(*dy.shape[:2], *space)
-    if rank == 3 and dy.device.type == "cpu" and dy.dtype in (torch.float16, torch.bfloat16):
+    if _lacks_a_kernel(dy, rank):
         return _torch_mean_backward(dy.float(), space, windows, include_pad, divisor).to(dy.dtype)
     if not windows[1]:
         dx: Tensor = getattr(torch.ops.aten, f"_adaptive_avg_pool{rank}d_backward")(dy, like)

@@ -20,7 +20,6 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from math import ceil
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,6 +27,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 
+from ..demo import one_thread
 from ..progress import Progress
 from .calls import CALLS, DIRECTIONS, SIZES, Call, prepare
 from .environment import fingerprint
@@ -99,16 +99,6 @@ def measure_call(call: Call) -> Iterator[dict[str, Any]]:
                     found = measure(ours, torchs, LONGER * SECONDS[size])
             numbers = {name: round(value, 4) for name, value in found._asdict().items()}
             yield {"call": call.name, "size": size, "direction": direction, **numbers, "within": found.is_within(size)}
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 # --- the table -------------------------------------------------------------------------------------------------------

@@ -91,6 +91,11 @@ def _shape(text: str) -> tuple[int, ...]:
     return tuple(int(part) for part in text.split("x"))
 
 
+def _time(help: str) -> Any:
+    """Of an option that is a length of time, in seconds as a number."""
+    return typer.Option(parser=_seconds, show_default=False, metavar="TIME", help=help)
+
+
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document, and nothing else on standard output.")]
 Pattern = Annotated[
     str | None, typer.Option("-k", metavar="TEXT", help="Only <kernel>/<layer> names that contain this.")
@@ -166,24 +171,8 @@ def tune(
         str, typer.Option(metavar="NAME[,NAME]", help="bf16, fp16, ieee, tf32 or tf32x3; default: the layer's.")
     ] = "",
     direction: Annotated[str, typer.Option(help="Which kernels.", **_one_of(("fwd", "bwd", "fwd,bwd")))] = "fwd",
-    budget: Annotated[
-        float,
-        typer.Option(
-            parser=_seconds,
-            show_default=False,
-            metavar="TIME",
-            help="For everything, such as 120s or 5m; default: 120s.",
-        ),
-    ] = 120.0,
-    trial_limit: Annotated[
-        float,
-        typer.Option(
-            parser=_seconds,
-            show_default=False,
-            metavar="TIME",
-            help="After this a config counts as hung; default: 30s.",
-        ),
-    ] = 30.0,
+    budget: Annotated[float, _time("For everything, such as 120s or 5m; default: 120s.")] = 120.0,
+    trial_limit: Annotated[float, _time("After this a config counts as hung; default: 30s.")] = 30.0,
     force: Annotated[bool, typer.Option("--force", help="Measure again what is in the store already.")] = False,
     out: Annotated[
         Path | None, typer.Option(metavar="STORE", help="To write to; default: this user's, with --static none.")
