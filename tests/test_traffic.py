@@ -253,18 +253,19 @@ def test_every_kernel_has_a_formula():
 
 @triton.jit
 def _copy(x_ptr, y_ptr, M, TIMES: tl.constexpr, BLOCK: tl.constexpr):
-    """Pools windows of one pixel, reading each TIMES times."""
+    """Pools windows of one pixel, reading each TIMES times and writing TIMES copies of the result."""
     offsets = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = offsets < M
-    for _ in range(TIMES):
+    for copy in range(TIMES):
         value = tl.load(x_ptr + offsets, mask=mask)
-        tl.store(y_ptr + offsets, value, mask=mask)
+        tl.store(y_ptr + copy * M + offsets, value, mask=mask)
 
 
 def planted(times):
     def launches(problem, config):
-        x, y = (torch.empty(problem.elements()[0], dtype=problem.dtype, device="meta")
-                for _ in range(2))  # fmt: skip
+        elements = problem.elements()[0]
+        x = torch.empty(elements, dtype=problem.dtype, device="meta")
+        y = torch.empty(times * elements, dtype=problem.dtype, device="meta")
         grid = -(-x.numel() // config.BLOCK)
         args = {"x_ptr": x, "y_ptr": y, "M": x.numel()}
         return [Launch(_copy, grid, args, {"TIMES": times, "BLOCK": config.BLOCK}, 4, 1)]
