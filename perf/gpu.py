@@ -6,8 +6,9 @@
     4   a table, last
 
 Nothing here can take the run down: tests and cases run in child processes with time limits, one that crashes or hangs
-is reported by name and the next begins behind it, and the files are written after every result. ``--rehearse`` does all
-of it on a CPU with tiny layers in Triton's interpreter; the times mean nothing then.
+is reported by name and the next begins behind it, and the files are written after every result. ``--resume`` goes on
+where the run ended that wrote them. ``--rehearse`` does all of it on a CPU with tiny layers in Triton's interpreter;
+the times mean nothing then.
 
 Exit status: 0 all is right, 1 a wrong result, a failed test or a crash, 2 no GPU, no such case or bad usage, 130
 interrupted.
@@ -54,6 +55,7 @@ class Options:
             a folder for each GPU.
         tests: what ``pytest -m gpu`` runs; none: no tests.
         patterns: only <family>/<case> names that contain one of these; all if there are none.
+        resume: go on where the run ended whose results are in ``out``; what failed there runs again.
         merge: a measured_configs.json to put into a store, instead of measuring.
         cases: module whose CASES are measured.
         item_limit: seconds after which a case counts as hung.
@@ -64,6 +66,7 @@ class Options:
     rehearse: bool = False
     tests: Sequence[str] = ("tests",)
     patterns: Sequence[str] = ()
+    resume: bool = False
     merge: Path | None = None
     json: bool = False
     cases: str = ".families"
@@ -84,6 +87,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     names = 'only <family>/<case> names that contain this, or another one given so; "sweep-" begins those of sweeps'
     add("-k", dest="patterns", action="append", default=[], metavar="TEXT", help=names)
     add("--item-limit", type=float, default=ITEM_SECONDS, help="seconds after which a case counts as hung")
+    add("--resume", action="store_true", help="go on where the run ended whose results are in the folder of --out")
     add("--merge", type=Path, metavar="FILE", help="only put a measured_configs.json into the store that --out names")
     add("--json", action="store_true", help="the results as one JSON document, and nothing else on standard output")
 
@@ -108,8 +112,15 @@ def run(args: Options) -> int:
     if out == DEFAULT_OUT:
         out /= hello["env"]["slug"]
     results = Results(out, hello["env"], hello["items"])
+    if args.resume:
+        try:
+            results.resume()
+        except ValueError as error:
+            print(error, file=sys.stderr)
+            return 2
+        print(f"resumed: {results.counts()}", file=stream, flush=True)
     try:
-        with Progress(stream, len(hello["items"])) as progress:
+        with Progress(stream, len(results.todo)) as progress:
             tests_and_warm_up(args, results, progress, time.monotonic() + TESTS_SHARE * args.budget)
             measure(args, results, progress, deadline)
     except KeyboardInterrupt:
@@ -126,17 +137,19 @@ def run(args: Options) -> int:
 # --- children --------------------------------------------------------------------------------------------------------
 
 
-def start_worker(args: Options, *options: str) -> Child:
+def start_worker(args: Options, results: Results | None, *options: str) -> Child:
     command = [sys.executable, "-m", f"{__package__}.worker", "--child", "--cases", args.cases, *options]
     command += [f"-k={pattern}" for pattern in args.patterns]  # an empty one, too, or one that begins with "="
     if args.rehearse:
         command.append("--rehearse")
+    if results:
+        command += ["--done", *results.earlier]
     return Child(command, child_environment(args.rehearse))
 
 
 def probe(args: Options, deadline: float, out: TextIO) -> dict[str, Any] | None:
     """What a worker finds here, or nothing and a word why."""
-    child = start_worker(args, "--probe")
+    child = start_worker(args, None, "--probe")
     try:
         hello = next_event(child, min(START_SECONDS, deadline - time.monotonic()))
         if hello is None:
@@ -165,7 +178,7 @@ def tests_and_warm_up(args: Options, results: Results, progress: Progress, deadl
     count = gpu_tests.warmers()
     memory = f"{0.4 / count:.3f}"  # the tests need some, too
     warmers = [
-        start_worker(args, "--untimed", "--first", str(first), "--step", str(count), "--memory", memory)
+        start_worker(args, results, "--untimed", "--first", str(first), "--step", str(count), "--memory", memory)
         for first in range(count)
     ]
     try:
@@ -197,7 +210,7 @@ def run_tests(args: Options, results: Results, progress: Progress, deadline: flo
 def measure(args: Options, results: Results, progress: Progress, deadline: float) -> None:
     """All items in order, by one worker after the other, until there are none left or the time is up."""
     index = idle_starts = 0
-    while index < len(results.headers) and time.monotonic() < deadline:
+    while index < len(results.todo) and time.monotonic() < deadline:
         reached = one_worker(args, results, progress, index, deadline)
         idle_starts = idle_starts + 1 if reached == index else 0
         index = reached
@@ -209,7 +222,7 @@ def measure(args: Options, results: Results, progress: Progress, deadline: float
 
 def one_worker(args: Options, results: Results, progress: Progress, first: int, deadline: float) -> int:
     """Reads one worker's events until it ends or must be ended. Returns the index of the item after its last."""
-    child = start_worker(args, "--first", str(first))
+    child = start_worker(args, results, "--first", str(first))
     index, running = first, False
     limit = START_SECONDS
     try:
@@ -219,23 +232,23 @@ def one_worker(args: Options, results: Results, progress: Progress, first: int, 
                 break
             if event["event"] == "begin":
                 running, limit = True, args.item_limit
-                progress.update(index, deadline - time.monotonic(), results.headers[index]["id"])
+                progress.update(index, deadline - time.monotonic(), results.todo[index]["id"])
             elif event["event"] == "done":
-                return len(results.headers)
+                return len(results.todo)
             else:
-                results.add(results.headers[index], event)
+                results.add(results.todo[index], event)
                 results.write()
                 show(index, results, progress)
                 index, running = event["index"] + 1, False
         how = without_paths(child.how_it_ended())
     except TimeoutError:
         if time.monotonic() >= deadline:
-            return len(results.headers)
+            return len(results.todo)
         how = f"hung: nothing for {limit:.0f} s"
     finally:
         child.kill()
     if running:
-        results.fail(results.headers[index], how)
+        results.fail(results.todo[index], how)
         results.write()
         show(index, results, progress)
         return index + 1
@@ -245,7 +258,7 @@ def one_worker(args: Options, results: Results, progress: Progress, first: int, 
 
 def show(index: int, results: Results, progress: Progress) -> None:
     """What came of an item, in a line."""
-    name = results.headers[index]["id"]
+    name = results.todo[index]["id"]
     if name in results.failures:
         result = results.failures[name][:150]
     elif name in results.sweeps:
@@ -254,7 +267,7 @@ def show(index: int, results: Results, progress: Progress) -> None:
     else:
         times = {one["provider"]: one.get("device_us") for one in results.records if one["id"] == name}
         result = ", ".join(f"{provider} {us['p50']:.1f}" for provider, us in times.items() if us) + " us"
-    progress.line(f"[{index + 1}/{len(results.headers)}] {name}: {result}")
+    progress.line(f"[{index + 1}/{len(results.todo)}] {name}: {result}")
 
 
 # --- putting what was found into the store ---------------------------------------------------------------------------

@@ -1,7 +1,8 @@
 """The files of a GPU run, written again after each result so that an end at any time loses nothing.
 
 <family>.json              every measurement: {"schema", "suite", "env", "cases": [...]}, one case a line
-measured_configs.json      the best configs found: {"schema", "slug", "kernels": {"<kernel>": [entry, ...]}}
+measured_configs.json      the best configs found: {"schema", "slug", "env", "kernels": {"<kernel>": [entry, ...]},
+                           "sweeps": [what came of each sweep, ...]}
 gpu_tests.json             tier 4 of the tests
 summary.md                 for people
 """
@@ -20,6 +21,7 @@ from .gpu_tests import in_words
 SCHEMA = 1
 FULL_PEERS = ("torch", "torch_channels_last")  # those that compute all that we do
 TABLE_ROWS = 48
+SAME = ("gpu", "driver", "torch", "triton", "sources", "variables")  # of the runs whose results stand together
 
 
 class Results:
@@ -37,16 +39,53 @@ class Results:
         self.sweeps: dict[str, dict[str, Any]] = {}
         self.failures: dict[str, str] = {}
         self.done: set[str] = set()
+        self.earlier: list[str] = []
+        self.todo = headers
         self.tests: dict[str, Any] | None = None
+
+    def resume(self) -> None:
+        """Takes over what an earlier run left in the folder. What failed there is to do again, as is what is new.
+
+        Raises:
+            ValueError: those are no results, or of another GPU, or of other versions, sources or settings.
+        """
+        try:
+            for suite in FAMILIES:
+                cases = self._earlier(f"{suite}.json").get("cases", [])
+                correct = {one["id"] for one in cases if one["provider"] == "tritune" and one["correct"]}
+                self.records += [one for one in cases if one["id"] in correct]
+                self.done |= correct
+            for event in self._earlier("measured_configs.json").get("sweeps", []):
+                if not _wrong(event):
+                    self.sweeps[event["id"]] = event
+                    self.done.add(event["id"])
+            self.tests = self._earlier("gpu_tests.json") or None
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{self.out} holds no results: {type(error).__name__} {error}") from None
+        self.earlier = sorted(self.done)
+        self.todo = [header for header in self.headers if header["id"] not in self.done]
+
+    def _earlier(self, name: str) -> dict[str, Any]:
+        """A file of an earlier run; empty if there is no such file."""
+        path = self.out / name
+        if not path.exists():
+            return {}
+        try:
+            document: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{path} holds no results: {error}") from None
+        other = [key for key in SAME if document["env"].get(key) != self.env.get(key)]
+        if other:
+            raise ValueError(f"{path} is of another {', '.join(other)}: give another folder, or leave out --resume")
+        return document
 
     def add(self, header: dict[str, Any], event: dict[str, Any]) -> None:
         """Takes the worker's event of one item."""
         name = header["id"]
         self.done.add(name)
         if event["event"] == "sweep":
-            self.sweeps[name] = event
-            wrong = [f"{config}: {why}" for config, why in event["failed"].items() if why.startswith("wrong")]
-            if wrong:
+            self.sweeps[name] = {"id": name, **event}
+            if wrong := _wrong(event):
                 self.failures[name] = "; ".join(wrong)
         elif event["event"] == "case":
             self.records += event["records"]
@@ -107,12 +146,13 @@ class Results:
         for event in self.sweeps.values():
             if event["entry"]:
                 kernels.setdefault(event["kernel"], []).append(event["entry"])
-        head = json.dumps({"schema": SCHEMA, "slug": self.env["slug"]})[:-1]
+        head = json.dumps({"schema": SCHEMA, "slug": self.env["slug"], "env": self.env})[:-1]
         parts = (
             f"{json.dumps(kernel)}: [\n" + ",\n".join(json.dumps(entry) for entry in entries) + "\n]"
             for kernel, entries in sorted(kernels.items())
         )
-        return f'{head}, "kernels": {{\n' + ",\n".join(parts) + "\n}}\n"
+        sweeps = ",\n".join(json.dumps(event) for event in self.sweeps.values())
+        return f'{head}, "kernels": {{\n' + ",\n".join(parts) + f'\n}}, "sweeps": [\n{sweeps}\n]}}\n'
 
     def _replace(self, name: str, text: str) -> None:
         draft = self.out / f"{name}.draft"
@@ -145,7 +185,9 @@ class Results:
 
     def counts(self) -> str:
         left = self.not_run()
-        return f"{len(self.done)} of {len(self.headers)} items measured" + (f", {len(left)} not run" if left else "")
+        return f"{len(self.headers) - len(left)} of {len(self.headers)} items measured" + (
+            f", {len(left)} not run" if left else ""
+        )
 
     def markdown(self) -> str:
         env = self.env
@@ -178,6 +220,11 @@ class Results:
             times = [_us(entry.get(key)) for key in ("default_us", "us", "torch_us")]
             rows.append([name.removeprefix("sweep-"), event["kernel"], *times, config])
         return _markdown_table(["case", "kernel", "model's choice µs", "best µs", "torch µs", "best config"], rows)
+
+
+def _wrong(event: dict[str, Any]) -> list[str]:
+    """The configs of a sweep that gave a wrong result."""
+    return [f"{config}: {why}" for config, why in event["failed"].items() if why.startswith("wrong")]
 
 
 def _row(providers: dict[str, dict[str, Any]]) -> list[str]:

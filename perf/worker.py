@@ -133,15 +133,16 @@ class Item(NamedTuple):
         return f"{self.header['family']}/{self.header['id']}"
 
 
-def items(module: str, rehearse: bool, patterns: Sequence[str] = ()) -> list[Item]:
+def items(module: str, rehearse: bool, patterns: Sequence[str] = (), done: Sequence[str] = ()) -> list[Item]:
     """The cases of a module, then the sweeps over configs for those that have any; with patterns only those whose
-    ``<family>/<id>`` contains one."""
+    ``<family>/<id>`` contains one. What is done is left out."""
     cases: Sequence[Case] = importlib.import_module(module, __package__).CASES
     if rehearse:
         cases = [tiny(case) for case in cases]
     measured = [Item(header(case), partial(measure_case, case)) for case in cases]
     everything = measured + [Item(target.header(), target.run) for target in sweep_targets(cases)]
-    return [item for item in everything if not patterns or any(one in item.name for one in patterns)]
+    left = [item for item in everything if item.header["id"] not in done]
+    return [item for item in left if not patterns or any(one in item.name for one in patterns)]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -154,6 +155,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--rehearse", action="store_true", help="tiny layers on the CPU, in Triton's interpreter")
     parser.add_argument("--cases", default=".families", help="module whose CASES are measured")
     parser.add_argument("-k", dest="patterns", action="append", default=[], help="only items with this in their name")
+    parser.add_argument("--done", nargs="*", default=[], metavar="ID", help="leave these out, they are measured")
     parser.add_argument("--seconds", type=float, default=0.6, help="sampling time of one item")
     parser.add_argument("--child", action="store_true", help="end as soon as standard input does")
     args = parser.parse_args(argv)
@@ -184,7 +186,7 @@ def run(args: argparse.Namespace, send: Callable[[dict[str, Any]], None]) -> int
     if device == "cuda" and not torch.cuda.is_available():
         send({"event": "hello", "env": environment.fingerprint("cpu"), "items": []})
         return CONTEXT_LOST
-    todo = items(args.cases, args.rehearse, args.patterns)
+    todo = items(args.cases, args.rehearse, args.patterns, args.done)
     if args.probe:
         send({"event": "hello", "env": environment.fingerprint(device), "items": [item.header for item in todo]})
         return 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -15,6 +16,8 @@ from pathlib import Path
 import pytest
 
 import tritune
+from tritune.perf.environment import fingerprint
+from tritune.perf.gpu_results import Results
 
 pytestmark = [pytest.mark.torch, pytest.mark.slow, pytest.mark.checkout]
 
@@ -45,6 +48,7 @@ for fault in (raises, wrong, dies, hangs):
     CASES.append(replace(conv.CASES[0], op=op, name=fault.__name__))
 CASES.append(pool.CASES[0])
 """
+FIELDS = {"op": "conv2d", "dtype": "bf16", "layout": "nhwc", "shape": "1", "direction": "fwd"}
 
 
 def environment(*folders: Path) -> dict[str, str]:
@@ -173,6 +177,74 @@ def test_killed_it_leaves_what_it_has(tmp_path):
         # The worker holds the other end of this pipe, and hangs: it must end with its parent all the same.
         process.stdout.read()
     assert records(tmp_path / "out", "conv")[0]["correct"] is True
+
+
+class TestResume:
+    CASES = (
+        PLANTED
+        + """
+if not os.path.exists("mended"):
+    CASES = [CASES[0], CASES[1], CASES[3]]
+else:
+    conv.OPERATORS["conv2d_raises"] = conv.OPERATORS["conv2d"]
+    CASES = [CASES[0], CASES[1], CASES[5]]
+"""
+    )
+
+    def rehearse(self, tmp_path, *more):
+        """Runs in a folder of its own, where a file makes the planted faults disappear."""
+        (tmp_path / "planted.py").write_text(self.CASES)
+        options = ("--rehearse", "--cases", "planted", "--tests", "--budget", "100", *more)
+        return subprocess.run(
+            command(tmp_path / "out", *options), env=environment(tmp_path), cwd=tmp_path, capture_output=True,
+            text=True, check=False,
+        )  # fmt: skip
+
+    def test_what_failed_and_what_is_new_runs(self, tmp_path):
+        pytest.importorskip("triton")
+        assert self.rehearse(tmp_path).returncode == 1
+        first = {case["id"]: case for case in records(tmp_path / "out", "conv") if case["provider"] == "tritune"}
+        (tmp_path / "mended").touch()
+        done = self.rehearse(tmp_path, "--resume")
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert "resumed: 1 of 3 items measured, 2 not run" in done.stdout
+        assert "3 of 3 items measured" in done.stdout
+        again = {case["id"]: case for case in records(tmp_path / "out", "conv") if case["provider"] == "tritune"}
+        good, bad = (next(name for name in first if name.startswith(word)) for word in ("resnet50", "raises"))
+        assert again[good] == first[good], "not measured again"
+        assert again[bad]["correct"] and not first[bad]["correct"]
+        assert len(records(tmp_path / "out", "pool")) > 0
+
+    def test_sweeps(self, tmp_path):
+        pytest.importorskip("triton")
+        out = tmp_path / "out"
+        pattern = ("-k", "pool/sweep-resnet50-global", "--tests", "--budget", "100")
+        assert rehearse(out, *pattern).returncode == 0
+        before = json.loads((out / "measured_configs.json").read_text())
+        done = rehearse(out, *pattern, "--resume")
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert "resumed: 2 of 2 items measured" in done.stdout
+        after = json.loads((out / "measured_configs.json").read_text())
+        assert after["kernels"] == before["kernels"] and after["sweeps"] == before["sweeps"]
+
+    @pytest.mark.parametrize(
+        "damage, words",
+        [
+            (lambda text: text.replace('"torch": "', '"torch": "x'), "conv.json is of another torch"),
+            (lambda text: text[:-9], "conv.json holds no results: "),
+            (lambda text: text.replace('"env"', '"venv"'), "holds no results: KeyError 'env'"),
+            (lambda text: text.replace('"provider"', '"who"'), "holds no results: KeyError 'provider'"),
+        ],
+    )
+    def test_results_that_do_not_belong_together(self, tmp_path, damage, words):
+        results = Results(tmp_path, fingerprint("cpu"), [])
+        results.records = [{"id": "a", "family": "conv", "provider": "tritune", "correct": True, **FIELDS}]
+        results.write()
+        Results(tmp_path, fingerprint("cpu"), []).resume()
+        path = tmp_path / "conv.json"
+        path.write_text(damage(path.read_text()))
+        with pytest.raises(ValueError, match=re.escape(words)):
+            Results(tmp_path, fingerprint("cpu"), []).resume()
 
 
 def test_cases_by_name(tmp_path):

@@ -419,7 +419,7 @@ class TestPatterns:
         patterns = ["conv/short", "", "-x", "--rehearse", "=conv/", "a b", "*"]
         commands: list[list[str]] = []
         monkeypatch.setattr(gpu, "Child", lambda command, env: commands.append(command))
-        gpu.start_worker(SimpleNamespace(cases=".families", patterns=patterns, rehearse=False), "--probe")
+        gpu.start_worker(SimpleNamespace(cases=".families", patterns=patterns, rehearse=False), None, "--probe")
         found: list[SimpleNamespace] = []
         monkeypatch.setattr(worker, "run", lambda args, send: found.append(args))
         monkeypatch.setattr(worker, "private_stdout", lambda: contextlib.nullcontext(sys.stdout))

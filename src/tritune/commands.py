@@ -389,6 +389,9 @@ def bench_run(
         Path | None,
         typer.Option(metavar="FILE", help="Only put a measured_configs.json into the store that --out names."),
     ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on where the run ended whose results are in the folder of --out.")
+    ] = False,
     as_json: Json = False,
     rehearse: Rehearse = False,
     cases: Cases = ".families",
@@ -401,7 +404,7 @@ def bench_run(
 
     chosen = ["tests"] if tests else []
     return command.main(
-        command.Options(out, budget, rehearse, chosen, patterns, merge, as_json, cases, item_limit)
+        command.Options(out, budget, rehearse, chosen, patterns, resume, merge, as_json, cases, item_limit)
     )  # fmt: skip
 
 
