@@ -439,14 +439,15 @@ def differentiate_cells() -> None:
 
 
 def runs(family: str) -> Iterator[Callable[[], object]]:
-    """Small ones of a family's kernels; of all kernels for what families share, whose files' names begin with "_"."""
+    """Small ones of a family's kernels; of all kernels for what families share, whose files' names begin with "_".
+    The cases come last, because other tests run them, too."""
     for one in [family] if family else FAMILIES:
         for name, problem in UNEVEN.get(one, []):
             yield from (plan.run for plan in plans_of(name, problem))
-        for case in FAMILIES.get(one, {}).values():
-            yield functools.partial(results, case, case.tensors())
         if one == "rnn":
             yield differentiate_cells
+        for case in FAMILIES.get(one, {}).values():
+            yield functools.partial(results, case, case.tensors())
 
 
 @functools.cache
