@@ -79,7 +79,7 @@ def _convolutions() -> dict[str, Case]:
     # Where a gradient is needed it is a convolution and a pooling.
     found = {"conv2d_max_pool2d": Case("conv2d_max_pool2d", shapes, {}, differentiated=False)}
     for rank in (1, 2, 3):
-        space, window = {1: ((9,), (3,)), 2: ((6, 5), (3, 3)), 3: ((3, 3, 3), (2, 2, 1))}[rank]
+        space, window = {1: ((9,), (3,)), 2: ((5, 4), (3, 2)), 3: ((3, 3, 3), (2, 2, 1))}[rank]
         out = tuple(size - tap + 1 for size, tap in zip(space, window, strict=True))
         big = tuple(size + tap - 1 for size, tap in zip(space, window, strict=True))
         # Groups of few channels take long to interpret: one rank of them.
