@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Sequence
 from functools import wraps
 from math import inf
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention as _sdpa
 from torch.overrides import handle_torch_function, has_torch_function_variadic
+from torch.utils.checkpoint import CheckpointError
 
 from ..autotune.device import DeviceSpec, detect
 from ..autotune.resolve import Choice, resolve
@@ -88,7 +88,7 @@ def scaled_dot_product_attention(
                 out = _sdpa(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
                 if not out.requires_grad or dropout_p != 0.0:
                     return out
-                return _twice_differentiable(out, query, key, value, attn_mask, is_causal, scale, enable_gqa)
+                return _twice_differentiable(out, query, key, value, attn_mask, is_causal, scale)
         except TORCH_ERRORS:
             is_nested = query.is_nested
     tensors = (query, key, value, attn_mask)
@@ -140,16 +140,14 @@ def _torch_attention(
 
 def _twice_differentiable(
     out: Tensor, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, is_causal: bool,
-    scale: float | None, enable_gqa: bool,
+    scale: float | None,
 ) -> Tensor:  # fmt: skip
     """torch's result ``out``, which needs a gradient, with the second derivative that torch's fused kernels lack."""
-    fused = out.grad_fn.name()  # type: ignore[union-attr]
-    if not fused.startswith("ScaledDotProduct"):
+    node: Any = out.grad_fn
+    if not node.name().startswith("ScaledDotProduct"):
         return out  # the composite has all derivatives
-    # torch's node has other inputs than these where it repeats or casts them, and on a GPU.
-    if not enable_gqa and query.is_cpu and out.dtype is query.dtype:
-        hook = _SecondDerivative(query, key, value, attn_mask, scale, is_causal)
-        out.grad_fn.register_hook(hook)  # type: ignore[union-attr]
+    if query.is_cpu:
+        node._register_hook_dict(_HOOKED)
         return out
     if torch._C._is_tracing():
         return out  # the trace would not be the same without gradients
@@ -361,7 +359,7 @@ def _by_torch(
         query, key, value = query.unsqueeze(0), key.unsqueeze(0), value.unsqueeze(0)
     out = _sdpa(query, key, value, mask, 0.0, is_causal, scale=scale, enable_gqa=enable_gqa)
     if not torch.compiler.is_compiling() and out.requires_grad and type(out) is Tensor:
-        out = _twice_differentiable(out, query, key, value, mask, is_causal, scale, enable_gqa)
+        out = _twice_differentiable(out, query, key, value, mask, is_causal, scale)
     return out if dims == 4 else out.squeeze(0)
 
 
@@ -666,26 +664,33 @@ def _folded(grad: Tensor, t: Tensor) -> Tensor:
     return grad.to(t.dtype)
 
 
-class _SecondDerivative:
-    """What :class:`_TwiceDifferentiable` does, as a hook of torch's own node, which costs a call less; only where the
-    node's inputs are the call's. It keeps no operand alive that autograd does not."""
+def _before_backward(_: Tensor) -> None:
+    """Hook of torch's node, called with its output's gradient. Where the node's backward is to be differentiated again,
+    the gradients that it returns are exchanged for the formula's, of the tensors that the node has saved."""
+    if not torch.is_grad_enabled():
+        return
 
-    __slots__ = ("operands", "options")
-
-    def __init__(self, q: Tensor, k: Tensor, v: Tensor, *options: Any) -> None:
-        self.operands = (weakref.ref(q), weakref.ref(k), weakref.ref(v))
-        self.options = options
-
-    def __call__(self, grads: Sequence[Tensor | None], douts: Sequence[Tensor]) -> tuple[Tensor | None, ...] | None:
+    def exchange(grads: Sequence[Tensor | None], douts: Sequence[Tensor]) -> tuple[Tensor | None, ...] | None:
+        handle.remove()
         if not torch.is_grad_enabled():
-            return None
-        q, k, v = (operand() for operand in self.operands)
-        if q is None or k is None or v is None:
-            return None  # activation checkpointing dropped them: torch says that it has no second derivative
-        mask, bias, scale, shift = _formulas(q, *self.options)
+            return None  # the backward that asked for this hook did not run the node itself
+        node: Any = torch._C._current_autograd_node()
+        try:
+            q, k, v, attn_mask = node._saved_query, node._saved_key, node._saved_value, node._saved_attn_mask
+        except CheckpointError:
+            return None  # it hands out a tensor once: torch says that it has no second derivative
+        mask, bias, scale, shift = _formulas(q, attn_mask, node._saved_scale, node._saved_is_causal)
         needs = [grad is not None for grad in grads[:3]]
         dq, dk, dv, _ = _grads(q, k, v, mask, bias, douts[0], None, scale, shift, [*needs, False])
         return dq, dk, dv, *grads[3:]
+
+    handle = torch._C._current_autograd_node().register_hook(exchange)  # type: ignore[attr-defined]
+
+
+# A node takes over the hooks of a tensor in a tenth of the time of Node.register_hook, which makes a handle to remove
+# the hook with; nobody removes this one, so one tensor lends it to all nodes.
+_HOOKED = torch.empty(0)
+_HOOKED._backward_hooks = {0: _before_backward}
 
 
 class _TwiceDifferentiable(torch.autograd.Function):
