@@ -22,6 +22,7 @@ from ._dispatch import (
     choose,
     in_transform,
     is_plain,
+    level_is_open,
     matmul_setting,
     resolved_precision,
     runs_kernels,
@@ -82,13 +83,13 @@ def scaled_dot_product_attention(
                 enable_gqa=enable_gqa,
             )  # fmt: skip
             return overridden
-    elif torch_validates(query):
+    elif torch_validates(query) and not level_is_open():
         try:
-            if _is_torchs(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa):
+            if _is_torchs(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa) and _has_rows(query):
                 out = _sdpa(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
-                if not out.requires_grad or dropout_p != 0.0:
-                    return out
-                return _twice_differentiable(out, query, key, value, attn_mask, is_causal, scale)
+                if out.requires_grad and dropout_p == 0.0:
+                    out = _twice_differentiable(out, query, key, value, attn_mask, is_causal, scale)
+                return out
         except TORCH_ERRORS:
             is_nested = query.is_nested
     tensors = (query, key, value, attn_mask)
@@ -101,7 +102,7 @@ def scaled_dot_product_attention(
     if torch_serves(query):  # compiled, fake or meta tensors, or an error that is torch's alone
         q, k, v, given = autocast(*tensors)
         attention_checks.check_operands(q, k, v, (("attn_mask", given),), scale, enable_gqa)
-        if _is_torchs(*call):
+        if _is_torchs(*call) and _has_rows(query) and (dropout_p != 0.0 or not in_transform()):
             return _torch_attention(*call)
     mask, bias = _mask_and_bias(attn_mask)
     return _attend(
@@ -123,12 +124,14 @@ def _is_torchs(
         return False
     if enable_gqa and not (query.dim() > 2 and key.size(-3) and value.size(-3)):
         return False
-    if key.size(-2) != value.size(-2):
-        return False
-    if torch.compiler.is_compiling():
+    return key.shape[-2] == value.shape[-2]
+
+
+def _has_rows(query: Tensor) -> bool:
+    """Rows that overlap are too much for torch's kernel for the CPU."""
+    if query.is_contiguous() or torch.compiler.is_compiling():
         return True
-    rows_overlap = 0 < query.stride(-2) < query.size(-1)
-    return not rows_overlap and (dropout_p != 0.0 or not in_transform())
+    return not 0 < query.stride(-2) < query.shape[-1]
 
 
 def _torch_attention(
@@ -223,14 +226,17 @@ def attention(
         >>> out.shape, lse.shape
         (torch.Size([2, 8, 100, 64]), torch.Size([2, 8, 100]))
     """
-    tensors = (query, key, value, attn_mask, bias, scale)
-    if has_torch_function_variadic(*tensors):
+    if has_torch_function_variadic(query, key, value, attn_mask, bias, scale):
+        tensors = (query, key, value, attn_mask, bias, scale)
         return handle_torch_function(
             attention, tensors, query, key, value, score=score, scale=scale, attn_mask=attn_mask, bias=bias,
             is_causal=is_causal, causal_alignment=causal_alignment, enable_gqa=enable_gqa, return_lse=return_lse,
             eps=eps, precision=precision,
         )  # fmt: skip
-    if not return_lse and (precision is None or precision in PRECISIONS) and torch_validates(query):
+    if (
+        torch_validates(query) and not level_is_open() and not return_lse
+        and (precision is None or precision in PRECISIONS)
+    ):  # fmt: skip
         try:
             out = _by_torch(
                 query, key, value, attn_mask, bias, score, scale, is_causal, causal_alignment, enable_gqa, eps
@@ -243,7 +249,7 @@ def attention(
         query, key, value, attn_mask, bias, score=score, scale=scale, causal_alignment=causal_alignment, eps=eps,
         precision=precision,
     )  # fmt: skip
-    if not return_lse and torch_serves(query):  # compiled, fake or meta tensors
+    if not return_lse and torch_serves(query) and not in_transform():  # compiled, fake or meta tensors
         q, k, v, added = autocast(query, key, value, bias)
         attention_checks.check_operands(q, k, v, (("attn_mask", attn_mask), ("bias", added)), scale, enable_gqa)
         out = _by_torch(query, key, value, attn_mask, bias, score, scale, is_causal, causal_alignment, enable_gqa, eps)
@@ -287,8 +293,8 @@ def attention_pool(
         >>> tritune.attention_pool(torch.randn(1, 16), x, x, score="cosine", scale=5.0).shape
         torch.Size([2, 1, 16])
     """
-    tensors = (query, key, value, attn_mask, scale)
-    if has_torch_function_variadic(*tensors):
+    if has_torch_function_variadic(query, key, value, attn_mask, scale):
+        tensors = (query, key, value, attn_mask, scale)
         overridden: Tensor = handle_torch_function(
             attention_pool, tensors, query, key, value, score=score, scale=scale, attn_mask=attn_mask, eps=eps,
             precision=precision,
@@ -323,27 +329,29 @@ def _by_torch(
         learned, scale = scale, 1.0
     elif type(scale) is not float and type(scale) is not int:
         return None
-    dims = key.dim()
+    shape, query_shape, value_shape = key.shape, query.shape, value.shape
+    dims = len(shape)
     if not 3 <= dims <= 4 or not key.numel():
         return None
-    shape = key.shape
-    lead = shape[:-2]
-    if value.shape != shape and value.shape[:-1] != shape[:-1]:
+    if value_shape != shape and value_shape[:-1] != shape[:-1]:
         return None
-    is_shared = not enable_gqa and query.shape[:-2] != lead
-    if is_shared and query.shape[:-2] != lead[dims - query.dim() :] and not _expands(query, lead):
-        return None
+    is_shared = False
+    if query_shape != shape and not enable_gqa:
+        lead = shape[:-2]
+        is_shared = query_shape[:-2] != lead
+        if is_shared and query_shape[:-2] != lead[dims - len(query_shape) :] and not _expands(query, lead):
+            return None
     mask = attn_mask
     if is_causal:
-        shift = shape[-2] - query.shape[-2] if causal_alignment == "bottom_right" else 0
+        shift = shape[-2] - query_shape[-2] if causal_alignment == "bottom_right" else 0
         if mask is not None or bias is not None or not _is_zero(shift):
-            visible = _visible(query.shape[-2], shape[-2], shift, query.device)
+            visible = _visible(query_shape[-2], shape[-2], shift, query.device)
             mask, is_causal = visible if mask is None else mask & visible, False
     if bias is not None:
         mask = bias if mask is None else torch.where(mask, bias, -inf)
     if mask is not None and mask.dim() > dims:
         return None
-    if not _is_torchs(query, key, value, mask, 0.0, is_causal, scale, enable_gqa):
+    if not _is_torchs(query, key, value, mask, 0.0, is_causal, scale, enable_gqa) or not _has_rows(query):
         return None
 
     if score == "cosine":
@@ -351,14 +359,14 @@ def _by_torch(
     if learned is not None:
         query = query * (learned if learned.dim() == 0 else learned.to(query.dtype).view(-1, 1, 1))
     if is_shared:
-        query = query.expand(*lead, -1, -1)
+        query = query.expand(*shape[:-2], -1, -1)
     # torch takes a fused kernel only if everything has four dimensions.
     if mask is not None and mask.dim() == 3:
         mask = mask.unsqueeze(0)
     if dims == 3:
         query, key, value = query.unsqueeze(0), key.unsqueeze(0), value.unsqueeze(0)
     out = _sdpa(query, key, value, mask, 0.0, is_causal, scale=scale, enable_gqa=enable_gqa)
-    if not torch.compiler.is_compiling() and out.requires_grad and type(out) is Tensor:
+    if out.requires_grad and type(out) is Tensor and not torch.compiler.is_compiling():
         out = _twice_differentiable(out, query, key, value, mask, is_causal, scale)
     return out if dims == 4 else out.squeeze(0)
 
