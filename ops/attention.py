@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Linear
 from torch.nn.functional import scaled_dot_product_attention as _sdpa
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 from torch.utils.checkpoint import CheckpointError
@@ -590,6 +591,43 @@ def _composite(
     return _sdpa(
         q, k, v, mask, dropout_p, is_causal, scale=scale, enable_gqa=group > 1
     )  # fmt: skip
+
+
+def pool_and_project(
+    query: Tensor, key: Linear, value: Linear, input: Tensor, attn_mask: Tensor | None, scale: float | Tensor | None
+) -> Tensor:  # fmt: skip
+    """:func:`attention_pool` of ``key(input)`` and ``value(input)`` without computing these.
+
+    A score ``q . (W_k x + b_k)`` is ``(q W_k) . x + q . b_k``, and weights whose sum is 1 can be applied before ``W_v``
+    and ``b_v``. So two products over the sequence have H * M columns where those of the layers have E.
+
+    Args:
+        query: ``[H, M, E / H]``.
+        input: ``[B, N, E]``.
+        attn_mask: bool ``[B, N]``.
+
+    Returns:
+        ``[B, M, E]``, in torch's operators and with all derivatives.
+    """
+    heads, queries, features = query.shape
+    batch, _, width = input.shape
+    query = query * (features**-0.5 if scale is None else scale)
+    asked = torch.bmm(query, key.weight.view(heads, features, width)).flatten(0, 1)
+    scores = asked.expand(batch, -1, -1) @ input.transpose(1, 2)
+    if key.bias is not None:
+        scores = scores + torch.bmm(query, key.bias.view(heads, features, 1)).flatten(0, 1)
+    if attn_mask is not None:
+        has_key = attn_mask.any(-1, keepdim=True)
+        scores = scores.masked_fill((~attn_mask & has_key).unsqueeze(1), -inf)
+    means = (torch.softmax(scores, -1) @ input).unflatten(1, (heads, queries))
+    by_head = means.movedim(1, 0).flatten(1, 2)
+    weight = value.weight.view(heads, features, width).transpose(1, 2)
+    if value.bias is None:
+        pooled = torch.bmm(by_head, weight)
+    else:
+        pooled = torch.baddbmm(value.bias.view(heads, 1, features), by_head, weight)
+    pooled = pooled.unflatten(1, (batch, queries)).movedim(0, 2).flatten(2)
+    return pooled if attn_mask is None else torch.where(has_key.unsqueeze(-1), pooled, 0.0)
 
 
 def _is_zero(shift: Any) -> bool:
