@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C import _is_any_autocast_enabled
 from torch.nn import Linear
 from torch.nn.functional import scaled_dot_product_attention as _sdpa
 from torch.overrides import handle_torch_function, has_torch_function_variadic
@@ -355,12 +356,22 @@ def _by_torch(
     if not _is_torchs(query, key, value, mask, 0.0, is_causal, scale, enable_gqa) or not _has_rows(query):
         return None
 
+    by_products = (
+        query_shape[-2] == 1 and mask is None and not is_causal and not enable_gqa and _takes_products(key, value)
+    )
+    lengths = None
     if score == "cosine":
-        query, key = _unit(query, eps), _unit(key, eps)
+        query = _unit(query, eps)
+        if by_products and not (key.requires_grad and torch.is_grad_enabled()):
+            lengths = _measured_lengths(key, eps)
+        else:
+            key = _unit(key, eps)
     if learned is not None:
         query = query * (learned if learned.dim() == 0 else learned.to(query.dtype).view(-1, 1, 1))
     if is_shared:
         query = query.expand(*shape[:-2], -1, -1)
+    if by_products:
+        return _products(query, key, value, scale, lengths)
     # torch takes a fused kernel only if everything has four dimensions.
     if mask is not None and mask.dim() == 3:
         mask = mask.unsqueeze(0)
@@ -370,6 +381,28 @@ def _by_torch(
     if out.requires_grad and type(out) is Tensor and not torch.compiler.is_compiling():
         out = _twice_differentiable(out, query, key, value, mask, is_causal, scale)
     return out if dims == 4 else out.squeeze(0)
+
+
+def _takes_products(key: Tensor, value: Tensor) -> bool:
+    """Do two products take less time than torch's fused kernel, which is made for more than one query a head? Only if
+    nothing has to be copied for them, or rounded between them."""
+    return (
+        not torch.compiler.is_compiling() and key.numel() >= _LONG and key.is_cpu and value.is_cpu
+        and key.dtype in (torch.float32, torch.float64) and key.is_contiguous() and value.is_contiguous()
+        and not _is_any_autocast_enabled() and not torch._C._is_tracing()
+    )  # fmt: skip
+
+
+_LONG = 1 << 20  # elements of the keys
+
+
+def _products(query: Tensor, key: Tensor, value: Tensor, scale: float | None, lengths: Tensor | None) -> Tensor:
+    """Attention without a mask, in operators that have all derivatives. ``lengths``: what keys are to be divided by;
+    to divide the scores of one query takes less time."""
+    scores = query * (query.shape[-1] ** -0.5 if scale is None else scale) @ key.transpose(-1, -2)
+    if lengths is not None:
+        scores = scores / lengths.transpose(-1, -2)
+    return torch.softmax(scores, -1) @ value
 
 
 def _expands(query: Tensor, lead: Sequence[int]) -> bool:

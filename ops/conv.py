@@ -19,7 +19,7 @@ from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from ..autotune.device import DeviceSpec
 from ..autotune.resolve import Choice, resolve
-from ._checks import ACTIVATIONS, PRECISIONS
+from ._checks import PRECISIONS
 from ._dispatch import (
     TORCH_ERRORS,
     are_plain,
@@ -231,9 +231,9 @@ def _convolve(
             residual=residual, scale=scale, precision=precision,
         )  # fmt: skip
         return overridden
-    if torch_validates(input) and _is_plain(geometry):
+    if torch_validates(input) and (are_plain(geometry) or _pads_by_a_word(geometry)):
         try:
-            y = by_torch(transposed, rank, input, weight, bias, geometry, activation, residual, scale, precision)
+            y = _by_torch(transposed, rank, input, weight, bias, geometry, activation, residual, scale, precision)
             if y is not None:
                 return y
         except TORCH_ERRORS:
@@ -247,12 +247,12 @@ def _convolve(
     return _serve(transposed, args, (input, weight, bias, scale, residual), activation, precision)
 
 
-def _is_plain(geometry: tuple[Any, ...]) -> bool:
-    """Are these ints or tuples of ints, or is the second, the padding, a word?"""
-    return are_plain(geometry) or (type(geometry[1]) is str and are_plain((geometry[0], *geometry[2:])))
+def _pads_by_a_word(geometry: tuple[Any, ...]) -> bool:
+    """Is the second of them, the padding, a word and are the others plain?"""
+    return type(geometry[1]) is str and are_plain((geometry[0], *geometry[2:]))
 
 
-def by_torch(
+def _by_torch(
     transposed: bool, rank: int, input: Tensor, weight: Tensor, bias: Tensor | None, geometry: tuple[Any, ...],
     activation: str | None, residual: Tensor | None, scale: Tensor | None, precision: str | None,
 ) -> Tensor | None:  # fmt: skip
@@ -269,9 +269,10 @@ def by_torch(
         y = _epilogue(y, scale, None if scale is None else bias, residual, rank)
     if activation is None:
         return y
-    if activation not in ACTIVATIONS:
+    functions = _ACTIVATIONS.get(activation)
+    if functions is None:
         return None
-    return activate(y, activation, in_place=not y.requires_grad and not torch._C._is_tracing())
+    return functions[not y.requires_grad and not torch._C._is_tracing()](y)
 
 
 def _fits_epilogue(y: Tensor, rank: int, residual: Tensor | None, scale: Tensor | None) -> bool:
@@ -456,21 +457,20 @@ _TORCH: dict[bool, tuple[Any, ...]] = {
 }
 
 
-def activate(z: Tensor, activation: str, in_place: bool = False) -> Tensor:
-    """The activation by torch's own operators; ``in_place`` where ``z`` is nobody else's."""
-    if activation == "none":
-        return z
-    if activation in ("gelu", "gelu_tanh"):
-        return gelu(z, approximate="none" if activation == "gelu" else "tanh")
-    ordinary, writing = _ACTIVATIONS[activation]
-    return writing(z) if in_place else ordinary(z)
+def activate(z: Tensor, activation: str) -> Tensor:
+    """The activation by torch's own operators."""
+    return z if activation == "none" else _ACTIVATIONS[activation][0](z)
 
 
+_TANH_GELU = partial(gelu, approximate="tanh")
+# Each returns a new tensor; the second, where torch has one, writes over its argument, which has to be nobody else's.
 _ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = {
     "relu": (torch.relu, torch.relu_),
     "relu6": (relu6, partial(relu6, inplace=True)),
     "leaky_relu": (leaky_relu, partial(leaky_relu, inplace=True)),
     "silu": (silu, partial(silu, inplace=True)),
+    "gelu": (gelu, gelu),
+    "gelu_tanh": (_TANH_GELU, _TANH_GELU),
     "hardswish": (hardswish, partial(hardswish, inplace=True)),
     "hardsigmoid": (hardsigmoid, partial(hardsigmoid, inplace=True)),
     "sigmoid": (torch.sigmoid, torch.sigmoid_),
@@ -506,7 +506,7 @@ def _composite(
         z = function(input, weight, fused_bias, args.stride, padding, args.dilation, args.groups)
     if (scale is not None or residual is not None) and weight.shape[1]:  # no input channels, no output channels
         z = _epilogue(z, scale, None if scale is None else bias, residual, rank)
-    return z if activation == "none" else activate(z, activation)
+    return activate(z, activation)
 
 
 def _derivative(saved: Tensor, activation: str) -> Tensor:

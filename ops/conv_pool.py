@@ -116,8 +116,10 @@ def _apart(
     scale: Tensor | None, precision: str | None, window: tuple[Any, ...],
 ) -> Tensor:  # fmt: skip
     """The two calls, each of which checks its arguments and chooses for itself."""
-    y = conv.conv2d(input, weight, bias, *geometry, activation=activation, scale=scale, precision=precision)
-    pooled: Tensor = pool.max_pool2d(y, *window)
+    y = conv._convolve(
+        conv.conv2d, False, 2, input, weight, bias, geometry, activation, None, scale, precision
+    )  # fmt: skip
+    pooled: Tensor = pool._max_pool(pool.max_pool2d, 2, y, *window, 1, False, False)
     return pooled
 
 
