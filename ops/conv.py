@@ -231,7 +231,10 @@ def _convolve(
             residual=residual, scale=scale, precision=precision,
         )  # fmt: skip
         return overridden
-    if torch_validates(input) and (are_plain(geometry) or _pads_by_a_word(geometry)):
+    if (
+        torch_validates(input) and (are_plain(geometry) or _pads_by_a_word(geometry))
+        and (not transposed or are_plain(geometry[4:], 1))  # there torch takes a dilation of 0 for a window of one tap
+    ):  # fmt: skip
         try:
             y = _by_torch(transposed, rank, input, weight, bias, geometry, activation, residual, scale, precision)
             if y is not None:

@@ -114,6 +114,10 @@ class AttentionPool(_Scored):
     Shape: ``[B, N, embed_dim]`` or ``[N, embed_dim]`` to ``[B, embed_dim]`` or ``[embed_dim]``, with M queries
     ``[B, M, embed_dim]`` or ``[M, embed_dim]``.
 
+    On the CPU a large batch in float32 or float64 with dot-product scores is pooled first and projected afterwards: the
+    two products over the sequence have H * M columns, where those of ``key`` and ``value`` have ``embed_dim``. These
+    two are not called then, unless they have hooks or are anything but linear layers.
+
     Example::
 
         >>> pool = tritune.nn.AttentionPool(32, num_heads=4, score="cosine", scale="learnable")
