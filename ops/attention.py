@@ -763,7 +763,7 @@ def _before_backward(_: Tensor) -> None:
         dq, dk, dv, _ = _grads(q, k, v, mask, bias, douts[0], None, scale, shift, [*needs, False])
         return dq, dk, dv, *grads[3:]
 
-    handle = torch._C._current_autograd_node().register_hook(exchange)  # type: ignore[attr-defined]
+    handle = torch._C._current_autograd_node().register_hook(exchange)
 
 
 # A node takes over the hooks of a tensor in a tenth of the time of Node.register_hook, which makes a handle to remove

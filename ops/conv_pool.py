@@ -113,7 +113,7 @@ def _needs_grad(tensors: tuple[Any, ...]) -> bool:
 
 def _apart(
     input: Tensor, weight: Tensor, bias: Tensor | None, geometry: tuple[Any, ...], activation: str | None,
-    scale: Tensor | None, precision: str | None, window: tuple[Any, ...],
+    scale: Tensor | None, precision: str | None, window: tuple[Any, Any, Any],
 ) -> Tensor:  # fmt: skip
     """The two calls, each of which checks its arguments and chooses for itself."""
     y = conv._convolve(
