@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import importlib.util
-import logging
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ContextDecorator, contextmanager
 from dataclasses import dataclass
 from functools import cache
+from logging import INFO
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch._C._functorch import peek_interpreter_stack
+from torch.autograd import forward_ad
+from torch.compiler import is_dynamo_compiling
+from torch.nn import Parameter
 
 from ..autotune.device import DeviceSpec, detect
 from ..autotune.log import logger
@@ -97,9 +102,9 @@ def torch_validates(input: Any) -> bool:
     """May the public function call torch's own at once? There torch serves, and its checks are those that count: the
     checks of meta and fake tensors, and so those under torch.compile, let more pass."""
     kind = type(input)
-    if (kind is not torch.Tensor and kind is not torch.nn.Parameter) or torch.compiler.is_dynamo_compiling():
+    if (kind is not Tensor and kind is not Parameter) or is_dynamo_compiling():
         return False
-    if logger.isEnabledFor(logging.INFO):  # :func:`choose` logs why torch serves
+    if logger.isEnabledFor(INFO):  # :func:`choose` logs why torch serves
         return False
     backend = _state.torch_first
     return input.is_cpu if backend == "auto" else backend == "torch" and not input.is_meta
@@ -155,15 +160,18 @@ def in_transform() -> bool:
 
     Not asked while compiling: Dynamo traces transforms itself, and would take the answer at that moment for a constant.
     """
-    if torch.compiler.is_compiling():
-        return False
-    return torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0
+    return not torch.compiler.is_compiling() and level_is_open()
 
 
-def is_plain(tensor: torch.Tensor) -> bool:
+def level_is_open() -> bool:
+    """:func:`in_transform` where it is known that nothing is compiling."""
+    return peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+
+
+def is_plain(tensor: Tensor) -> bool:
     """Is this a tensor whose storage a kernel may read, or one that stands for such a tensor while tracing?"""
     kind = type(tensor)
-    if kind is torch.Tensor or kind is torch.nn.Parameter:
+    if kind is Tensor or kind is Parameter:
         return tensor.layout is torch.strided
     from torch._subclasses.fake_tensor import FakeTensor
     from torch._subclasses.functional_tensor import FunctionalTensor
@@ -171,7 +179,7 @@ def is_plain(tensor: torch.Tensor) -> bool:
     return kind in (FakeTensor, FunctionalTensor)
 
 
-def uncovered(tensors: Sequence[torch.Tensor], dtypes: tuple[torch.dtype, ...] = KERNEL_DTYPES) -> str | None:
+def uncovered(tensors: Sequence[Tensor], dtypes: tuple[torch.dtype, ...] = KERNEL_DTYPES) -> str | None:
     """Why no kernel can serve a call on these tensors; ``None`` if one can. The first tensor decides the device."""
     first = tensors[0]
     kind = first.device.type
@@ -247,7 +255,7 @@ class Decisions(list[Decision]):
 
 def choose(
     op: str,
-    tensors: Sequence[torch.Tensor],
+    tensors: Sequence[Tensor],
     rule: Callable[[DeviceSpec], tuple[bool, str]],
     kernels: Callable[[DeviceSpec], tuple[tuple[str, Choice], ...]],
     limits: Callable[[], str | None],
@@ -300,14 +308,14 @@ def measured(choices: Sequence[tuple[str, Choice]]) -> tuple[bool, str] | None:
 DEFAULT_PRECISION = "default"
 
 
-def resolved_precision(input: torch.Tensor, precision: str | None, setting: Callable[[], str]) -> str:
+def resolved_precision(input: Tensor, precision: str | None, setting: Callable[[], str]) -> str:
     """How fp32 is multiplied: as the caller said, else by torch's ``setting``, one of the functions below."""
     if precision not in (None, DEFAULT_PRECISION):
         return precision
     return setting() if input.dtype is torch.float32 and input.device.type == "cuda" else "ieee"
 
 
-def operator_precision(input: torch.Tensor, precision: str | None, setting: Callable[[], str]) -> str:
+def operator_precision(input: Tensor, precision: str | None, setting: Callable[[], str]) -> str:
     """What an operator is told. torch.compile can neither trace cuDNN's settings nor notice that one changed, so in a
     graph the default stays DEFAULT_PRECISION: the operator reads the setting when it runs, as torch's own does."""
     if precision is None and torch.compiler.is_compiling():
@@ -333,7 +341,7 @@ def _tf32_or_ieee(knobs: Any) -> str:
     return "tf32" if knobs.fp32_precision == "tf32" else "ieee"
 
 
-def runs_kernels(backend: str, tensor: torch.Tensor) -> bool:
+def runs_kernels(backend: str, tensor: Tensor) -> bool:
     """Inside an operator, which is told its backend: is this a call for the kernels?
 
     Strictness is the public function's. An operator that was exported for the kernels runs on torch where there is no

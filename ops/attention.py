@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Sequence
 from functools import wraps
 from math import inf
@@ -10,8 +9,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C import _is_any_autocast_enabled
+from torch.nn import Linear
 from torch.nn.functional import scaled_dot_product_attention as _sdpa
 from torch.overrides import handle_torch_function, has_torch_function_variadic
+from torch.utils.checkpoint import CheckpointError
 
 from ..autotune.device import DeviceSpec, detect
 from ..autotune.resolve import Choice, resolve
@@ -22,6 +24,7 @@ from ._dispatch import (
     choose,
     in_transform,
     is_plain,
+    level_is_open,
     matmul_setting,
     resolved_precision,
     runs_kernels,
@@ -82,13 +85,13 @@ def scaled_dot_product_attention(
                 enable_gqa=enable_gqa,
             )  # fmt: skip
             return overridden
-    elif torch_validates(query):
+    elif torch_validates(query) and not level_is_open():
         try:
-            if _is_torchs(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa):
+            if _is_torchs(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa) and _has_rows(query):
                 out = _sdpa(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
-                if not out.requires_grad or dropout_p != 0.0:
-                    return out
-                return _twice_differentiable(out, query, key, value, attn_mask, is_causal, scale, enable_gqa)
+                if out.requires_grad and dropout_p == 0.0:
+                    out = _twice_differentiable(out, query, key, value, attn_mask, is_causal, scale)
+                return out
         except TORCH_ERRORS:
             is_nested = query.is_nested
     tensors = (query, key, value, attn_mask)
@@ -101,7 +104,7 @@ def scaled_dot_product_attention(
     if torch_serves(query):  # compiled, fake or meta tensors, or an error that is torch's alone
         q, k, v, given = autocast(*tensors)
         attention_checks.check_operands(q, k, v, (("attn_mask", given),), scale, enable_gqa)
-        if _is_torchs(*call):
+        if _is_torchs(*call) and _has_rows(query) and (dropout_p != 0.0 or not in_transform()):
             return _torch_attention(*call)
     mask, bias = _mask_and_bias(attn_mask)
     return _attend(
@@ -123,12 +126,14 @@ def _is_torchs(
         return False
     if enable_gqa and not (query.dim() > 2 and key.size(-3) and value.size(-3)):
         return False
-    if key.size(-2) != value.size(-2):
-        return False
-    if torch.compiler.is_compiling():
+    return key.shape[-2] == value.shape[-2]
+
+
+def _has_rows(query: Tensor) -> bool:
+    """Rows that overlap are too much for torch's kernel for the CPU."""
+    if query.is_contiguous() or torch.compiler.is_compiling():
         return True
-    rows_overlap = 0 < query.stride(-2) < query.size(-1)
-    return not rows_overlap and (dropout_p != 0.0 or not in_transform())
+    return not 0 < query.stride(-2) < query.shape[-1]
 
 
 def _torch_attention(
@@ -140,16 +145,14 @@ def _torch_attention(
 
 def _twice_differentiable(
     out: Tensor, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, is_causal: bool,
-    scale: float | None, enable_gqa: bool,
+    scale: float | None,
 ) -> Tensor:  # fmt: skip
     """torch's result ``out``, which needs a gradient, with the second derivative that torch's fused kernels lack."""
-    fused = out.grad_fn.name()  # type: ignore[union-attr]
-    if not fused.startswith("ScaledDotProduct"):
+    node: Any = out.grad_fn
+    if not node.name().startswith("ScaledDotProduct"):
         return out  # the composite has all derivatives
-    # torch's node has other inputs than these where it repeats or casts them, and on a GPU.
-    if not enable_gqa and query.is_cpu and out.dtype is query.dtype:
-        hook = _SecondDerivative(query, key, value, attn_mask, scale, is_causal)
-        out.grad_fn.register_hook(hook)  # type: ignore[union-attr]
+    if query.is_cpu:
+        node._register_hook_dict(_HOOKED)
         return out
     if torch._C._is_tracing():
         return out  # the trace would not be the same without gradients
@@ -225,14 +228,17 @@ def attention(
         >>> out.shape, lse.shape
         (torch.Size([2, 8, 100, 64]), torch.Size([2, 8, 100]))
     """
-    tensors = (query, key, value, attn_mask, bias, scale)
-    if has_torch_function_variadic(*tensors):
+    if has_torch_function_variadic(query, key, value, attn_mask, bias, scale):
+        tensors = (query, key, value, attn_mask, bias, scale)
         return handle_torch_function(
             attention, tensors, query, key, value, score=score, scale=scale, attn_mask=attn_mask, bias=bias,
             is_causal=is_causal, causal_alignment=causal_alignment, enable_gqa=enable_gqa, return_lse=return_lse,
             eps=eps, precision=precision,
         )  # fmt: skip
-    if not return_lse and (precision is None or precision in PRECISIONS) and torch_validates(query):
+    if (
+        torch_validates(query) and not level_is_open() and not return_lse
+        and (precision is None or precision in PRECISIONS)
+    ):  # fmt: skip
         try:
             out = _by_torch(
                 query, key, value, attn_mask, bias, score, scale, is_causal, causal_alignment, enable_gqa, eps
@@ -245,7 +251,7 @@ def attention(
         query, key, value, attn_mask, bias, score=score, scale=scale, causal_alignment=causal_alignment, eps=eps,
         precision=precision,
     )  # fmt: skip
-    if not return_lse and torch_serves(query):  # compiled, fake or meta tensors
+    if not return_lse and torch_serves(query) and not in_transform():  # compiled, fake or meta tensors
         q, k, v, added = autocast(query, key, value, bias)
         attention_checks.check_operands(q, k, v, (("attn_mask", attn_mask), ("bias", added)), scale, enable_gqa)
         out = _by_torch(query, key, value, attn_mask, bias, score, scale, is_causal, causal_alignment, enable_gqa, eps)
@@ -289,8 +295,8 @@ def attention_pool(
         >>> tritune.attention_pool(torch.randn(1, 16), x, x, score="cosine", scale=5.0).shape
         torch.Size([2, 1, 16])
     """
-    tensors = (query, key, value, attn_mask, scale)
-    if has_torch_function_variadic(*tensors):
+    if has_torch_function_variadic(query, key, value, attn_mask, scale):
+        tensors = (query, key, value, attn_mask, scale)
         overridden: Tensor = handle_torch_function(
             attention_pool, tensors, query, key, value, score=score, scale=scale, attn_mask=attn_mask, eps=eps,
             precision=precision,
@@ -325,44 +331,78 @@ def _by_torch(
         learned, scale = scale, 1.0
     elif type(scale) is not float and type(scale) is not int:
         return None
-    dims = key.dim()
+    shape, query_shape, value_shape = key.shape, query.shape, value.shape
+    dims = len(shape)
     if not 3 <= dims <= 4 or not key.numel():
         return None
-    shape = key.shape
-    lead = shape[:-2]
-    if value.shape != shape and value.shape[:-1] != shape[:-1]:
+    if value_shape != shape and value_shape[:-1] != shape[:-1]:
         return None
-    is_shared = not enable_gqa and query.shape[:-2] != lead
-    if is_shared and query.shape[:-2] != lead[dims - query.dim() :] and not _expands(query, lead):
-        return None
+    is_shared = False
+    if query_shape != shape and not enable_gqa:
+        lead = shape[:-2]
+        is_shared = query_shape[:-2] != lead
+        if is_shared and query_shape[:-2] != lead[dims - len(query_shape) :] and not _expands(query, lead):
+            return None
     mask = attn_mask
     if is_causal:
-        shift = shape[-2] - query.shape[-2] if causal_alignment == "bottom_right" else 0
+        shift = shape[-2] - query_shape[-2] if causal_alignment == "bottom_right" else 0
         if mask is not None or bias is not None or not _is_zero(shift):
-            visible = _visible(query.shape[-2], shape[-2], shift, query.device)
+            visible = _visible(query_shape[-2], shape[-2], shift, query.device)
             mask, is_causal = visible if mask is None else mask & visible, False
     if bias is not None:
         mask = bias if mask is None else torch.where(mask, bias, -inf)
     if mask is not None and mask.dim() > dims:
         return None
-    if not _is_torchs(query, key, value, mask, 0.0, is_causal, scale, enable_gqa):
+    if not _is_torchs(query, key, value, mask, 0.0, is_causal, scale, enable_gqa) or not _has_rows(query):
         return None
 
+    by_products = (
+        query_shape[-2] == 1 and mask is None and not is_causal and not enable_gqa and _takes_products(key, value)
+    )
+    lengths = None
     if score == "cosine":
-        query, key = _unit(query, eps), _unit(key, eps)
+        query = _unit(query, eps)
+        if by_products and not (key.requires_grad and torch.is_grad_enabled()):
+            lengths = _measured_lengths(key, eps)
+        else:
+            key = _unit(key, eps)
     if learned is not None:
         query = query * (learned if learned.dim() == 0 else learned.to(query.dtype).view(-1, 1, 1))
     if is_shared:
-        query = query.expand(*lead, -1, -1)
+        query = query.expand(*shape[:-2], -1, -1)
+    if by_products:
+        return _products(query, key, value, scale, lengths)
     # torch takes a fused kernel only if everything has four dimensions.
     if mask is not None and mask.dim() == 3:
         mask = mask.unsqueeze(0)
     if dims == 3:
         query, key, value = query.unsqueeze(0), key.unsqueeze(0), value.unsqueeze(0)
     out = _sdpa(query, key, value, mask, 0.0, is_causal, scale=scale, enable_gqa=enable_gqa)
-    if not torch.compiler.is_compiling() and out.requires_grad and type(out) is Tensor:
-        out = _twice_differentiable(out, query, key, value, mask, is_causal, scale, enable_gqa)
+    if out.requires_grad and type(out) is Tensor and not torch.compiler.is_compiling():
+        out = _twice_differentiable(out, query, key, value, mask, is_causal, scale)
     return out if dims == 4 else out.squeeze(0)
+
+
+def _takes_products(key: Tensor, value: Tensor) -> bool:
+    """Do two products take less time than torch's fused kernel, which is made for more than one query a head? Only if
+    nothing has to be copied for them, or rounded between them."""
+    return (
+        not torch.compiler.is_compiling() and key.numel() >= _LONG and key.is_cpu and value.is_cpu
+        and key.dtype in (torch.float32, torch.float64) and key.is_contiguous() and value.is_contiguous()
+        and not _is_any_autocast_enabled() and not torch._C._is_tracing()
+    )  # fmt: skip
+
+
+_LONG = 1 << 20  # elements of the keys
+
+
+def _products(query: Tensor, key: Tensor, value: Tensor, scale: float | None, lengths: Tensor | None) -> Tensor:
+    """Attention without a mask, in operators that have all derivatives. ``lengths``: what keys are to be divided by;
+    to divide the scores of one query takes less time."""
+    scores = query * (query.shape[-1] ** -0.5 if scale is None else scale) @ key.transpose(-1, -2)
+    if lengths is not None:
+        scores = scores / lengths.transpose(-1, -2)
+    return torch.softmax(scores, -1) @ value
 
 
 def _expands(query: Tensor, lead: Sequence[int]) -> bool:
@@ -586,6 +626,43 @@ def _composite(
     )  # fmt: skip
 
 
+def pool_and_project(
+    query: Tensor, key: Linear, value: Linear, input: Tensor, attn_mask: Tensor | None, scale: float | Tensor | None
+) -> Tensor:  # fmt: skip
+    """:func:`attention_pool` of ``key(input)`` and ``value(input)`` without computing these.
+
+    A score ``q . (W_k x + b_k)`` is ``(q W_k) . x + q . b_k``, and weights whose sum is 1 can be applied before ``W_v``
+    and ``b_v``. So two products over the sequence have H * M columns where those of the layers have E.
+
+    Args:
+        query: ``[H, M, E / H]``.
+        input: ``[B, N, E]``.
+        attn_mask: bool ``[B, N]``.
+
+    Returns:
+        ``[B, M, E]``, in torch's operators and with all derivatives.
+    """
+    heads, queries, features = query.shape
+    batch, _, width = input.shape
+    query = query * (features**-0.5 if scale is None else scale)
+    asked = torch.bmm(query, key.weight.view(heads, features, width)).flatten(0, 1)
+    scores = asked.expand(batch, -1, -1) @ input.transpose(1, 2)
+    if key.bias is not None:
+        scores = scores + torch.bmm(query, key.bias.view(heads, features, 1)).flatten(0, 1)
+    if attn_mask is not None:
+        has_key = attn_mask.any(-1, keepdim=True)
+        scores = scores.masked_fill((~attn_mask & has_key).unsqueeze(1), -inf)
+    means = (torch.softmax(scores, -1) @ input).unflatten(1, (heads, queries))
+    by_head = means.movedim(1, 0).flatten(1, 2)
+    weight = value.weight.view(heads, features, width).transpose(1, 2)
+    if value.bias is None:
+        pooled = torch.bmm(by_head, weight)
+    else:
+        pooled = torch.baddbmm(value.bias.view(heads, 1, features), by_head, weight)
+    pooled = pooled.unflatten(1, (batch, queries)).movedim(0, 2).flatten(2)
+    return pooled if attn_mask is None else torch.where(has_key.unsqueeze(-1), pooled, 0.0)
+
+
 def _is_zero(shift: Any) -> bool:
     return isinstance(shift, int) and shift == 0
 
@@ -666,26 +743,33 @@ def _folded(grad: Tensor, t: Tensor) -> Tensor:
     return grad.to(t.dtype)
 
 
-class _SecondDerivative:
-    """What :class:`_TwiceDifferentiable` does, as a hook of torch's own node, which costs a call less; only where the
-    node's inputs are the call's. It keeps no operand alive that autograd does not."""
+def _before_backward(_: Tensor) -> None:
+    """Hook of torch's node, called with its output's gradient. Where the node's backward is to be differentiated again,
+    the gradients that it returns are exchanged for the formula's, of the tensors that the node has saved."""
+    if not torch.is_grad_enabled():
+        return
 
-    __slots__ = ("operands", "options")
-
-    def __init__(self, q: Tensor, k: Tensor, v: Tensor, *options: Any) -> None:
-        self.operands = (weakref.ref(q), weakref.ref(k), weakref.ref(v))
-        self.options = options
-
-    def __call__(self, grads: Sequence[Tensor | None], douts: Sequence[Tensor]) -> tuple[Tensor | None, ...] | None:
+    def exchange(grads: Sequence[Tensor | None], douts: Sequence[Tensor]) -> tuple[Tensor | None, ...] | None:
+        handle.remove()
         if not torch.is_grad_enabled():
-            return None
-        q, k, v = (operand() for operand in self.operands)
-        if q is None or k is None or v is None:
-            return None  # activation checkpointing dropped them: torch says that it has no second derivative
-        mask, bias, scale, shift = _formulas(q, *self.options)
+            return None  # the backward that asked for this hook did not run the node itself
+        node: Any = torch._C._current_autograd_node()
+        try:
+            q, k, v, attn_mask = node._saved_query, node._saved_key, node._saved_value, node._saved_attn_mask
+        except CheckpointError:
+            return None  # it hands out a tensor once: torch says that it has no second derivative
+        mask, bias, scale, shift = _formulas(q, attn_mask, node._saved_scale, node._saved_is_causal)
         needs = [grad is not None for grad in grads[:3]]
         dq, dk, dv, _ = _grads(q, k, v, mask, bias, douts[0], None, scale, shift, [*needs, False])
         return dq, dk, dv, *grads[3:]
+
+    handle = torch._C._current_autograd_node().register_hook(exchange)
+
+
+# A node takes over the hooks of a tensor in a tenth of the time of Node.register_hook, which makes a handle to remove
+# the hook with; nobody removes this one, so one tensor lends it to all nodes.
+_HOOKED = torch.empty(0)
+_HOOKED._backward_hooks = {0: _before_backward}
 
 
 class _TwiceDifferentiable(torch.autograd.Function):

@@ -19,7 +19,7 @@ from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from ..autotune.device import DeviceSpec
 from ..autotune.resolve import Choice, resolve
-from ._checks import ACTIVATIONS, PRECISIONS
+from ._checks import PRECISIONS
 from ._dispatch import (
     TORCH_ERRORS,
     are_plain,
@@ -61,7 +61,8 @@ def conv1d(
         torch.Size([2, 64, 100])
     """
     return _convolve(
-        conv1d, 1, input, weight, bias, stride, padding, dilation, groups, activation, residual, scale, precision
+        conv1d, False, 1, input, weight, bias, (stride, padding, dilation, groups), activation, residual, scale,
+        precision,
     )  # fmt: skip
 
 
@@ -110,7 +111,8 @@ def conv2d(
         torch.Size([8, 64, 32, 32])
     """
     return _convolve(
-        conv2d, 2, input, weight, bias, stride, padding, dilation, groups, activation, residual, scale, precision
+        conv2d, False, 2, input, weight, bias, (stride, padding, dilation, groups), activation, residual, scale,
+        precision,
     )  # fmt: skip
 
 
@@ -131,7 +133,8 @@ def conv3d(
         torch.Size([1, 16, 5, 16, 16])
     """
     return _convolve(
-        conv3d, 3, input, weight, bias, stride, padding, dilation, groups, activation, residual, scale, precision
+        conv3d, False, 3, input, weight, bias, (stride, padding, dilation, groups), activation, residual, scale,
+        precision,
     )  # fmt: skip
 
 
@@ -150,9 +153,9 @@ def conv_transpose1d(
         >>> tritune.conv_transpose1d(torch.randn(2, 8, 10), torch.randn(8, 4, 4), stride=2, padding=1).shape
         torch.Size([2, 4, 20])
     """
-    return _convolve_transposed(
-        conv_transpose1d, 1, input, weight, bias, stride, padding, output_padding, groups, dilation, activation,
-        residual, scale, precision,
+    return _convolve(
+        conv_transpose1d, True, 1, input, weight, bias, (stride, padding, output_padding, groups, dilation),
+        activation, residual, scale, precision,
     )  # fmt: skip
 
 
@@ -189,9 +192,9 @@ def conv_transpose2d(
         >>> tritune.conv_transpose2d(x, w, stride=2, activation="relu").shape
         torch.Size([2, 4, 16, 16])
     """
-    return _convolve_transposed(
-        conv_transpose2d, 2, input, weight, bias, stride, padding, output_padding, groups, dilation, activation,
-        residual, scale, precision,
+    return _convolve(
+        conv_transpose2d, True, 2, input, weight, bias, (stride, padding, output_padding, groups, dilation),
+        activation, residual, scale, precision,
     )  # fmt: skip
 
 
@@ -210,93 +213,69 @@ def conv_transpose3d(
         >>> tritune.conv_transpose3d(torch.randn(1, 8, 2, 4, 4), torch.randn(8, 4, 2, 2, 2), stride=2).shape
         torch.Size([1, 4, 4, 8, 8])
     """
-    return _convolve_transposed(
-        conv_transpose3d, 3, input, weight, bias, stride, padding, output_padding, groups, dilation, activation,
-        residual, scale, precision,
+    return _convolve(
+        conv_transpose3d, True, 3, input, weight, bias, (stride, padding, output_padding, groups, dilation),
+        activation, residual, scale, precision,
     )  # fmt: skip
 
 
 def _convolve(
-    function: Callable[..., Tensor], rank: int, input: Tensor, weight: Tensor, bias: Tensor | None, stride: Any,
-    padding: Any, dilation: Any, groups: Any, activation: str | None, residual: Tensor | None, scale: Tensor | None,
+    function: Callable[..., Tensor], transposed: bool, rank: int, input: Tensor, weight: Tensor, bias: Tensor | None,
+    geometry: tuple[Any, ...], activation: str | None, residual: Tensor | None, scale: Tensor | None,
     precision: str | None,
 ) -> Tensor:  # fmt: skip
-    """Any of the three convolutions."""
-    tensors = (input, weight, bias, residual, scale)
-    if has_torch_function_variadic(*tensors):
+    """Any of the six. ``geometry``: what follows bias in the signature of torch's function."""
+    if has_torch_function_variadic(input, weight, bias, residual, scale):
         overridden: Tensor = handle_torch_function(
-            function, tensors, input, weight, bias, stride, padding, dilation, groups, activation=activation,
+            function, (input, weight, bias, residual, scale), input, weight, bias, *geometry, activation=activation,
             residual=residual, scale=scale, precision=precision,
         )  # fmt: skip
         return overridden
     if (
-        torch_validates(input) and are_plain((stride, dilation), 1) and type(groups) is int
-        and (type(padding) is str or are_plain((padding,)))
+        torch_validates(input) and (are_plain(geometry) or _pads_by_a_word(geometry))
+        and (not transposed or are_plain(geometry[4:], 1))  # there torch takes a dilation of 0 for a window of one tap
     ):  # fmt: skip
-        geometry = (stride, padding, dilation, groups)
-        y = _torch_first(False, rank, *tensors, geometry, activation, precision)
-        if y is not None:
-            return y
-    input, weight, bias, residual, scale = autocast(*tensors)
-    args = check_conv(
-        rank, input, weight, bias, stride, padding, dilation, groups, activation=activation, residual=residual,
-        scale=scale, precision=precision,
+        try:
+            y = _by_torch(transposed, rank, input, weight, bias, geometry, activation, residual, scale, precision)
+            if y is not None:
+                return y
+        except TORCH_ERRORS:
+            pass  # our validator has the words
+    input, weight, bias, residual, scale = autocast(input, weight, bias, residual, scale)
+    check = check_conv_transpose if transposed else check_conv
+    args = check(
+        rank, input, weight, bias, *geometry, activation=activation, residual=residual, scale=scale,
+        precision=precision,
     )  # fmt: skip
-    return _serve(False, args, (input, weight, bias, scale, residual), activation, precision)
+    return _serve(transposed, args, (input, weight, bias, scale, residual), activation, precision)
 
 
-def _convolve_transposed(
-    function: Callable[..., Tensor], rank: int, input: Tensor, weight: Tensor, bias: Tensor | None, stride: Any,
-    padding: Any, output_padding: Any, groups: Any, dilation: Any, activation: str | None, residual: Tensor | None,
-    scale: Tensor | None, precision: str | None,
-) -> Tensor:  # fmt: skip
-    """Any of the three transposed convolutions."""
-    tensors = (input, weight, bias, residual, scale)
-    if has_torch_function_variadic(*tensors):
-        overridden: Tensor = handle_torch_function(
-            function, tensors, input, weight, bias, stride, padding, output_padding, groups, dilation,
-            activation=activation, residual=residual, scale=scale, precision=precision,
-        )  # fmt: skip
-        return overridden
-    if (
-        torch_validates(input) and are_plain((stride, dilation), 1) and type(groups) is int
-        and are_plain((padding, output_padding))
-    ):  # fmt: skip
-        geometry = (stride, padding, output_padding, groups, dilation)
-        y = _torch_first(True, rank, *tensors, geometry, activation, precision)
-        if y is not None:
-            return y
-    input, weight, bias, residual, scale = autocast(*tensors)
-    args = check_conv_transpose(
-        rank, input, weight, bias, stride, padding, output_padding, groups, dilation, activation=activation,
-        residual=residual, scale=scale, precision=precision,
-    )  # fmt: skip
-    return _serve(True, args, (input, weight, bias, scale, residual), activation, precision)
+def _pads_by_a_word(geometry: tuple[Any, ...]) -> bool:
+    """Is the second of them, the padding, a word and are the others plain?"""
+    return type(geometry[1]) is str and are_plain((geometry[0], *geometry[2:]))
 
 
-def _torch_first(
-    transposed: bool, rank: int, input: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None,
-    scale: Tensor | None, geometry: tuple[Any, ...], activation: str | None, precision: str | None,
+def _by_torch(
+    transposed: bool, rank: int, input: Tensor, weight: Tensor, bias: Tensor | None, geometry: tuple[Any, ...],
+    activation: str | None, residual: Tensor | None, scale: Tensor | None, precision: str | None,
 ) -> Tensor | None:  # fmt: skip
-    """torch's convolution with the epilogue, where torch accepts the call and so do we; else ``None``, and the
-    validator has the word."""
-    try:
-        if bias is not None and bias.dtype is not weight.dtype:
-            return None
-        y = _TORCH[transposed][rank - 1](input, weight, None if scale is not None else bias, *geometry)
-        if y.numel() == 0 or (precision is not None and precision not in PRECISIONS):
-            return None
-        if scale is not None or residual is not None:
-            if not _fits_epilogue(y, rank, residual, scale):
-                return None
-            y = _epilogue(y, scale, None if scale is None else bias, residual, rank)
-        if activation is None:
-            return y
-        if activation not in ACTIVATIONS:
-            return None
-        return activate(y, activation, in_place=not y.requires_grad and torch._C._get_tracing_state() is None)
-    except TORCH_ERRORS:
+    """torch's convolution with the epilogue; ``None`` for an empty result, and where torch accepts what our validator
+    rejects."""
+    if bias is not None and bias.dtype is not weight.dtype:
         return None
+    y: Tensor = _TORCH[transposed][rank - 1](input, weight, bias if scale is None else None, *geometry)
+    if y.numel() == 0 or (precision is not None and precision not in PRECISIONS):
+        return None
+    if scale is not None or residual is not None:
+        if not _fits_epilogue(y, rank, residual, scale):
+            return None
+        y = _epilogue(y, scale, None if scale is None else bias, residual, rank)
+    if activation is None:
+        return y
+    functions = _ACTIVATIONS.get(activation)
+    if functions is None:
+        return None
+    return functions[not y.requires_grad and not torch._C._is_tracing()](y)
 
 
 def _fits_epilogue(y: Tensor, rank: int, residual: Tensor | None, scale: Tensor | None) -> bool:
@@ -481,21 +460,20 @@ _TORCH: dict[bool, tuple[Any, ...]] = {
 }
 
 
-def activate(z: Tensor, activation: str, in_place: bool = False) -> Tensor:
-    """The activation by torch's own operators; ``in_place`` where ``z`` is nobody else's."""
-    if activation == "none":
-        return z
-    if activation in ("gelu", "gelu_tanh"):
-        return gelu(z, approximate="none" if activation == "gelu" else "tanh")
-    ordinary, writing = _ACTIVATIONS[activation]
-    return writing(z) if in_place else ordinary(z)
+def activate(z: Tensor, activation: str) -> Tensor:
+    """The activation by torch's own operators."""
+    return z if activation == "none" else _ACTIVATIONS[activation][0](z)
 
 
+_TANH_GELU = partial(gelu, approximate="tanh")
+# Each returns a new tensor; the second, where torch has one, writes over its argument, which has to be nobody else's.
 _ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = {
     "relu": (torch.relu, torch.relu_),
     "relu6": (relu6, partial(relu6, inplace=True)),
     "leaky_relu": (leaky_relu, partial(leaky_relu, inplace=True)),
     "silu": (silu, partial(silu, inplace=True)),
+    "gelu": (gelu, gelu),
+    "gelu_tanh": (_TANH_GELU, _TANH_GELU),
     "hardswish": (hardswish, partial(hardswish, inplace=True)),
     "hardsigmoid": (hardsigmoid, partial(hardsigmoid, inplace=True)),
     "sigmoid": (torch.sigmoid, torch.sigmoid_),
@@ -531,7 +509,7 @@ def _composite(
         z = function(input, weight, fused_bias, args.stride, padding, args.dilation, args.groups)
     if (scale is not None or residual is not None) and weight.shape[1]:  # no input channels, no output channels
         z = _epilogue(z, scale, None if scale is None else bias, residual, rank)
-    return z if activation == "none" else activate(z, activation)
+    return activate(z, activation)
 
 
 def _derivative(saved: Tensor, activation: str) -> Tensor:

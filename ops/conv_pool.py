@@ -66,26 +66,21 @@ def conv2d_max_pool2d(
         >>> tritune.conv2d_max_pool2d(x, w, stride=2, padding=3, **pool).shape
         torch.Size([2, 64, 56, 56])
     """
-    tensors = (input, weight, bias, scale)
-    window: dict[str, Any] = {
-        "pool_kernel_size": pool_kernel_size,
-        "pool_stride": pool_stride,
-        "pool_padding": pool_padding,
-    }
-    options: dict[str, Any] = {"activation": activation, "scale": scale, "precision": precision}
-    if has_torch_function_variadic(*tensors):
+    if has_torch_function_variadic(input, weight, bias, scale):
         overridden: Tensor = handle_torch_function(
-            conv2d_max_pool2d, tensors, input, weight, bias, stride, padding, dilation, groups, **options, **window
-        )
+            conv2d_max_pool2d, (input, weight, bias, scale), input, weight, bias, stride, padding, dilation, groups,
+            activation=activation, scale=scale, precision=precision, pool_kernel_size=pool_kernel_size,
+            pool_stride=pool_stride, pool_padding=pool_padding,
+        )  # fmt: skip
         return overridden
-    if torch_serves(input) or _needs_grad(tensors):
-        return _apart(input, weight, bias, (stride, padding, dilation, groups), options, tuple(window.values()))
-    input, weight, bias, scale = autocast(*tensors)
+    geometry, window = (stride, padding, dilation, groups), (pool_kernel_size, pool_stride, pool_padding)
+    if torch_serves(input) or _needs_grad((input, weight, bias, scale)):
+        return _apart(input, weight, bias, geometry, activation, scale, precision, window)
+    input, weight, bias, scale = autocast(input, weight, bias, scale)
     args = check_conv(
-        2, input, weight, bias, stride, padding, dilation, groups, activation=activation, scale=scale,
-        precision=precision,
+        2, input, weight, bias, *geometry, activation=activation, scale=scale, precision=precision
     )  # fmt: skip
-    sizes = check_max_pool(2, _convolved(input, weight, args), pool_kernel_size, pool_stride, pool_padding)
+    sizes = check_max_pool(2, _convolved(input, weight, args), *window)
     batched = input if input.dim() == 4 else input.unsqueeze(0)
     backend = choose(
         "conv2d_max_pool2d",
@@ -95,7 +90,7 @@ def conv2d_max_pool2d(
         lambda: conv._limits(batched, weight, args),
     )
     if backend == "torch":
-        return _apart(input, weight, bias, (stride, padding, dilation, groups), options, tuple(window.values()))
+        return _apart(input, weight, bias, geometry, activation, scale, precision, window)
 
     if args.pad_extra is not None:
         batched = conv._pad(batched, args.pad_extra)
@@ -117,11 +112,14 @@ def _needs_grad(tensors: tuple[Any, ...]) -> bool:
 
 
 def _apart(
-    input: Tensor, weight: Tensor, bias: Tensor | None, geometry: tuple[Any, ...], options: dict[str, Any],
-    window: tuple[Any, ...],
+    input: Tensor, weight: Tensor, bias: Tensor | None, geometry: tuple[Any, ...], activation: str | None,
+    scale: Tensor | None, precision: str | None, window: tuple[Any, Any, Any],
 ) -> Tensor:  # fmt: skip
     """The two calls, each of which checks its arguments and chooses for itself."""
-    pooled: Tensor = pool.max_pool2d(conv.conv2d(input, weight, bias, *geometry, **options), *window)
+    y = conv._convolve(
+        conv.conv2d, False, 2, input, weight, bias, geometry, activation, None, scale, precision
+    )  # fmt: skip
+    pooled: Tensor = pool._max_pool(pool.max_pool2d, 2, y, *window, 1, False, False)
     return pooled
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import _VF, Tensor
+from torch._C import _is_any_autocast_enabled
 from torch.nn.functional import linear, pad
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
@@ -296,7 +297,7 @@ def _recur(
 def calls_torch(input: Any) -> bool:
     """May torch's own layer be called on this input at once? Not under autocast, which torch follows for some cells
     only. In a transform that has no formula for torch's layer it raises, and ours follows."""
-    return torch_validates(input) and not torch._C._is_any_autocast_enabled()
+    return torch_validates(input) and not _is_any_autocast_enabled()
 
 
 def is_traced_as_torch(count: int) -> bool:
@@ -439,25 +440,27 @@ def torch_layer(
     ``None`` for arguments that the validator rejects and torch would not: it looks at the sizes of its products only,
     broadcasts biases and states, and computes with integers and complex numbers. On others torch itself may raise.
     """
-    sizes = input.shape
+    sizes, dtype = input.shape, input.dtype
     is_batched = len(sizes) == 3
-    *stacked, rows, hidden_size = w_hh.shape
-    directions = stacked[0] if stacked else 1
+    if b_ih is None and b_hh is not None:
+        b_ih = torch.zeros_like(b_hh)
+    elif b_hh is None and b_ih is not None:
+        b_hh = torch.zeros_like(b_ih)
+    directions = 1
+    parameters: list[Any] = [w_ih, w_hh] if b_ih is None else [w_ih, w_hh, b_ih, b_hh]
+    if w_ih.dim() == 3:
+        directions = w_ih.shape[0]
+        by_direction = zip(*(parameter.unbind() for parameter in parameters), strict=True)
+        parameters = [parameter for of_one in by_direction for parameter in of_one]
+        if not 1 <= directions <= (1 if reverse else 2):
+            return None
+    rows, hidden_size = parameters[1].shape
     if (
-        rows != rnn_checks.GATES[cell] * hidden_size or w_ih.shape != (*stacked, rows, sizes[-1])
-        or len(stacked) > 1 or directions > (1 if reverse else 2) or not input.is_floating_point()
+        rows != rnn_checks.GATES[cell] * hidden_size or parameters[0].shape != (rows, sizes[-1])
+        or not input.is_floating_point()
+        or (b_ih is not None and (parameters[2].shape != (rows,) or parameters[3].shape != (rows,)))
     ):  # fmt: skip
         return None
-    has_biases = b_ih is not None or b_hh is not None
-    if has_biases:
-        b_ih = torch.zeros_like(b_hh) if b_ih is None else b_ih  # type: ignore[arg-type]
-        b_hh = torch.zeros_like(b_ih) if b_hh is None else b_hh
-        if not b_ih.shape == b_hh.shape == (*stacked, rows):
-            return None
-    parameters: list[Any] = [w_ih, w_hh, b_ih, b_hh] if has_biases else [w_ih, w_hh]
-    if stacked:
-        unbound = [parameter.unbind() for parameter in parameters]
-        parameters = [parameters[d] for d in range(directions) for parameters in unbound]
     if not is_batched:
         batch_first = False
         input = input.unsqueeze(1)
@@ -465,17 +468,17 @@ def torch_layer(
         c0 = None if c0 is None else c0.unsqueeze(1)
     state = (directions, sizes[0 if batch_first else 1] if is_batched else 1, hidden_size)
     if h0 is None or (c0 is None and cell == "lstm"):
-        zeros = input.new_zeros(*state)
+        zeros = input.new_zeros(state)
         h0, c0 = zeros if h0 is None else h0, zeros if c0 is None else c0
-    if h0.shape != state or h0.dtype is not input.dtype:
+    if h0.shape != state or h0.dtype is not dtype:
         return None
-    if cell == "lstm" and (c0.shape != state or c0.dtype is not input.dtype):  # type: ignore[union-attr]
+    if cell == "lstm" and (c0.shape != state or c0.dtype is not dtype):  # type: ignore[union-attr]
         return None
     if reverse:
         input = input.flip(1 if batch_first else 0)
     # In training mode wherever there may be gradients: cuDNN has no backward otherwise. A trace is checked without.
     is_training = torch.is_grad_enabled() or torch._C._is_tracing()
-    options = (parameters, has_biases, 1, 0.0, is_training, directions == 2, batch_first)
+    options = (parameters, b_ih is not None, 1, 0.0, is_training, directions == 2, batch_first)
     if cell == "lstm":
         out, h_n, c_n = TORCH_LAYERS["lstm"](input, (h0, c0), *options)
     else:

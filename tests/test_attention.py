@@ -713,6 +713,147 @@ class TestOnTorch:
             assert kept.pop()() is None, f"checkpointed: {checkpointed}"
             del y
 
+    @pytest.mark.parametrize("learned", [False, True], ids=["", "learned scale"])
+    @pytest.mark.parametrize("grad", [False, True], ids=["inference", "training"])
+    @pytest.mark.parametrize("score", ["dot", "cosine"])
+    def test_one_query_a_head_and_many_keys(self, score, grad, learned):
+        """Two products take its place where torch's fused kernel is slower."""
+        q, k, v = torch.randn(2, 1, 16), torch.randn(64, 2, 512, 16), torch.randn(64, 2, 512, 16)
+        k[0, 0, 7] = 0
+        if score == "cosine":
+            k[1, 0, 7], k[2, 1, 3] = 1e-20, 1e30
+        scale = torch.tensor([3.0, 0.5]) if learned else 3.0
+        leaves = [t.requires_grad_(grad) for t in (q, k, v)]
+        dout = torch.randn(64, 2, 1, 16)
+
+        def derivatives(attend: Callable[..., Tensor], leaves: list[Tensor], dout: Tensor) -> list[Tensor]:
+            out = attend(*leaves)
+            assert not out.requires_grad or not out.grad_fn.name().startswith("Scaled")
+            return [out.detach(), *torch.autograd.grad(out, leaves, dout)] if grad else [out]
+
+        def formula(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            if score == "cosine":
+                unit = [(t.double() / t.double().norm(dim=-1, keepdim=True).clamp_min(1e-6)) for t in (q, k)]
+                q, k = (t.to(v.dtype) for t in unit)
+            scores = q * (scale.to(v.dtype).view(2, 1, 1) if learned else scale) @ k.transpose(-1, -2)
+            return torch.softmax(scores, -1) @ v
+
+        got = derivatives(lambda *args: tritune.attention_pool(*args, score=score, scale=scale), leaves, dout)
+        torchs = derivatives(formula, leaves, dout)
+        exact = derivatives(formula, [t.detach().double().requires_grad_(grad) for t in leaves], dout.double())
+        for name, ours, one, other in zip(("out", "dq", "dk", "dv"), got, exact, torchs, strict=False):
+            assert_close(name, ours, one, other)
+
+    @pytest.mark.parametrize("heads", [4, 2], ids=["", "grouped"])
+    @pytest.mark.parametrize("mask", ["", "bool", "float", "causal"])
+    def test_second_derivative_of_torchs_node(self, mask, heads):
+        """torch's fused kernel for the CPU has none."""
+        q, k, v = (torch.randn(2, h, 5, 8, dtype=torch.float64, requires_grad=True) for h in (4, heads, heads))
+        attn_mask = torch.randn(5, 5, dtype=torch.float64)
+        attn_mask = {"bool": attn_mask > 0, "float": attn_mask}.get(mask)
+        if mask == "bool":
+            attn_mask[2] = False
+
+        def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return tritune.scaled_dot_product_attention(
+                q, k, v, attn_mask, is_causal=mask == "causal", scale=0.4, enable_gqa=heads < 4
+            )
+
+        assert attend(q, k, v).grad_fn.name().startswith("ScaledDotProduct")
+        assert torch.autograd.gradgradcheck(attend, (q, k, v), fast_mode=True)
+        out = attend(q, k, v)
+        torch.autograd.grad(out.sum(), out, create_graph=True)  # asks the node, which does not run
+        again = [torch.autograd.grad(out.square().sum(), (q, k, v), create_graph=True) for _ in range(2)]
+        for one, other in zip(*again, strict=True):
+            assert one.requires_grad and torch.equal(one, other)
+
+    def test_second_derivative_under_autocast(self):
+        x = torch.randn(1, 2, 5, 8, requires_grad=True)
+        with torch.autocast("cpu", torch.bfloat16):
+            out = tritune.scaled_dot_product_attention(x, 2 * x, x)
+        (first,) = torch.autograd.grad(out.float().sum(), x, create_graph=True)
+        (second,) = torch.autograd.grad(first.square().sum(), x)
+        assert out.dtype is torch.bfloat16 and second.isfinite().all() and second.any()
+
+    def test_create_graph_under_checkpointing(self):
+        """It hands out what a node has saved once, to torch's own backward."""
+        x = torch.randn(1, 2, 5, 8, requires_grad=True)
+
+        def attend(x: Tensor) -> Tensor:
+            return tritune.scaled_dot_product_attention(x * 2, x + 1, x).sum()
+
+        (wanted,) = torch.autograd.grad(attend(x), x)
+        y = torch.utils.checkpoint.checkpoint(attend, x, use_reentrant=False)
+        (first,) = torch.autograd.grad(y, x, create_graph=True)
+        torch.testing.assert_close(first, wanted)
+        with pytest.raises(RuntimeError, match="derivative for aten::_scaled_dot_product"):
+            torch.autograd.grad(first.sum(), x)
+
+    @pytest.mark.parametrize("masked", [False, True], ids=["all", "masked"])
+    @pytest.mark.parametrize(
+        "heads, queries, options",
+        [(2, 1, {}), (4, 3, {"bias": False}), (1, 2, {"scale": 0.3}), (2, 1, {"scale": "learnable"})],
+    )
+    def test_pooling_before_projecting(self, heads, queries, options, masked):
+        """What a large batch takes, against float64, beside what it takes if somebody looks at the projections."""
+        layer = tritune.nn.AttentionPool(32, heads, queries, **options)
+        mask = torch.rand(16, 200) > 0.4 if masked else None
+        if masked:
+            mask[3] = False  # a sequence without any key
+
+        def derivatives(layer: Any, x: Tensor, dout: Tensor) -> dict[str, Tensor]:
+            leaves = {"input": x.detach().requires_grad_(), **dict(layer.named_parameters())}
+            y = layer(leaves["input"], mask)
+            first = torch.autograd.grad(y, list(leaves.values()), dout, create_graph=True)
+            again = {name: leaf for name, leaf in leaves.items() if "bias" not in name}  # those have none
+            second = torch.autograd.grad(first[0].square().sum(), list(again.values()), allow_unused=True)
+            every = zip(["y", *leaves, *(f"second {name}" for name in again)], [y, *first, *second], strict=True)
+            return {name: t.detach() for name, t in every if t is not None}
+
+        called = []
+        looked_at, exact = copy.deepcopy(layer), copy.deepcopy(layer).double()
+        for one in (looked_at, exact):
+            one.key.register_forward_hook(lambda *_: called.append(1))
+
+        def torchs_and_exact() -> tuple[Tensor, Tensor, dict[str, Any], dict[str, Any]]:
+            x, dout = torch.randn(16, 200, 32), torch.randn(16, *[queries] * (queries > 1), 32)
+            return x, dout, derivatives(looked_at, x, dout), derivatives(exact, x.double(), dout.double())
+
+        x, dout, torchs, wanted = torchs_and_exact()
+        assert len(called) == 2
+        got = derivatives(layer, x, dout)
+        assert len(called) == 2
+        assert got.keys() == torchs.keys() == wanted.keys()
+        others = [torchs_and_exact()[2:] for _ in range(4)]
+        for name, ours in got.items():
+            if name == "key.bias":  # it adds the same to all scores of a query: its gradient vanishes
+                assert ours.abs().max() < 1e-4 * got["query"].abs().max()
+            else:
+                errors = (Errors.of(other[name], exactly[name]) for other, exactly in others)
+                assert_close(name, ours, wanted[name], torchs[name], errors)
+        if masked:
+            torch.testing.assert_close(got["y"][3], torchs["y"][3])
+
+    @pytest.mark.parametrize(
+        "change",
+        [
+            lambda pool: pool.value.register_forward_pre_hook(lambda *_: None),
+            lambda pool: pool.key.register_full_backward_hook(lambda *_: None),
+            lambda pool: setattr(pool.key, "forward", pool.key.forward),
+            lambda pool: setattr(pool, "value", torch.nn.Sequential(pool.value)),
+            lambda pool: torch.nn.utils.parametrizations.weight_norm(pool.key),
+            lambda pool: pool.key.compile(backend="eager"),
+        ],
+        ids=["pre-hook", "backward hook", "forward", "another module", "parametrized", "compiled"],
+    )
+    def test_projections_that_somebody_changed_are_called(self, change, monkeypatch):
+        pool, x = tritune.nn.AttentionPool(64, 2), torch.randn(8, 64, 64)
+        monkeypatch.setattr("tritune.nn.attention.pool_and_project", lambda *_: pytest.fail("not called"))
+        with pytest.raises(pytest.fail.Exception):
+            pool(x)
+        change(pool)
+        pool(x)
+
     def test_lse_under_autocast_is_float32(self):
         q, k = torch.randn(1, 1, 40, 64) * 4, torch.randn(1, 1, 40, 64) * 4
         with torch.autocast("cpu", torch.bfloat16):

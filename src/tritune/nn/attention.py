@@ -8,9 +8,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.modules.module import _has_any_global_hook
 
 from ..ops import attention, attention_pool
 from ..ops._checks import PRECISIONS
+from ..ops._dispatch import is_plain, level_is_open, torch_validates
+from ..ops.attention import pool_and_project
 from ..ops.attention_checks import ALIGNMENTS, SCORES
 from ._of_torch import Scriptable
 
@@ -111,6 +114,10 @@ class AttentionPool(_Scored):
     Shape: ``[B, N, embed_dim]`` or ``[N, embed_dim]`` to ``[B, embed_dim]`` or ``[embed_dim]``, with M queries
     ``[B, M, embed_dim]`` or ``[M, embed_dim]``.
 
+    On the CPU a large batch in float32 or float64 with dot-product scores is pooled first and projected afterwards: the
+    two products over the sequence have H * M columns, where those of ``key`` and ``value`` have ``embed_dim``. These
+    two are not called then, unless they have hooks or are anything but linear layers.
+
     Example::
 
         >>> pool = tritune.nn.AttentionPool(32, num_heads=4, score="cosine", scale="learnable")
@@ -142,6 +149,10 @@ class AttentionPool(_Scored):
 
     def forward(self, input: Tensor, attn_mask: Tensor | None = None) -> Tensor:
         """``attn_mask``: bool ``[B, N]``, or ``[N]``: True at the elements that count."""
+        if self._projects_last(input, attn_mask):
+            pooled = pool_and_project(self.query, self.key, self.value, input, attn_mask, self.scale)
+            projected: Tensor = self.out(pooled)
+            return projected.squeeze(-2) if self.num_queries == 1 else projected
         key, value = self.key(input), self.value(input)
         heads = (*key.shape[:-1], self.num_heads, -1)
         key, value = key.view(heads).transpose(-3, -2), value.view(heads).transpose(-3, -2)
@@ -152,9 +163,39 @@ class AttentionPool(_Scored):
         result: Tensor = self.out(pooled.transpose(-3, -2).flatten(-2))
         return result.squeeze(-2) if self.num_queries == 1 else result
 
+    def _projects_last(self, input: Tensor, attn_mask: Tensor | None) -> bool:
+        """Does torch serve a batch for which it is faster to project what is pooled, and does nobody look at the
+        projected sequence?"""
+        if self.score != "dot" or not torch_validates(input) or not input.is_cpu:
+            return False
+        spared = input.numel() * (self.embed_dim - 2 * self.num_heads * self.num_queries)
+        if spared < _MANY or input.dim() != 3 or input.dtype not in (torch.float32, torch.float64):
+            return False
+        if attn_mask is not None and not (attn_mask.dtype is torch.bool and attn_mask.shape == input.shape[:2]):
+            return False
+        if torch._C._is_any_autocast_enabled() or torch._C._is_tracing() or level_is_open():
+            return False
+        return _is_only_a_product(self.key, input) and _is_only_a_product(self.value, input)
+
     def extra_repr(self) -> str:
         sizes = f"{self.embed_dim}, num_heads={self.num_heads}, num_queries={self.num_queries}"
         return f"{sizes}, {super().extra_repr()}"
+
+
+_MANY = 1 << 20  # multiplications that take longer than the operators which a small call has more
+
+
+def _is_only_a_product(layer: torch.nn.Module, input: Tensor) -> bool:
+    """Is this torch's own linear layer as it is made, in the dtype of ``input``, and does nothing else happen where it
+    is called?"""
+    if type(layer) is not torch.nn.Linear or "forward" in layer.__dict__ or layer._compiled_call_impl is not None:
+        return False
+    if layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks:
+        return False
+    weight, width = layer.weight, input.shape[-1]
+    if weight.shape != (width, width) or weight.dtype is not input.dtype or not weight.is_cpu:
+        return False
+    return is_plain(weight) and not _has_any_global_hook()
 
 
 def _check_choice(name: str, given: str | None, accepted: Sequence[str | None]) -> None:
