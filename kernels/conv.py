@@ -514,7 +514,7 @@ def _epilogue_grad_kernel(
     Y_VEC: tl.constexpr, S_VEC: tl.constexpr, G_RUN: tl.constexpr,
     ACTIVATION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """g = dy * act'(saved), 0 where the activation is flat, dense in either layout, and the bias gradient: column sums of g.
+    """g = dy * act'(saved), 0 where the activation is flat, dense in either layout; the bias gradient: its column sums.
 
     Reads dy (and saved), writes g: one pass, |dy| + |saved| + |g| bytes. K counts all groups here. Each program walks
     one of ``splits`` runs of rows and leaves its column sums in partial [splits, K].

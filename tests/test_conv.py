@@ -184,7 +184,7 @@ class TestCases:
     @pytest.mark.parametrize("create_graph", [False, True])
     @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of numpy, in which the interpreter computes
     def test_gradient_at_infinities_and_nan_is_torchs(self, activation, create_graph, device, tier):
-        # Pairs of an input and an output gradient, 352 in all, which fill vectors of 32: for a few elements behind those
+        # Pairs of an input and an output gradient, 352 in all, which fill vectors of 32: for elements that fill none
         # torch's own kernels decide otherwise at NaN (relu6, hardswish).
         inf, nan = float("inf"), float("nan")
         inputs = torch.tensor([nan, inf, -inf, 100.0, -100.0, 3.0, -3.0, 1.0, -1.0, 0.0, 6.0])
