@@ -52,7 +52,7 @@ class Call:
         definition: the same function where docs/differences.md has a row for its extremes; either is right.
         sizes: a letter for each dimension that may be any, the same letter where they belong together; "." for others.
         cancels: gradients whose terms, products of the other tensors, may cancel: their error is one of the terms.
-        known: patterns of what the kernels do differently, each a row of docs/differences.md; see :func:`problems`.
+        known: patterns of what the kernels do differently, each a row of docs/differences.md.
     """
 
     function: Callable[..., Any]
