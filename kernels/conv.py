@@ -53,7 +53,7 @@ from ..autotune.device import DeviceSpec
 from ._launch import Launch, descriptor, launch, layout_strides, readable, unit_divisor
 from ._math import (
     activate,
-    activation_grad,
+    activation_backward,
     below,
     column_sum,
     dense_offsets,
@@ -514,7 +514,7 @@ def _epilogue_grad_kernel(
     Y_VEC: tl.constexpr, S_VEC: tl.constexpr, G_RUN: tl.constexpr,
     ACTIVATION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """g = dy * act'(saved), dense in either layout, and the bias gradient: column sums of g.
+    """g = dy * act'(saved), 0 where the activation is flat, dense in either layout; the bias gradient: its column sums.
 
     Reads dy (and saved), writes g: one pass, |dy| + |saved| + |g| bytes. K counts all groups here. Each program walks
     one of ``splits`` runs of rows and leaves its column sums in partial [splits, K].
@@ -541,7 +541,7 @@ def _epilogue_grad_kernel(
                 offs_m, offs_n, Z, P, Q, stride_sn, stride_sk, stride_sz, stride_sp, stride_sq, S_VEC, S_UNIT_C, RANK
             )  # fmt: skip
             saved = tl.load(saved_ptr + s_off, mask=mask_s, other=0.0).to(tl.float32)
-            g = tl.where(mask, g * activation_grad(saved, ACTIVATION), 0.0)
+            g = tl.where(mask, activation_backward(g, saved, ACTIVATION), 0.0)
         if g_ptr is not None:
             mask_g = below(offs_m, M, G_RUN)[:, None] & mask_n[None, :]
             g_off = dense_offsets(offs_m, offs_n, Z * P * Q, K, G_CHANNELS_LAST, G_RUN)

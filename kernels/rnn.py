@@ -180,6 +180,8 @@ def _rnn_backward_kernel(
         before = tl.where(backwards, t + 1, t - 1)
         is_first = step == T - 1
         gates_t = gates_ptr + t * B * (D * SLOTS * H)
+        if H < BLOCK_H:
+            dh = tl.where(_across(b * 0, j, SWAP) < H, dh, 0.0)  # an infinite gradient makes NaN of the zero weights
         if dout_ptr is not None:
             dh += tl.load(dout_ptr + t * B * (D * H) + out_off, mask=mask, other=0.0).to(tl.float32)
         if G == 1:

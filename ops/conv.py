@@ -512,31 +512,33 @@ def _composite(
     return activate(z, activation)
 
 
-def _derivative(saved: Tensor, activation: str) -> Tensor:
-    """Derivative of the activation from its output, or from its input for SAVES_INPUT; differentiable itself."""
+def _activation_backward(grad: Tensor, saved: Tensor, activation: str) -> Tensor:
+    """Gradient at the input of the activation from its output, or from its input for SAVES_INPUT; differentiable
+    itself. As the kernels' function of the same name: where the activation is flat the gradient is left out."""
     if activation == "relu":
-        return (~(saved <= 0)).to(saved.dtype)  # 1 at NaN
+        return torch.where(saved <= 0, 0.0, grad)
     if activation == "relu6":
-        return (~((saved <= 0) | (saved >= 6))).to(saved.dtype)
+        return torch.where((saved > 0) & (saved < 6), grad, 0.0)
     if activation == "leaky_relu":
-        return torch.where(saved > 0, 1.0, 0.01).to(saved.dtype)
+        return torch.where(saved > 0, grad, grad * 0.01)
     if activation == "sigmoid":
-        return saved * (1 - saved)
+        return grad * (saved * (1 - saved))
     if activation == "tanh":
-        return 1 - saved * saved
+        return grad * (1 - saved * saved)
     if activation == "silu":
         sigmoid = torch.sigmoid(saved)
-        return sigmoid * (1 + saved * (1 - sigmoid))
+        return grad * (sigmoid * (1 + saved * (1 - sigmoid)))
     if activation == "gelu":
         cdf = 0.5 * (1 + torch.erf(saved * 0.7071067811865476))
-        return cdf + saved * 0.3989422804014327 * torch.exp(-0.5 * saved * saved)
+        return grad * (cdf + saved * 0.3989422804014327 * torch.exp(-0.5 * saved * saved))
     if activation == "gelu_tanh":
         t = torch.tanh(0.7978845608028654 * (saved + 0.044715 * saved**3))
-        return 0.5 * (1 + t) + 0.5 * saved * (1 - t * t) * 0.7978845608028654 * (1 + 0.134145 * saved * saved)
+        inner = 0.7978845608028654 * (1 + 0.134145 * saved * saved)
+        return grad * (0.5 * (1 + t) + 0.5 * saved * (1 - t * t) * inner)
     if activation == "hardsigmoid":
-        return ((saved > -3) & (saved < 3)).to(saved.dtype) / 6
-    inner = torch.where(saved < 3, saved / 3 + 0.5, 1.0)
-    return torch.where(saved <= -3, 0.0, inner).to(saved.dtype)  # hardswish
+        return torch.where((saved > -3) & (saved < 3), grad / 6, 0.0)
+    inner = torch.where(saved >= 3, grad, grad * (saved / 3 + 0.5))
+    return torch.where(saved <= -3, 0.0, inner)  # hardswish
 
 
 # --- operators -------------------------------------------------------------------------------------------------------
@@ -764,7 +766,7 @@ def _differentiable_epilogue_grad(
     wide = torch.promote_types(dy.dtype, torch.float32)
     g = dy.to(wide)
     if saved is not None:
-        g = g * _derivative(saved.to(wide), activation)
+        g = _activation_backward(g, saved.to(wide), activation)
     bias_grad = g.sum(_all_but_channels(g)).to(dy.dtype) if need_bias else dy.new_empty(0)
     return g.to(dy.dtype), bias_grad
 

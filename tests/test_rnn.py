@@ -252,6 +252,25 @@ class TestModules:
         torch.testing.assert_close(*results, equal_nan=True)
         assert name == "GRU" or results[0][0].isfinite().all()
 
+    @pytest.mark.parametrize("name", ["RNN", "LSTM"])  # of a GRU torch subtracts infinities: docs/differences.md
+    @pytest.mark.parametrize("size", [5, 16, 20])
+    @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # numpy's, in the interpreter
+    def test_an_infinite_gradient_stays_infinite(self, name, size, device, tier):
+        """Positive weights and states keep its sign; those of padded units are 0 and make no NaN of it."""
+        state, x = torch.rand(1, 2, size, device=device), torch.rand(4, 2, 3, device=device)
+        gradient = torch.randn(4, 2, size, device=device)
+        gradient[-1, 0, 0] = float("inf")
+        results = []
+        for layer in layers(name, 3, size, device=device):
+            for weight in layer.parameters():
+                weight.data.abs_()
+            leaves = [t.clone().requires_grad_() for t in ((x, state, state) if name == "LSTM" else (x, state))]
+            with tritune.use_backend(backend_of(tier)):
+                out = layer(leaves[0], tuple(leaves[1:]) if name == "LSTM" else leaves[1])[0]
+            results.append(torch.autograd.grad(out, leaves, gradient))
+        torch.testing.assert_close(*results, equal_nan=True)
+        assert (results[0][1][:, 0] == float("inf")).all()
+
     @pytest.mark.parametrize("name", MODULES)
     def test_weights_changed_in_place(self, name, device, tier):
         """On the kernels the gradient of what was used, the stacked weights of both directions; torch refuses."""
