@@ -362,8 +362,8 @@ def problems(call: Call, dtype: torch.dtype, device: str, backend: str) -> Itera
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
 @pytest.mark.parametrize("name", CALLS)
 def test_numbers(name, dtype, device, tier):
-    if tier == "interpret" and dtype is not torch.float32:
-        pytest.skip("the interpreter converts denormals of 16 bits otherwise than a GPU")
+    if tier == "interpret" and (dtype is torch.bfloat16 or (dtype is torch.float16 and "conv" in name)):
+        pytest.skip("minutes of the interpreter; float32 runs the same kernels there")
     with without_onednn():
         found = list(problems(CALLS[name], dtype, device, backend_of(tier)))
     assert not found, "\n".join([f"{len(found)} problems", *found])
