@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -60,6 +61,10 @@ class use_backend(ContextDecorator):  # a context manager, named like torch.no_g
             our kernels: what they do not cover raises :class:`UnsupportedError`. The backward of a call runs where
             its forward ran, also in another thread and after the block.
 
+    Raises:
+        ValueError: for another name.
+        TypeError: as the decorator of a generator or of an ``async`` function.
+
     Example::
 
         with tritune.use_backend("triton"):
@@ -73,6 +78,14 @@ class use_backend(ContextDecorator):  # a context manager, named like torch.no_g
             raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {name!r}")
         self.name = name
         self.previous: list[str] = []
+
+    def __call__(self, func: Any) -> Any:
+        if inspect.isgeneratorfunction(func) or inspect.iscoroutinefunction(func) or inspect.isasyncgenfunction(func):
+            raise TypeError(
+                f"use_backend cannot decorate {func.__qualname__}, whose body does not run while it is called: "
+                "use a with block in it"
+            )
+        return super().__call__(func)
 
     def _recreate_cm(self) -> use_backend:
         return use_backend(self.name)

@@ -96,6 +96,20 @@ class TestRefusals:
             with pytest.raises(NotImplementedError, match=r"max_pool2d: .*CPU"):
                 tritune.max_pool2d(x, 2)
 
+    def test_functions_that_do_not_run_when_they_are_called(self):
+        def generator():
+            yield tritune.ops.current_backend()
+
+        async def coroutine():
+            pass
+
+        async def both():
+            yield
+
+        for function in (generator, coroutine, both):
+            with pytest.raises(TypeError, match=f"use_backend cannot decorate .*{function.__name__}"):
+                tritune.use_backend("torch")(function)
+
     def test_bad_input_is_rejected_before_the_backend_is_asked(self):
         with tritune.use_backend("triton"), pytest.raises(RuntimeError, match="negative padding") as caught:
             tritune.conv2d(torch.randn(1, 2, 4, 4), torch.randn(2, 2, 3, 3), padding=-1)

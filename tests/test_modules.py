@@ -118,6 +118,90 @@ def test_the_signature_of_a_users_subclass_is_its_own():
     assert Block(4, activation="swish").after == "swish"
 
 
+OVERRIDDEN = [name for name in TABLE if name.startswith("Conv") and "Transpose" not in name]
+
+
+@pytest.mark.parametrize("name", OVERRIDDEN)
+def test_a_convolution_with_another_weight_is_that_of_the_subclass(name):
+    """Weight standardisation and its like override ``_conv_forward``."""
+
+    def halved(self, input, weight, bias):
+        return super(kind, self)._conv_forward(input, weight / 2, None)
+
+    kind = type("Halved", (getattr(tritune.nn, name),), {"_conv_forward": halved})
+    module, (x,) = kind(*TABLE[name][0][0], **TABLE[name][0][1]), inputs(name)
+    plain = build(name)
+    with torch.no_grad():
+        plain.weight.copy_(module.weight / 2)
+        plain.bias.zero_()
+    torch.testing.assert_close(module(x), plain(x))
+    plain._conv_forward = lambda input, weight, bias: input
+    assert plain(x) is x
+
+
+@pytest.mark.parametrize("name", [activated(name).__name__ for name in CONVOLUTIONS])
+def test_a_subclass_fills_its_parameters(name):
+    def sevens(self):
+        torch.nn.init.constant_(self.weight, 7.0)
+        if self.bias is not None:
+            torch.nn.init.zeros_(self.bias)
+
+    kind = type("Sevens", (getattr(tritune.nn, name),), {"reset_parameters": sevens})
+    for bias in (True, False):
+        module = kind(4, 6, 3, activation="relu", bias=bias, dtype=torch.float64)
+        assert module.weight.unique().tolist() == [7.0] and module.weight.dtype is torch.float64
+        assert [name for name, _ in module.named_parameters()] == ["weight", "bias"][: 1 + bias]
+        assert module.bias is None or module.bias.unique().tolist() == [0.0]
+
+
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+def test_an_activation_does_not_change_the_random_start(name):
+    torch.manual_seed(1)
+    plain, after = getattr(torch.nn, name)(4, 6, 3), torch.rand(3)
+    torch.manual_seed(1)
+    ours = activated(name)(4, 6, 3, activation="relu")
+    torch.testing.assert_close(ours.state_dict(), plain.state_dict(), rtol=0, atol=0)
+    assert torch.equal(torch.rand(3), after)
+
+
+OTHER_VALUES = {
+    "in_channels": 8, "out_channels": 8, "kernel_size": 2, "stride": 3, "padding": 2, "output_padding": 1,
+    "dilation": 2, "groups": 2, "bias": False, "padding_mode": "replicate", "activation": "gelu",
+    "precision": "tf32x3", "input_size": 7, "hidden_size": 7, "output_size": 7, "y_size": 7, "batch_first": True,
+    "score": "dot", "scale": 2.5, "is_causal": True, "causal_alignment": "bottom_right", "enable_gqa": True,
+    "eps": 1e-3, "embed_dim": 8, "num_heads": 4, "num_queries": 2,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OUR_OWN)
+def test_its_repr_shows_every_argument(name):
+    signature = inspect.signature(getattr(tritune.nn, name))
+    args, kwargs = TABLE[name][0]
+    given = signature.bind(*args, **kwargs).arguments
+    for parameter in set(signature.parameters) - {"device", "dtype"}:
+        if parameter == "padding_mode" and "Transpose" in name:
+            continue  # it has to be "zeros"
+        value = OTHER_VALUES[parameter]
+        if value == given.get(parameter, signature.parameters[parameter].default):
+            value = {"score": "cosine"}[parameter]
+        other = getattr(tritune.nn, name)(**{**given, parameter: value})
+        assert repr(other) != repr(build(name)), parameter
+
+
+@pytest.mark.parametrize("name", TABLE)
+def test_its_fx_graph_can_be_pickled(name):
+    theirs = getattr(torch.nn, name.replace("Activation", ""), None)
+    if theirs is not None:
+        try:
+            pickle.dumps(torch.fx.symbolic_trace(theirs(*TABLE[name][0][0])))
+        except Exception:
+            pytest.skip("nor can that of torch's module")
+    module, x = build(name), inputs(name)
+    traced = through_pickle(torch.fx.symbolic_trace(module))
+    if len(inspect.signature(module.forward).parameters) == len(x):  # a graph has no arguments that may be missing
+        torch.testing.assert_close(traced(*x), module(*x))
+
+
 @pytest.mark.parametrize("name", TABLE)
 def test_it_is_an_instance_of_torchs_exactly_if_it_computes_the_same(name):
     kinds = {kind for kind in getattr(tritune.nn, name).__mro__ if kind.__module__.startswith("torch.")}
@@ -502,14 +586,37 @@ class TestFoldBn:
         assert not any(one.requires_grad for one in folded.parameters())
 
     @pytest.mark.parametrize("wrap", [
-        parametrizations.weight_norm, parametrizations.spectral_norm,
-        lambda conv: prune.random_unstructured(conv, "weight", 0.5),
+        parametrizations.weight_norm, parametrizations.spectral_norm, parametrizations.orthogonal,
     ])  # fmt: skip
     def test_parametrized_weights_are_taken_as_they_are(self, wrap):
         conv, bn, x = wrap(torch.nn.Conv2d(4, 6, 3)).eval(), normalisation(2, 6), torch.randn(X[2])
         folded = tritune.fold_bn(conv, bn)
         torch.testing.assert_close(folded(x), bn(conv(x)), rtol=1e-5, atol=1e-5)
         assert list(through_pickle(folded).state_dict()) == ["weight", "bias"]
+
+    @pytest.mark.filterwarnings("ignore:.*weight_norm. is deprecated:FutureWarning")
+    @pytest.mark.parametrize("wrap", [
+        torch.nn.utils.weight_norm, torch.nn.utils.spectral_norm,
+        lambda conv: prune.random_unstructured(conv, "weight", 0.5),
+        lambda conv: prune.random_unstructured(conv, "bias", 0.5),
+    ])  # fmt: skip
+    @pytest.mark.parametrize("namespace", [torch.nn, tritune.nn])
+    def test_a_weight_that_a_hook_computes_may_be_out_of_date(self, wrap, namespace):
+        conv = wrap(namespace.Conv2d(4, 6, 3)).eval()
+        with pytest.raises(TypeError, match=r"a hook computes the (weight|bias) of conv"):
+            tritune.fold_bn(conv, normalisation(2, 6))
+
+    @pytest.mark.parametrize("method", ["forward", "_conv_forward"])
+    def test_a_computation_of_the_one_module_is_not_dropped(self, method):
+        for parent in (torch.nn.Conv2d, tritune.nn.Conv2d):
+            conv = parent(4, 6, 3)
+            setattr(conv, method, lambda input, *_: input)
+            with pytest.raises(TypeError, match="conv must be a convolution"):
+                tritune.fold_bn(conv, normalisation(2, 6))
+        bn = normalisation(2, 6)
+        bn.forward = lambda input: input + 1
+        with pytest.raises(TypeError, match="bn must be a batch normalisation"):
+            tritune.fold_bn(torch.nn.Conv2d(4, 6, 3), bn)
 
     @pytest.mark.parametrize("method", ["forward", "_conv_forward"])
     def test_a_computation_of_its_own_is_not_dropped(self, method):

@@ -1,7 +1,5 @@
 """Attention modules."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -16,6 +14,9 @@ from ..ops._dispatch import is_plain, level_is_open, torch_validates
 from ..ops.attention import pool_and_project
 from ..ops.attention_checks import ALIGNMENTS, SCORES
 from ._of_torch import Scriptable
+
+# What is shown of a module only where it is otherwise.
+_USUAL = {"is_causal": False, "causal_alignment": "top_left", "enable_gqa": False, "eps": 1e-6, "precision": None}
 
 
 class _Scored(Scriptable, torch.nn.Module):
@@ -50,8 +51,10 @@ class _Scored(Scriptable, torch.nn.Module):
         return logit_scale.clamp(max=4.605170185988092).exp()
 
     def extra_repr(self) -> str:
-        scale = "'learnable'" if self.logit_scale is not None else self.fixed_scale
-        return f"score={self.score!r}, scale={scale}"
+        scale = "learnable" if self.logit_scale is not None else self.fixed_scale
+        options = {name: getattr(self, name, usual) for name, usual in _USUAL.items()}
+        unusual = (f"{name}={value!r}" for name, value in options.items() if value != _USUAL[name])
+        return ", ".join([f"score={self.score!r}, scale={scale!r}", *unusual])
 
 
 class Attention(_Scored):
@@ -91,10 +94,6 @@ class Attention(_Scored):
             precision=self.precision,
         )  # fmt: skip
         return out
-
-    def extra_repr(self) -> str:
-        options = [name for name in ("is_causal", "enable_gqa") if getattr(self, name)]
-        return ", ".join([super().extra_repr(), *(f"{name}=True" for name in options)])
 
 
 class AttentionPool(_Scored):
@@ -153,9 +152,9 @@ class AttentionPool(_Scored):
             pooled = pool_and_project(self.query, self.key, self.value, input, attn_mask, self.scale)
             projected: Tensor = self.out(pooled)
             return projected.squeeze(-2) if self.num_queries == 1 else projected
-        key, value = self.key(input), self.value(input)
-        heads = (*key.shape[:-1], self.num_heads, -1)
-        key, value = key.view(heads).transpose(-3, -2), value.view(heads).transpose(-3, -2)
+        by_head = (self.num_heads, -1)
+        key = self.key(input).unflatten(-1, by_head).transpose(-3, -2)
+        value = self.value(input).unflatten(-1, by_head).transpose(-3, -2)
         pooled = attention_pool(
             self.query, key, value, score=self.score, scale=self.scale, attn_mask=attn_mask, eps=self.eps,
             precision=self.precision,

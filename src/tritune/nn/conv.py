@@ -5,8 +5,6 @@ summaries) then do the right thing. With an activation it computes more: the con
 no subclass of torch's then.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Self
 
@@ -92,13 +90,21 @@ class _Conv(_Epilogue):
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         """``residual`` has the output's shape and is added before the activation."""
+        if residual is None:
+            return self._conv_forward(input, self.weight, self.bias)
+        return self._conv_forward(input, self.weight, self.bias, residual)
+
+    def _conv_forward(
+        self, input: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None = None
+    ) -> Tensor:  # fmt: skip
+        """As in torch the place to compute with another weight or bias, which subclasses override."""
         padding = self.padding
         if self.padding_mode != "zeros":
             input = pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode)
             padding = 0
         return self._run(
-            input, self.weight, self.bias, self.stride, padding, self.dilation, self.groups,
-            activation=self._activation, residual=residual, precision=self.precision,
+            input, weight, bias, self.stride, padding, self.dilation, self.groups, activation=self._activation,
+            residual=residual, precision=self.precision,
         )  # fmt: skip
 
 
@@ -139,7 +145,14 @@ class _WithActivation(torch.nn.Module):
 
     def __init__(self, *args: Any) -> None:
         super().__init__()
-        self.__dict__.update(self._plain(*args).__dict__)
+        *geometry, device, dtype = args
+        plain = self._plain(*geometry, "meta", dtype)
+        self.__dict__.update({name: value for name, value in plain.__dict__.items() if name not in self.__dict__})
+        for name, like in plain.named_parameters():
+            self.register_parameter(name, torch.nn.Parameter(torch.empty(like.shape, device=device, dtype=like.dtype)))
+        if plain.bias is None:
+            self.register_parameter("bias", None)
+        self.reset_parameters()
 
     def register_parameter(self, name: str, param: torch.nn.Parameter | None) -> None:
         """As in torch, which comes here when a Parameter is assigned; but ``weight`` and ``bias`` are not replaced.
@@ -326,8 +339,8 @@ def fold_bn(conv: _ConvNd, bn: _BatchNorm, *, activation: str | None = None) -> 
               s = \gamma / \sqrt{\mathrm{var} + \epsilon}
 
     Weight and bias are computed in fp32 at least and rounded once to the dtype of ``conv.weight``. A weight that is
-    parametrized (``weight_norm``) is taken as it is now. The result shares nothing with ``conv`` and ``bn``, nor
-    does it take over their hooks.
+    parametrized (``torch.nn.utils.parametrizations.weight_norm``) is taken as it is now. The result shares nothing
+    with ``conv`` and ``bn``, nor does it take over their hooks.
 
     Args:
         conv: one of torch's six convolutions or of ours, without an activation, in either mode.
@@ -339,7 +352,8 @@ def fold_bn(conv: _ConvNd, bn: _BatchNorm, *, activation: str | None = None) -> 
         The module of :mod:`tritune.nn`, in evaluation mode; its ``state_dict`` is that of torch's module.
 
     Raises:
-        TypeError: for other modules, also for a subclass with a computation of its own.
+        TypeError: for other modules, also for a subclass with a computation of its own; if a hook computes the weight
+            (``torch.nn.utils.weight_norm``, pruning).
         ValueError: if they do not fit, or ``bn`` is in training mode or has no running statistics.
 
     Example::
@@ -364,6 +378,13 @@ def fold_bn(conv: _ConvNd, bn: _BatchNorm, *, activation: str | None = None) -> 
         raise ValueError("fold_bn: bn is in training mode, where its result depends on the batch: call bn.eval() first")
     if bn.num_features != conv.out_channels:
         raise ValueError(f"fold_bn: bn has {bn.num_features} features and conv {conv.out_channels} output channels")
+    for name, module in (("conv", conv), ("bn", bn)):
+        hooked = [one for one in ("weight", "bias") if one in module.__dict__]
+        if hooked:
+            raise TypeError(
+                f"fold_bn: a hook computes the {hooked[0]} of {name} before each call, so what it is now may be out of "
+                "date: make it a Parameter first (torch.nn.utils.remove_weight_norm, prune.remove)"
+            )
     weight = conv.weight  # of a parametrized convolution computed anew each time
     wide = torch.promote_types(weight.dtype, torch.float32)
     with torch.no_grad():
@@ -397,11 +418,12 @@ def _kind_of(conv: torch.nn.Module) -> Any:
     for ours, with_activation in _WITH_ACTIVATION.items():
         theirs = with_activation._plain
         if isinstance(conv, theirs):
-            plain = _computes_as(conv, "forward", ours, theirs) and _computes_as(conv, "_conv_forward", theirs)
+            plain = _computes_as(conv, "forward", ours, theirs) and _computes_as(conv, "_conv_forward", ours, theirs)
             return ours if plain else None
     return None
 
 
 def _computes_as(module: torch.nn.Module, method: str, *kinds: type) -> bool:
-    """Whether a method of ``module`` is that of one of these classes, not one of somebody's subclass."""
-    return any(getattr(type(module), method, None) is getattr(kind, method, None) for kind in kinds)
+    """Whether a method of ``module`` is that of one of these classes, not its own or one of somebody's subclass."""
+    own = module.__dict__.get(method, getattr(type(module), method, None))
+    return any(own is getattr(kind, method, None) for kind in kinds)

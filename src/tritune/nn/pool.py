@@ -1,7 +1,5 @@
 """Pooling modules."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

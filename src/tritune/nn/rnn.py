@@ -1,7 +1,5 @@
 """Recurrent modules."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 
