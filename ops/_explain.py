@@ -12,7 +12,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from types import CellType, CodeType, FunctionType, ModuleType
+from types import CellType, CodeType, FunctionType, MethodType, ModuleType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -33,9 +33,10 @@ def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Decision | Dec
 
     The call is made on copies. Tensors have a shape and no data, so nothing is computed or allocated; only lengths and
     counters (integers on the CPU, in at most one dimension) keep their values. Whatever ``fn`` reaches is copied with
-    them: attributes and buffers, what a closure holds, the globals and class attributes that your functions name. The
-    states of the random generators are restored. What the call does to the world outside, such as a file that it
-    writes or what an installed library remembers, cannot be undone. No other thread should run ``fn`` meanwhile.
+    them: attributes and buffers, what a closure holds, what your functions name of their globals, of classes and of
+    your modules, and the hooks of all modules. The states of the random generators are restored. What the call does to
+    the world outside, such as a file that it writes or what an installed library remembers, cannot be undone. No other
+    thread should run ``fn`` meanwhile.
 
     Raises:
         UnsupportedError: the call depends on values, as ``.item()``, a boolean mask and ``.numpy()`` do, or reaches
@@ -142,10 +143,11 @@ def _line_of(error: Exception) -> str:
 
 
 class _Place(NamedTuple):
-    """Where a function or class keeps what is not copied with an object: an entry of its globals, else an attribute."""
+    """Where a function, class or module keeps what is not copied with an object: an entry of a dictionary, else an
+    attribute."""
 
     holder: Any
-    name: str
+    name: Any
 
     def read(self) -> Any:
         if isinstance(self.holder, FunctionType):
@@ -185,7 +187,8 @@ def _copied(root: Any, mode: Any) -> Iterator[tuple[Any, list[Tensor]]]:
     before = [(place, place.read()) for place in places]
     moved = [(place, value) for place, value in before if _is_state(place, value)]
     try:
-        memo: dict[int, Any] = {id(cache): _empty(cache) for cache in caches}
+        memo: dict[int, Any] = {id(module): module for module in sys.modules.values()}
+        memo |= {id(cache): _empty(cache) for cache in caches}
         known = {id(tensor): tensor.clone() for tensor in tensors if _may_be_known(tensor)}
         with warnings.catch_warnings():  # torch reads the gradient of tensors that have none, and says so
             warnings.simplefilter("ignore")
@@ -213,15 +216,20 @@ def _reach(root: Any) -> tuple[list[Tensor], list[Any], list[_Place]]:
     """The tensors, the results that ``functools.cache`` keeps, and the places that a call of ``root`` can come to."""
     tensors: list[Tensor] = []
     caches: list[Any] = []
-    places: dict[tuple[int, str], _Place] = {}
+    places = {(id(place.holder), place.name): place for place in _global_hooks()}
     seen: dict[int, Any] = {}  # with the objects, which must outlive their ids
-    todo = [root]
+    modules: dict[str, ModuleType] = {}
+    names: set[str] = set()
+    todo = [root, *(place.read() for place in places.values())]
     while todo:
         one = todo.pop()
-        if id(one) in seen or isinstance(one, ModuleType | CodeType):
+        if id(one) in seen or isinstance(one, CodeType):
             continue
         seen[id(one)] = one
-        if isinstance(one, Tensor):
+        if isinstance(one, ModuleType):
+            if not _is_installed(one.__name__):
+                modules[one.__name__] = one
+        elif isinstance(one, Tensor):
             tensors.append(one)
             todo.append(vars(one))
         elif isinstance(one, type | FunctionType | _LruCache):
@@ -233,9 +241,25 @@ def _reach(root: Any) -> tuple[list[Tensor], list[Any], list[_Place]]:
                 todo += [*vars(one).values(), *getattr(one, "__bases__", ())]
             if is_users and isinstance(one, _LruCache):
                 caches.append(one)
+            if is_users and isinstance(one, FunctionType):
+                names |= _names(one.__code__)
         else:
             todo += gc.get_referents(one)
+        if not todo:
+            imported = (sys.modules[name] for name in names & sys.modules.keys() if not _is_installed(name))
+            modules |= {module.__name__: module for module in imported}
+            found = [_Place(vars(module), name) for module in modules.values() for name in names & vars(module).keys()]
+            found = [place for place in found if (id(place.holder), place.name) not in places]
+            places |= {(id(place.holder), place.name): place for place in found}
+            todo = [place.read() for place in found]
     return tensors, caches, list(places.values())
+
+
+def _global_hooks() -> Iterator[_Place]:
+    """The hooks that torch calls for every module."""
+    for name, hooks in vars(torch.nn.modules.module).items():
+        if name.startswith("_global_") and isinstance(hooks, dict):
+            yield from (_Place(hooks, key) for key in hooks)
 
 
 def _places_of(one: Any, is_users: bool) -> Iterator[_Place]:
@@ -264,6 +288,8 @@ def _is_state(place: _Place, value: Any) -> bool:
     if isinstance(value, _LruCache):
         return not _is_installed(value.__module__)
     is_method = isinstance(place.holder, type | dict) and hasattr(type(value), "__get__")
+    if isinstance(value, MethodType):  # a callback, with the object that it belongs to
+        is_method = False
     return value is not _ABSENT and not is_method and not isinstance(value, ModuleType)
 
 

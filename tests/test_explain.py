@@ -11,6 +11,7 @@ from collections.abc import Callable
 from types import CellType, FunctionType, MethodType, ModuleType
 from typing import Any
 
+import explained_helpers
 import numpy as np
 import pytest
 import test_extremes
@@ -42,7 +43,7 @@ def snapshot(one: Any, seen: dict[int, Any]) -> Any:
     held: Any = ()
     if isinstance(one, type):
         held = tuple((name, *inside(value)) for name, value in vars(one).items() if name[0] != "_")
-        return id(one), held if one.__module__ == __name__ else ()
+        return id(one), held if one.__module__ in (__name__, "explained_helpers") else ()
     if isinstance(one, Tensor):
         values = one.detach().contiguous().view(-1).view(torch.uint8).tolist() if one.numel() else []
         held = (values, one._version, one.requires_grad, tuple(one.shape), one.stride())
@@ -75,6 +76,8 @@ def everything(call: Any) -> Any:
     seen: dict[int, Any] = {}
     randomness = (torch.get_rng_state().tolist(), random.getstate(), str(np.random.get_state()))  # noqa: NPY002
     state = {name: value for name, value in globals().items() if name in GLOBALS}
+    state |= {name: value for name, value in vars(explained_helpers).items() if name[0] != "_"}
+    state |= {name: one for name, one in vars(nn.modules.module).items() if name.startswith("_global_")}
     return [snapshot(call, seen), [(name, snapshot(value, seen)) for name, value in state.items()], randomness]
 
 
@@ -218,9 +221,47 @@ class Enumerated(Pooling):
         self.positions(x.shape[-1]) + x
 
 
+class OfAModule(Pooling):
+    """What the functions and classes of another module remember, by each way to come to them."""
+
+    def touch(self, x: Tensor) -> None:
+        x * explained_helpers.causal(x.shape[-1])
+
+
+class ClassOfAModule(Pooling):
+    def touch(self, x: Tensor) -> None:
+        x * explained_helpers.Registry.get(x.shape[-1])
+
+
+class VariableOfAModule(Pooling):
+    def touch(self, x: Tensor) -> None:
+        explained_helpers.seen = x
+
+
+class CallbackOfAModule(Pooling):
+    def touch(self, x: Tensor) -> None:
+        explained_helpers.CALLBACK(self, x)
+
+
+class ImportedInside(Pooling):
+    def touch(self, x: Tensor) -> None:
+        import explained_helpers as helpers
+
+        helpers.causal(x.shape[-1])
+
+
+class HeldModule(Pooling):
+    def note(self) -> None:
+        self.helpers = explained_helpers
+
+    def touch(self, x: Tensor) -> None:
+        self.helpers.causal(x.shape[-1])
+
+
 IMAGE = (3, 2, 4, 4)
 POOLINGS = (
-    Counter, Cache, Average, Lazy, OnTheClass, Global, RandomNumbers, Parameters, Numpy, Hooked, Enumerated
+    Counter, Cache, Average, Lazy, OnTheClass, Global, RandomNumbers, Parameters, Numpy, Hooked, Enumerated, OfAModule,
+    ClassOfAModule, VariableOfAModule, CallbackOfAModule, ImportedInside, HeldModule,
 )  # fmt: skip
 
 
@@ -366,6 +407,28 @@ def test_nothing_is_changed(name):
     assert [one.op for one in decisions] == [one.op for one in made]
     assert made, "the call comes to no operator of ours, so it shows nothing"
     assert (everything(call) == before) == (name in LEAVE_NOTHING), "what the call itself leaves is not seen"
+
+
+@pytest.mark.parametrize("register", [
+    nn.modules.module.register_module_forward_hook, nn.modules.module.register_module_forward_pre_hook,
+    nn.modules.module.register_module_full_backward_hook, nn.modules.module.register_module_full_backward_pre_hook,
+    nn.modules.module.register_module_parameter_registration_hook,
+    nn.modules.module.register_module_buffer_registration_hook,
+])  # fmt: skip
+@pytest.mark.parametrize("kind", ["closure", "method"])
+def test_hooks_of_all_modules(register, kind):
+    log = explained_helpers.Log()
+    handle = register(log.hook if kind == "method" else lambda *values: log.results.append(values) or None)
+    try:
+        net, x = Lazy(), torch.randn(IMAGE, requires_grad=True)
+        call = lambda: net(x).sum().backward()  # noqa: E731
+        before = everything((call, log))
+        tritune.explain(call)
+        assert everything((call, log)) == before
+        call()
+        assert log.results, "the hook was not called"
+    finally:
+        handle.remove()
 
 
 # --- calls that cannot be explained ----------------------------------------------------------------------------------
