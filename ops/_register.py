@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from ._dispatch import UnsupportedError, level_is_open
+
 NAMESPACE = __name__.split(".", 1)[0]
 _library = torch.library.Library(NAMESPACE, "FRAGMENT")
 
@@ -20,8 +22,9 @@ def register(
     implementation: Callable[..., Any],
     fake: Callable[..., Any],
     autograd: Callable[..., Any],
+    in_transform: Callable[..., Any] | None = None,
 ) -> Any:
-    """Registers one functional operator and returns its overload.
+    """Registers one functional operator, whose last argument is the backend, and returns its overload.
 
     Args:
         schema: name, arguments and result as ``torch.library`` writes them.
@@ -29,14 +32,33 @@ def register(
         fake: shapes, dtypes and strides of the result, for fake and meta tensors.
         autograd: runs with gradients enabled and inputs that may need them. Everybody who calls the operator without
             our public function (an exported program, another library) gets gradients through it.
+        in_transform: the same in torch's operators, for a ``torch.func`` transform or a level of forward AD. Eager
+            calls come to no operator there, but torch.compile traces both, and only then is the level open.
     """
+
+    def by_level(*call: Any) -> Any:
+        is_open = level_is_open()
+        if in_transform is not None and call[-1] != "triton" and (is_open or _has_tangent(call)):
+            return in_transform(*call)
+        if is_open:
+            raise UnsupportedError(
+                f"torch.ops.{NAMESPACE}.{name}: no kernel has derivatives in a torch.func transform or forward-mode AD"
+            )
+        return autograd(*call)
+
     name = schema.split("(", 1)[0]
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     for key in ("CPU", "CUDA"):
         _library.impl(name, implementation, key)
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
-    _library.impl(name, autograd, "Autograd")
+    _library.impl(name, by_level, "Autograd")
     return getattr(getattr(torch.ops, NAMESPACE), name).default
+
+
+def _has_tangent(call: tuple[Any, ...]) -> bool:
+    """A graph of torch.compile opens a level of forward AD behind Python's back, so only the tensors tell of it."""
+    tensors = (one for one in call if isinstance(one, torch.Tensor))
+    return any(torch._VF._unpack_dual(one, level=0)[1] is not None for one in tensors)  # type: ignore[attr-defined]
 
 
 # Inside this block an operator's own implementation runs, not its autograd: the wrapping Function has recorded it.

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from harness import backend_of, lay_out
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
 from torch.library import opcheck
+from torch_errors import YARDSTICK
 
 import tritune
 
@@ -515,6 +516,51 @@ class TestTransforms:
 
             got = torch.func.vmap(torch.func.grad(loss), in_dims=(0, None))(x, ours)
             torch.testing.assert_close(got, torch.func.vmap(torch.func.grad(loss), in_dims=(0, None))(x, theirs))
+
+
+def tangent_of(fn: Any) -> Any:
+    def dual(x: Any) -> Any:
+        with forward_ad.dual_level():
+            return forward_ad.unpack_dual(fn(forward_ad.make_dual(x, torch.ones_like(x)))).tangent
+
+    return dual
+
+
+TRANSFORMS: dict[str, Any] = {
+    "jvp": lambda fn: lambda x: torch.func.jvp(fn, (x,), (torch.ones_like(x),))[1],
+    "dual level": tangent_of,
+    "vmap of grad": lambda fn: torch.func.vmap(torch.func.grad(lambda x: fn(x.unsqueeze(0)).square().sum())),
+}
+
+
+@pytest.mark.torch
+@pytest.mark.skipif(not YARDSTICK, reason="older releases trace fewer transforms")
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
+@pytest.mark.parametrize("name", TRANSFORMS)
+def test_compiled_transforms(name, device):
+    """What is traced for later cannot ask at once whether a transform is open."""
+    for ours, _, x in calls(device):
+        torch.compiler.reset()
+        transformed = TRANSFORMS[name](ours)
+        wanted = transformed(x)
+        assert wanted.abs().sum() > 0
+        compiled = torch.compile(transformed, backend="eager")
+        try:
+            torch.testing.assert_close(compiled(x), wanted)
+        except NotImplementedError as error:  # torch's attention, which a graph holds, has no such derivative
+            if "_scaled_dot_product" not in str(error):
+                raise
+
+
+@pytest.mark.interpret
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
+def test_compiled_kernels_refuse_transforms(device):
+    for ours, _, x in calls(device):
+        torch.compiler.reset()
+        jvp = TRANSFORMS["jvp"](ours)
+        with tritune.use_backend("triton"), pytest.raises(Exception, match="transform"):
+            torch.compile(jvp, backend="eager")(x)
 
 
 @pytest.mark.interpret
