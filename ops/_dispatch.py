@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C import _is_tracing, _len_torch_dispatch_stack
+from torch._C._autograd import _top_saved_tensors_default_hooks
 from torch._C._functorch import peek_interpreter_stack
 from torch.autograd import forward_ad
 from torch.compiler import is_dynamo_compiling
@@ -113,9 +115,12 @@ def torch_serves(input: Any) -> bool:
 
 def torch_validates(input: Any) -> bool:
     """May the public function call torch's own at once? There torch serves, and its checks are those that count: the
-    checks of meta and fake tensors, and so those under torch.compile, let more pass."""
+    checks of meta and fake tensors, and so those under torch.compile, let more pass. Nor where a mode looks at every
+    operator, or hooks at what is saved: an exception of theirs is not to be taken for a rejection."""
     kind = type(input)
     if (kind is not Tensor and kind is not Parameter) or is_dynamo_compiling():
+        return False
+    if _len_torch_dispatch_stack() or _top_saved_tensors_default_hooks(True) is not None:
         return False
     if logger.isEnabledFor(INFO):  # :func:`choose` logs why torch serves
         return False
@@ -130,7 +135,8 @@ TORCH_ERRORS = (TypeError, ValueError, RuntimeError, IndexError, AttributeError,
 
 def are_plain(sizes: tuple[Any, ...], least: int = 0) -> bool:
     """Is each of these an int from ``least`` on that fits into 31 bits, or a tuple or list of such? What else torch
-    takes for ints, or takes and computes something with, is for the validators."""
+    takes for ints, or takes and computes something with, is for the validators; but in torch.jit.trace, where a size
+    may be computed from the input's, it has to stay what it is."""
     for size in sizes:
         kind = type(size)
         if kind is int:
@@ -139,10 +145,15 @@ def are_plain(sizes: tuple[Any, ...], least: int = 0) -> bool:
         elif kind is tuple or kind is list or kind is torch.Size:
             for one in size:
                 if type(one) is not int or not least <= one < _LARGEST_SIZE:
-                    return False
+                    return _is_tracing()
         else:
-            return False
+            return _is_tracing()
     return True
+
+
+def is_empty(t: Tensor) -> bool:
+    """Has it no elements? torch.jit.trace, which would make the answer a constant, is told no."""
+    return not _is_tracing() and t.numel() == 0
 
 
 _LARGEST_SIZE = 2**31 - 1

@@ -25,6 +25,7 @@ from ._dispatch import (
     are_plain,
     choose,
     conv_setting,
+    is_empty,
     measured,
     operator_precision,
     resolved_precision,
@@ -264,7 +265,7 @@ def _by_torch(
     if bias is not None and bias.dtype is not weight.dtype:
         return None
     y: Tensor = _TORCH[transposed][rank - 1](input, weight, bias if scale is None else None, *geometry)
-    if y.numel() == 0 or (precision is not None and precision not in PRECISIONS):
+    if is_empty(y) or (precision is not None and precision not in PRECISIONS):
         return None
     if scale is not None or residual is not None:
         if not _fits_epilogue(y, rank, residual, scale):

@@ -24,7 +24,7 @@ from torch.overrides import handle_torch_function, has_torch_function_unary, has
 from ..autotune.device import DeviceSpec
 from ..autotune.resolve import Choice, resolve
 from . import pool_checks
-from ._dispatch import TORCH_ERRORS, are_plain, choose, measured, runs_kernels, torch_validates
+from ._dispatch import TORCH_ERRORS, are_plain, choose, is_empty, measured, runs_kernels, torch_validates
 from ._layout import empty, is_channels_last, laid_out
 from ._register import below_autograd, register
 from .pool_checks import Ints, PoolArgs, pool_output_size
@@ -573,7 +573,10 @@ def _adaptive_avg_pool(function: Callable[..., Tensor], rank: int, input: Tensor
     if has_torch_function_unary(input):
         overridden: Tensor = handle_torch_function(function, (input,), input, output_size)
         return overridden
-    if torch_validates(input) and are_plain((output_size,)) and rank < input.dim() <= rank + 2 and input.numel():
+    if (
+        torch_validates(input) and are_plain((output_size,)) and rank < input.dim() <= rank + 2
+        and not is_empty(input)
+    ):  # fmt: skip
         y = _torch_first(function, input, output_size)
         if y is not None:
             return y
@@ -637,7 +640,7 @@ def _torch_first(function: Callable[..., Any], input: Tensor, *options: Any) -> 
     except TORCH_ERRORS:
         return None
     y = result[0] if type(result) is tuple else result
-    return result if y.numel() else None
+    return None if is_empty(y) else result
 
 
 def _root(mean: Tensor, kernel_size: Sequence[int], norm_type: int | float) -> Tensor:

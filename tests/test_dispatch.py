@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.util
 import itertools
@@ -17,10 +18,13 @@ from typing import Any
 
 import pytest
 import test_conv
+import test_extremes
 import test_pool
 import torch
 import torch.nn.functional as F
 from harness import Case, lay_out, lp_pool
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import tritune
 from tritune.autotune.variables import WORDS
@@ -86,6 +90,9 @@ def _clean_environment() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if not name.startswith("TRITUNE_")}
 
 
+FILLED_LATER = (torch.ops.aten.new_empty.default, torch.ops.aten.empty.memory_format)
+
+
 @pytest.mark.torch
 class TestRefusals:
     def test_cpu_tensors_are_refused_by_name(self):
@@ -95,6 +102,52 @@ class TestRefusals:
                 tritune.conv2d(x, w)
             with pytest.raises(NotImplementedError, match=r"max_pool2d: .*CPU"):
                 tritune.max_pool2d(x, 2)
+
+    @pytest.mark.parametrize("name", test_extremes.CALLS)
+    def test_an_error_of_a_mode_or_a_hook_is_no_rejection(self, name):
+        """The call is not made once more without it."""
+        call = test_extremes.CALLS[name]
+        tensors = {name: t.requires_grad_() for name, t in call.inputs(torch.float32).items()}
+        seen: list[str] = []
+
+        class PlantedError(RuntimeError):
+            pass
+
+        class Mode(TorchDispatchMode):
+            def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+                seen.append(str(func))
+                raise PlantedError
+
+        def pack(tensor):
+            seen.append("pack")
+            raise PlantedError
+
+        with Mode(), pytest.raises(PlantedError):
+            call.function(**tensors, **call.kwargs)
+        assert len(seen) == 1
+        with contextlib.suppress(PlantedError), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            call.function(**tensors, **call.kwargs)
+        assert len(seen) <= 2, "a mean saves nothing"
+
+    # torch's own RNN and GRU compute each step in place.
+    @pytest.mark.parametrize("name", [name for name in test_extremes.CALLS if name[:3] not in ("rnn", "gru")])
+    def test_what_a_mode_keeps_is_not_written_over(self, name):
+        """Selective activation checkpointing keeps results, and raises if they change."""
+        call = test_extremes.CALLS[name]
+        kept: list[tuple[Any, Tensor, Tensor]] = []
+
+        class Mode(TorchDispatchMode):
+            def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+                result = func(*args, **(kwargs or {}))
+                if isinstance(result, Tensor) and func not in FILLED_LATER:
+                    kept.append((func, result, result.clone()))
+                return result
+
+        with Mode():
+            call.function(**call.inputs(torch.float32), **call.kwargs)
+        assert kept
+        for func, result, at_once in kept:
+            torch.testing.assert_close(result, at_once, rtol=0, atol=0, equal_nan=True, msg=str(func))
 
     def test_functions_that_do_not_run_when_they_are_called(self):
         def generator():
