@@ -151,9 +151,14 @@ def are_plain(sizes: tuple[Any, ...], least: int = 0) -> bool:
     return True
 
 
+def is_jit_tracing() -> bool:
+    """Is torch.jit.trace running, which makes a constant of whatever Python asks of a size?"""
+    return not is_dynamo_compiling() and _is_tracing()
+
+
 def is_empty(t: Tensor) -> bool:
-    """Has it no elements? torch.jit.trace, which would make the answer a constant, is told no."""
-    return not _is_tracing() and t.numel() == 0
+    """Has it no elements? torch.jit.trace is told no."""
+    return not is_jit_tracing() and t.numel() == 0
 
 
 _LARGEST_SIZE = 2**31 - 1

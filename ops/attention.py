@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C import _is_any_autocast_enabled, _is_tracing
+from torch._C import _is_any_autocast_enabled
 from torch.nn import Linear
 from torch.nn.functional import scaled_dot_product_attention as _sdpa
 from torch.overrides import handle_torch_function, has_torch_function_variadic
@@ -24,6 +24,7 @@ from ._dispatch import (
     choose,
     in_transform,
     is_empty,
+    is_jit_tracing,
     is_plain,
     level_is_open,
     matmul_setting,
@@ -130,12 +131,12 @@ def _is_torchs(
         return False
     if enable_gqa and not (query.dim() > 2 and key.size(-3) and value.size(-3)):
         return False
-    return _is_tracing() or key.shape[-2] == value.shape[-2]
+    return is_jit_tracing() or key.shape[-2] == value.shape[-2]
 
 
 def _has_rows(query: Tensor) -> bool:
     """Rows that overlap are too much for torch's kernel for the CPU."""
-    if query.is_contiguous() or torch.compiler.is_compiling() or _is_tracing():
+    if query.is_contiguous() or torch.compiler.is_compiling() or is_jit_tracing():
         return True
     return not 0 < query.stride(-2) < query.shape[-1]
 
@@ -158,7 +159,7 @@ def _twice_differentiable(
     if query.is_cpu:
         node._register_hook_dict(_HOOKED)
         return out
-    if _is_tracing():
+    if is_jit_tracing():
         return out  # the trace would not be the same without gradients
     doubled: Tensor = _TwiceDifferentiable.apply(out, query, key, value, *_formulas(query, attn_mask, scale, is_causal))
     return doubled
@@ -393,7 +394,7 @@ def _takes_products(key: Tensor, value: Tensor) -> bool:
     return (
         not torch.compiler.is_compiling() and key.numel() >= _LONG and key.is_cpu and value.is_cpu
         and key.dtype in (torch.float32, torch.float64) and key.is_contiguous() and value.is_contiguous()
-        and not _is_any_autocast_enabled() and not _is_tracing()
+        and not _is_any_autocast_enabled() and not is_jit_tracing()
     )  # fmt: skip
 
 
@@ -605,7 +606,7 @@ def _on_torch(
     if wants_lse or (in_transform() and not dropout_p):
         return _formula(*call)
     out = _composite(*call, group=group, dropout_p=dropout_p)
-    if saves and not dropout_p and not (torch.compiler.is_compiling() or _is_tracing()) and is_plain(call[0]):
+    if saves and not dropout_p and not (torch.compiler.is_compiling() or is_jit_tracing()) and is_plain(call[0]):
         out = _TwiceDifferentiable.apply(out, *call)
     return out, None
 
@@ -985,7 +986,7 @@ def _normalized(t: Tensor, eps: float, backend: str) -> Tensor:
 
 def _unit(t: Tensor, eps: float) -> Tensor:
     """``t / max(|t|, eps)`` of the rows, in torch's operators."""
-    if torch.compiler.is_compiling() or _is_tracing() or in_transform():
+    if torch.compiler.is_compiling() or is_jit_tracing() or in_transform():
         unit = t / _lengths(t, eps)
         return unit if unit.dtype is t.dtype else unit.to(t.dtype)
     if 0 < t.numel() <= _FEW and t.is_cpu and not torch._C._len_torch_dispatch_stack():
