@@ -321,7 +321,9 @@ class TestExplain:
         """One line a call, each with the name of the function that was called."""
         (tmp_path / "its_model.py").write_text(
             "import torch, tritune\n"
+            "print('imported')\n"
             "def make():\n"
+            "    print('made')\n"
             "    return torch.nn.Sequential(tritune.nn.Conv2d(3, 4, 3), tritune.nn.LPPool2d(2, 2),\n"
             "                               tritune.nn.AdaptiveAvgPool2d(1))\n"
         )
@@ -331,8 +333,12 @@ class TestExplain:
         document = json.loads(self.explain(capsys, "model", "its_model:make", "1x3x8x8", "--json"))
         assert [decision["op"] for decision in document] == ["conv2d", "lp_pool2d", "adaptive_avg_pool2d"]
 
-    @pytest.mark.parametrize("place", ["no_such_module:make", "its_model", "math:pi", "math:nothing"])
-    def test_what_is_no_model(self, capsys, place):
+    @pytest.mark.parametrize(
+        "place", ["no_such_module:make", "its_model", "math:pi", "math:nothing", "sys:exit", "ends:make"]
+    )
+    def test_what_is_no_model(self, capsys, place, tmp_path, monkeypatch):
+        (tmp_path / "ends.py").write_text("raise SystemExit(7)\n")
+        monkeypatch.chdir(tmp_path)
         assert cli.main(["explain", "model", place, "1x3x8x8"]) == 2
         out, err = capsys.readouterr()
         assert out == "" and err.count("\n") == 1 and place in err

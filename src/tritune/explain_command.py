@@ -10,6 +10,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import redirect_stdout
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -256,13 +257,14 @@ def explain_model(place: str, shapes: Sequence[tuple[int, ...]], dtype: str, bac
         sys.path.insert(0, str(Path.cwd()))
     device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        found = getattr(importlib.import_module(module), name)
-        model = found if isinstance(found, torch.nn.Module) else found()
-        model = model.to(device, DTYPES[dtype]).eval()
-        tensors = [torch.zeros(shape, dtype=DTYPES[dtype], device=device) for shape in shapes]
-        with torch.no_grad(), use_backend(backend):
-            decisions = explain(model, *tensors)
-    except Exception as error:  # whatever somebody else's model raises
+        with redirect_stdout(sys.stderr):  # what the model prints is no part of the answer
+            found = getattr(importlib.import_module(module), name)
+            model = found if isinstance(found, torch.nn.Module) else found()
+            model = model.to(device, DTYPES[dtype]).eval()
+            tensors = [torch.zeros(shape, dtype=DTYPES[dtype], device=device) for shape in shapes]
+            with torch.no_grad(), use_backend(backend):
+                decisions = explain(model, *tensors)
+    except (Exception, SystemExit) as error:  # whatever somebody else's model raises
         return _fail(f"{place}: {type(error).__name__}: {error}", 2)
     assert isinstance(decisions, list)
     if as_json:
