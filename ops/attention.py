@@ -77,17 +77,13 @@ def scaled_dot_product_attention(
         >>> tritune.scaled_dot_product_attention(q, k, v).shape
         torch.Size([2, 8, 100, 32])
     """
-    is_nested = False
-    if has_torch_function_variadic(query, key, value, attn_mask):
-        tensors = (query, key, value, attn_mask)
-        is_nested = any(isinstance(t, Tensor) and t.is_nested for t in tensors[:3])
-        if not is_nested:
-            overridden: Tensor = handle_torch_function(
-                scaled_dot_product_attention, tensors, *tensors, dropout_p, is_causal, scale=scale,
-                enable_gqa=enable_gqa,
-            )  # fmt: skip
-            return overridden
-    elif torch_validates(query) and not level_is_open():
+    tensors = (query, key, value, attn_mask)
+    if has_torch_function_variadic(*tensors):
+        overridden: Tensor = handle_torch_function(
+            scaled_dot_product_attention, tensors, *tensors, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+        )  # fmt: skip
+        return overridden
+    if torch_validates(query) and not level_is_open():
         try:
             if _is_torchs(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa) and _has_rows(query):
                 out = _sdpa(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
@@ -95,13 +91,15 @@ def scaled_dot_product_attention(
                     out = _twice_differentiable(out, query, key, value, attn_mask, is_causal, scale)
                 return out
         except TORCH_ERRORS:
-            is_nested = query.is_nested
-    tensors = (query, key, value, attn_mask)
+            pass  # our validator has the words
     call = (*tensors, dropout_p, is_causal, scale, enable_gqa)
-    if is_nested:
+    if any(isinstance(t, Tensor) and t.is_nested for t in tensors[:3]):
         reason = "a nested tensor"
         choose("scaled_dot_product_attention", (query,), lambda _: (False, reason), lambda _: (), lambda: reason)
-        return _torch_attention(*call)
+        if torch.compiler.is_compiling():
+            return _torch_attention(*call)
+        with torch._C._EnableTorchFunction():  # a jagged tensor turns its override off, which is torch's attention of it
+            return _torch_attention(*call)
     attention_checks.check_scaled_dot_product_attention(*call)
     if torch_serves(query):  # compiled, fake or meta tensors, or an error that is torch's alone
         q, k, v, given = autocast(*tensors)

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.overrides import TorchFunctionMode
 
 import tritune
 from tritune.ops import conv as conv_ops
@@ -214,6 +215,49 @@ def test_an_override_comes_first(name: str, backend: str) -> None:
     with tritune.use_backend(backend):
         called, given = function(*arguments)
     assert called is function and list(given[: len(arguments)]) == arguments
+
+
+class _Records(TorchFunctionMode):
+    """Keeps what is called, and calls it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[Any] = []
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen.append(function)
+        return function(*args, **(kwargs or {}))
+
+
+# A row's own lines come before the call; torch's functions with indices have names of their own.
+@pytest.mark.torch
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
+@pytest.mark.parametrize("name", TABLE)
+def test_a_mode_sees_one_call(name: str) -> None:
+    """No attribute of a tensor is read before a mode has been asked."""
+    row, ours, theirs = TABLE[name], _Records(), _Records()
+    tensors = operands(row, grad=False)
+    with ours:
+        row.ours(*tensors)
+    with theirs:
+        row.torchs(*tensors)
+    assert ours.seen[-1] is getattr(tritune, name.split()[0])
+    before = len(ours.seen) - 1
+    assert ours.seen[:before] == theirs.seen[:before]
+    assert len(ours.seen) <= len(theirs.seen)
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("name", sorted(ELSEWHERE))
+def test_a_mode_sees_one_call_of_what_torch_has_not(name: str) -> None:
+    function, x, w = getattr(tritune, name), torch.randn(5, 2, 4), torch.randn(4, 4)
+    tensors = [x, x, x] if "attention" in name else [x[0], x[0], w, w]
+    if name in ("rnn", "gru", "lstm"):
+        gates = {"rnn": 4, "gru": 12, "lstm": 16}[name]
+        tensors = [x, torch.randn(gates, 4), torch.randn(gates, 4)]
+    with _Records() as mode:
+        function(*tensors)
+    assert mode.seen == [function]
 
 
 @pytest.mark.torch
