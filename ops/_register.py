@@ -58,7 +58,7 @@ def register(
 def _has_tangent(call: tuple[Any, ...]) -> bool:
     """A graph of torch.compile opens a level of forward AD behind Python's back, so only the tensors tell of it."""
     tensors = (one for one in call if isinstance(one, torch.Tensor))
-    return any(torch._VF._unpack_dual(one, level=0)[1] is not None for one in tensors)  # type: ignore[attr-defined]
+    return any(torch._VF._unpack_dual(one, level=0)[1] is not None for one in tensors)
 
 
 # Inside this block an operator's own implementation runs, not its autograd: the wrapping Function has recorded it.

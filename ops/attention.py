@@ -98,7 +98,7 @@ def scaled_dot_product_attention(
         choose("scaled_dot_product_attention", (query,), lambda _: (False, reason), lambda _: (), lambda: reason)
         if torch.compiler.is_compiling():
             return _torch_attention(*call)
-        with torch._C._EnableTorchFunction():  # a jagged tensor turns its override off, which is torch's attention of it
+        with torch._C._EnableTorchFunction():  # a jagged tensor turns its override off, which computes it
             return _torch_attention(*call)
     attention_checks.check_scaled_dot_product_attention(*call)
     if torch_serves(query):  # compiled, fake or meta tensors, or an error that is torch's alone

@@ -793,5 +793,5 @@ OP_BACKWARD: Any = register(
     implementation=_backward,
     fake=_fake_backward,
     autograd=_backward_autograd,
-    in_transform=lambda *call: _backward(*call[:-1], "torch"),
+    in_transform=lambda *call: _backward(*(*call[:-1], "torch")),
 )

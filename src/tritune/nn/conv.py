@@ -146,7 +146,7 @@ class _WithActivation(torch.nn.Module):
     def __init__(self, *args: Any) -> None:
         super().__init__()
         *geometry, device, dtype = args
-        plain = self._plain(*geometry, "meta", dtype)
+        plain = self._plain(*(*geometry, "meta", dtype))  # no values are drawn for it
         self.__dict__.update({name: value for name, value in plain.__dict__.items() if name not in self.__dict__})
         for name, like in plain.named_parameters():
             self.register_parameter(name, torch.nn.Parameter(torch.empty(like.shape, device=device, dtype=like.dtype)))
