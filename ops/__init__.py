@@ -2,6 +2,7 @@
 
 from ._dispatch import Decision, UnsupportedError, record, use_backend
 from ._explain import explain
+from ._script import scripted_as_torchs
 from .attention import attention, attention_pool, scaled_dot_product_attention
 from .conv import conv1d, conv2d, conv3d, conv_transpose1d, conv_transpose2d, conv_transpose3d
 from .conv_pool import conv2d_max_pool2d
@@ -70,3 +71,6 @@ __all__ = [
     "scaled_dot_product_attention",
     "use_backend",
 ]
+
+for _name in set(__all__) - {"Decision", "UnsupportedError", "explain", "record", "use_backend"}:
+    scripted_as_torchs(globals()[_name])
