@@ -34,13 +34,14 @@ def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Decision | Dec
     The call is made on copies. Tensors have a shape and no data, so nothing is computed or allocated; only lengths and
     counters (integers on the CPU, in at most one dimension) keep their values. Whatever ``fn`` reaches is copied with
     them: attributes and buffers, what a closure holds, what your functions name of their globals, of classes and of
-    your modules, and the hooks of all modules. The states of the random generators are restored. What the call does to
-    the world outside, such as a file that it writes or what an installed library remembers, cannot be undone. No other
-    thread should run ``fn`` meanwhile.
+    your modules, and the hooks of all modules and optimizers. The states of the random generators are restored, and
+    modules of yours that the call imports are forgotten. What the call does to the world outside, such as a file that
+    it writes or what an installed library remembers, cannot be undone. No other thread should run ``fn`` meanwhile.
 
     Raises:
-        UnsupportedError: the call depends on values, as ``.item()``, a boolean mask and ``.numpy()`` do, or reaches
-            an object that cannot be copied; the message names the line or the type.
+        UnsupportedError: the call depends on values, as ``.item()``, a boolean mask and ``.numpy()`` do, reaches an
+            object that cannot be copied, or is made inside a ``TorchFunctionMode`` or ``TorchDispatchMode`` of yours;
+            the message names the line or the type.
         (others): what the call itself raises.
 
     Example::
@@ -52,7 +53,10 @@ def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Decision | Dec
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    with _random_states_restored(), _copied((fn, args, kwargs), mode) as (copies, known), record() as decisions:
+    with (
+        _random_states_restored(), _imports_undone(), _copied((fn, args, kwargs), mode) as (copies, known),
+        record() as decisions,
+    ):  # fmt: skip
         call, args, kwargs = copies
         try:
             with mode, _KnownValues(known):
@@ -157,7 +161,7 @@ class _Place(NamedTuple):
                 return self.holder.cell_contents
             except ValueError:  # of a variable that has no value yet
                 return _ABSENT
-        return (self.holder if isinstance(self.holder, dict) else vars(self.holder)).get(self.name, _ABSENT)
+        return _namespace(self.holder).get(self.name, _ABSENT)
 
     def write(self, value: Any) -> None:
         if isinstance(self.holder, dict):
@@ -183,8 +187,9 @@ def _copied(root: Any, mode: Any) -> Iterator[tuple[Any, list[Tensor]]]:
 
     Within the block the functions and classes that ``root`` reaches work on copies, too.
     """
-    tensors, caches, places = _reach(root)
+    tensors, caches, places, holders = _reach((root, _active_hooks()))  # torch calls those hooks themselves
     before = [(place, place.read()) for place in places]
+    names_before = [(holder, set(_namespace(holder))) for holder in holders]
     moved = [(place, value) for place, value in before if _is_state(place, value)]
     try:
         memo: dict[int, Any] = {id(module): module for module in sys.modules.values()}
@@ -210,56 +215,92 @@ def _copied(root: Any, mode: Any) -> Iterator[tuple[Any, list[Tensor]]]:
         for place, value in before:
             if place.read() is not value:
                 place.write(value)
+        for holder, names in names_before:
+            for name in _namespace(holder).keys() - names:
+                if not _is_pythons(name):
+                    _Place(holder, name).write(_ABSENT)
 
 
-def _reach(root: Any) -> tuple[list[Tensor], list[Any], list[_Place]]:
-    """The tensors, the results that ``functools.cache`` keeps, and the places that a call of ``root`` can come to."""
+def _reach(root: Any) -> tuple[list[Tensor], list[Any], list[_Place], list[Any]]:
+    """The tensors, the results that ``functools.cache`` keeps, and the places that a call of ``root`` can come to; also
+    the modules, classes and dictionaries of hooks to which it may add names."""
     tensors: list[Tensor] = []
     caches: list[Any] = []
     places = {(id(place.holder), place.name): place for place in _global_hooks()}
     seen: dict[int, Any] = {}  # with the objects, which must outlive their ids
     modules: dict[str, ModuleType] = {}
+    classes: list[type] = []
     names: set[str] = set()
     todo = [root, *(place.read() for place in places.values())]
     while todo:
-        one = todo.pop()
-        if id(one) in seen or isinstance(one, CodeType):
-            continue
-        seen[id(one)] = one
-        if isinstance(one, ModuleType):
-            if not _is_installed(one.__name__):
-                modules[one.__name__] = one
-        elif isinstance(one, Tensor):
-            tensors.append(one)
-            todo.append(vars(one))
-        elif isinstance(one, type | FunctionType | _LruCache):
-            is_users = not _is_installed(one.__module__)
-            found = list(_places_of(one, is_users))
-            places |= {(id(place.holder), place.name): place for place in found}
-            todo += [place.read() for place in found]
-            if is_users:
-                todo += [*vars(one).values(), *getattr(one, "__bases__", ())]
-            if is_users and isinstance(one, _LruCache):
-                caches.append(one)
-            if is_users and isinstance(one, FunctionType):
-                names |= _names(one.__code__)
-        else:
-            todo += gc.get_referents(one)
-        if not todo:
-            imported = (sys.modules[name] for name in names & sys.modules.keys() if not _is_installed(name))
-            modules |= {module.__name__: module for module in imported}
-            found = [_Place(vars(module), name) for module in modules.values() for name in names & vars(module).keys()]
-            found = [place for place in found if (id(place.holder), place.name) not in places]
-            places |= {(id(place.holder), place.name): place for place in found}
-            todo = [place.read() for place in found]
-    return tensors, caches, list(places.values())
+        while todo:
+            one = todo.pop()
+            if id(one) in seen or isinstance(one, CodeType):
+                continue
+            seen[id(one)] = one
+            if isinstance(one, ModuleType):
+                if not _is_installed(one.__name__):
+                    modules[one.__name__] = one
+            elif isinstance(one, Tensor):
+                tensors.append(one)
+                todo.append(vars(one))
+            elif isinstance(one, type | FunctionType | _LruCache):
+                is_users = not _is_installed(one.__module__)
+                found = list(_places_of(one, is_users))
+                places |= {(id(place.holder), place.name): place for place in found}
+                todo += [place.read() for place in found]
+                if is_users:
+                    todo += [*vars(one).values(), *getattr(one, "__bases__", ())]
+                if is_users and isinstance(one, _LruCache):
+                    caches.append(one)
+                if is_users and isinstance(one, type):
+                    classes.append(one)
+                if is_users and isinstance(one, FunctionType):
+                    names |= _names(one.__code__) | _siblings(one)
+                    todo.append(sys.modules.get(one.__module__))  # to which it may add a global
+            else:
+                todo += gc.get_referents(one)
+        # What is named may be a module, or an attribute of one.
+        imported = (sys.modules[name] for name in names & sys.modules.keys() if not _is_installed(name))
+        modules |= {module.__name__: module for module in imported}
+        found = [_Place(vars(module), name) for module in modules.values() for name in names & vars(module).keys()]
+        found = [place for place in found if (id(place.holder), place.name) not in places]
+        places |= {(id(place.holder), place.name): place for place in found}
+        todo = [place.read() for place in found]
+    return tensors, caches, list(places.values()), [*modules.values(), *classes, *_hook_variables()[1]]
 
 
-def _global_hooks() -> Iterator[_Place]:
-    """The hooks that torch calls for every module."""
-    for name, hooks in vars(torch.nn.modules.module).items():
-        if name.startswith("_global_") and isinstance(hooks, dict):
-            yield from (_Place(hooks, key) for key in hooks)
+def _hook_variables() -> tuple[list[_Place], list[Any]]:
+    """What torch keeps of the hooks that it calls for every module and every optimizer: flags and dictionaries."""
+    modules = (sys.modules[kind.__module__] for kind in (torch.nn.Module, torch.optim.Optimizer))
+    places = [_Place(vars(module), name) for module in modules for name in vars(module) if name.startswith("_global_")]
+    return (
+        [place for place in places if not isinstance(place.read(), dict)],
+        [place.read() for place in places if isinstance(place.read(), dict)],
+    )
+
+
+def _global_hooks() -> list[_Place]:
+    flags, dictionaries = _hook_variables()
+    return flags + [_Place(hooks, key) for hooks in dictionaries for key in hooks]
+
+
+def _active_hooks() -> Any:
+    """The functions of the innermost ``saved_tensors_hooks``, which the call comes to.
+
+    Raises:
+        UnsupportedError: inside a mode of the user's, an object that sees every function or operator and stays itself.
+    """
+    from torch.overrides import _get_current_function_mode_stack
+    from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+
+    for mode in (*_get_current_function_mode_stack(), *_get_current_dispatch_mode_stack()):
+        if not _is_installed(type(mode).__module__):
+            raise UnsupportedError(
+                f"explain: inside the mode {type(mode).__name__}, which would be shown tensors without data: explain "
+                "outside of it, or make the call inside `with tritune.ops.record() as decisions:`"
+            )
+    return torch._C._autograd._top_saved_tensors_default_hooks(True)
 
 
 def _places_of(one: Any, is_users: bool) -> Iterator[_Place]:
@@ -272,15 +313,33 @@ def _places_of(one: Any, is_users: bool) -> Iterator[_Place]:
         if not _is_installed(one.__globals__.get("__name__")):
             yield from (_Place(one.__globals__, name) for name in _names(one.__code__))
     elif isinstance(one, type):
-        methods = [value for value in vars(one).values() if isinstance(value, FunctionType)]
-        names = {*vars(one), *(name for method in methods for name in _names(method.__code__))}
-        yield from (_Place(one, name) for name in names if not name.startswith(("__", "_abc_")))
+        yield from (_Place(one, name) for name in vars(one) if not _is_pythons(name))
+
+
+def _namespace(holder: Any) -> Any:
+    return holder if isinstance(holder, dict) else vars(holder)
+
+
+def _is_pythons(name: Any) -> bool:
+    """Is this an attribute of a module or class in which Python keeps what is its own?"""
+    return isinstance(name, str) and name.startswith(("__", "_abc_"))
 
 
 def _names(code: CodeType) -> set[str]:
-    """The globals and attributes that a function names, and those inside it."""
+    """The globals, attributes and modules that a function names, also as words for getattr, and those inside it."""
+    words = (one for one in code.co_consts if isinstance(one, str))
     inner = (_names(one) for one in code.co_consts if isinstance(one, CodeType))
-    return set(code.co_names).union(*inner)
+    return set(code.co_names).union(words, *inner)
+
+
+def _siblings(function: FunctionType) -> set[str]:
+    """The modules that ``from . import name`` would mean in a function, with one dot or more."""
+    found: set[str] = set()
+    package = function.__globals__.get("__package__") or ""
+    while package:
+        found |= {f"{package}.{name}" for name in _names(function.__code__)}
+        package = package.rpartition(".")[0]
+    return found
 
 
 def _is_state(place: _Place, value: Any) -> bool:
@@ -307,6 +366,20 @@ def _is_installed(module: str | None) -> bool:
 
 def _root(module: str | None) -> str:
     return (module or "").partition(".")[0]
+
+
+@contextmanager
+def _imports_undone() -> Iterator[None]:
+    """Forgets modules of the user that are imported here: tensors in their variables have no data."""
+    before = set(sys.modules)
+    try:
+        yield
+    finally:
+        for name in [name for name in sys.modules.keys() - before if not _is_installed(name)]:
+            module = sys.modules.pop(name)
+            parent, _, child = name.rpartition(".")
+            if parent in sys.modules and vars(sys.modules[parent]).get(child) is module:
+                delattr(sys.modules[parent], child)
 
 
 @contextmanager

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import random
 import re
+import sys
 import threading
 import warnings
 from collections.abc import Callable
@@ -24,6 +26,14 @@ import tritune
 from tritune.ops import record
 
 pytestmark = pytest.mark.torch
+
+
+@pytest.fixture(autouse=True)
+def hooks_of_all_modules(monkeypatch):
+    """Those that a call registers are gone after its test."""
+    for name, value in vars(nn.modules.module).items():
+        if name.startswith("_global_"):
+            monkeypatch.setattr(nn.modules.module, name, value.copy() if isinstance(value, dict) else value)
 
 
 # --- the deep comparison ---------------------------------------------------------------------------------------------
@@ -258,10 +268,44 @@ class HeldModule(Pooling):
         self.helpers.causal(x.shape[-1])
 
 
+class NamedAsAWord(Pooling):
+    def touch(self, x: Tensor) -> None:
+        getattr(explained_helpers, "causal")(x.shape[-1])  # noqa: B009
+
+
+class Adds(Pooling):
+    """Names that were not there, on modules and classes of others."""
+
+    def touch(self, x: Tensor) -> None:
+        explained_helpers.added = x
+        explained_helpers.Registry.added = x
+
+
+class AddsInAClassMethod(Pooling):
+    def touch(self, x: Tensor) -> None:
+        explained_helpers.Registry.put(x)
+
+
+class HooksAllModules(Pooling):
+    def touch(self, x: Tensor) -> None:
+        nn.modules.module.register_module_forward_hook(lambda module, args, result: None)
+        nn.modules.module.register_module_full_backward_hook(lambda module, args, result: None)
+
+
+class UnhooksAllModules(Pooling):
+    def note(self) -> None:
+        self.log: list[Any] = []
+        self.handle = nn.modules.module.register_module_forward_pre_hook(lambda module, args: self.log.append(args))
+
+    def touch(self, x: Tensor) -> None:
+        self.handle.remove()
+
+
 IMAGE = (3, 2, 4, 4)
 POOLINGS = (
     Counter, Cache, Average, Lazy, OnTheClass, Global, RandomNumbers, Parameters, Numpy, Hooked, Enumerated, OfAModule,
-    ClassOfAModule, VariableOfAModule, CallbackOfAModule, ImportedInside, HeldModule,
+    ClassOfAModule, VariableOfAModule, CallbackOfAModule, ImportedInside, HeldModule, NamedAsAWord, Adds,
+    AddsInAClassMethod, HooksAllModules, UnhooksAllModules,
 )  # fmt: skip
 
 
@@ -349,6 +393,13 @@ def arguments() -> Any:
     return call, (torch.randn(1, 1, 1, 8), past)
 
 
+def among_its_own_arguments() -> Any:
+    def call(x: Tensor, again: Any) -> Tensor:
+        return tritune.max_pool2d(x * explained_helpers.causal(x.shape[-1]), 2)
+
+    return call, (torch.randn(IMAGE), [call])
+
+
 def trains() -> Any:
     net, x = normalised()
     optimizer = torch.optim.AdamW(net.parameters())
@@ -381,6 +432,7 @@ CALLS: dict[str, Callable[[], Any]] = {
     "partial": partial,
     "arguments": arguments,
     "training step": trains,
+    "among its own arguments": among_its_own_arguments,
     "global model": lambda: (lambda x: STATIC(x).sum(), (torch.randn(IMAGE),)),
     "decorated": lambda: (tritune.use_backend("torch")(torch.no_grad()(normalised()[0])), (torch.randn(IMAGE),)),
 }
@@ -429,6 +481,60 @@ def test_hooks_of_all_modules(register, kind):
         assert log.results, "the hook was not called"
     finally:
         handle.remove()
+
+
+@pytest.mark.parametrize("name", ["register_optimizer_step_pre_hook", "register_optimizer_step_post_hook"])
+def test_hooks_of_all_optimizers(name):
+    log = explained_helpers.Log()
+    handle = getattr(sys.modules["torch.optim.optimizer"], name)(log.hook)
+    try:
+        step, args = trains()
+        before = everything((step, log))
+        tritune.explain(step, *args)
+        assert everything((step, log)) == before
+        step(*args)
+        assert log.results, "the hook was not called"
+    finally:
+        handle.remove()
+
+
+def test_hooks_of_saved_tensors():
+    log = explained_helpers.Log()
+    net, args = normalised()
+
+    def pack(tensor: Tensor) -> Tensor:
+        log.hook(None, tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        before = everything((net, log))
+        tritune.explain(net, *args)
+        assert everything((net, log)) == before
+        net(*args)
+        assert log.results, "the hook was not called"
+
+
+def test_what_is_imported_is_forgotten(tmp_path, monkeypatch):
+    """Its tensors would have no data."""
+    (tmp_path / "explained_pack").mkdir()
+    (tmp_path / "explained_pack/__init__.py").write_text("")
+    (tmp_path / "explained_pack/late.py").write_text("import torch\nTABLE = torch.ones(64, 64).tril()\n")
+    (tmp_path / "explained_pack/model.py").write_text(
+        "import tritune\nfrom . import known\ndef call(x):\n    from . import late\n    from .known import masks\n"
+        "    masks(64)\n    return tritune.max_pool2d(x, 2), late.TABLE\n"
+    )
+    (tmp_path / "explained_pack/known.py").write_text(
+        "import torch\nMASKS = {}\ndef masks(n):\n    return MASKS.setdefault(n, torch.ones(n, n))\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    model = importlib.import_module("explained_pack.model")
+    try:
+        tritune.explain(model.call, torch.randn(IMAGE))
+        assert model.known.MASKS == {}
+        assert type(model.call(torch.randn(IMAGE))[1]) is Tensor
+    finally:
+        for name in [name for name in sys.modules if name.startswith("explained_pack")]:
+            del sys.modules[name]
 
 
 # --- calls that cannot be explained ----------------------------------------------------------------------------------
@@ -487,6 +593,25 @@ def test_what_cannot_be_copied_is_refused(model, what):
     with pytest.raises(tritune.UnsupportedError, match=f"^explain: something .* cannot be copied .*{what}.*record"):
         tritune.explain(call[0], *call[1])
     assert everything(call) == before
+
+
+class FunctionMode(torch.overrides.TorchFunctionMode):
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return function(*args, **(kwargs or {}))
+
+
+class DispatchMode(torch.utils._python_dispatch.TorchDispatchMode):
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("mode", [FunctionMode, DispatchMode])
+def test_modes_of_the_user_are_refused_and_torchs_are_not(mode):
+    net, args = normalised()
+    with torch.device("cpu"):
+        assert tritune.explain(net, *args)
+    with mode(), pytest.raises(tritune.UnsupportedError, match=f"^explain: inside the mode {mode.__name__}, .*record"):
+        tritune.explain(net, *args)
 
 
 def test_errors_are_the_calls_own_and_leave_nothing():
