@@ -4,6 +4,7 @@ One table holds them all; a new module fails :func:`test_every_module_is_in_the_
 """
 
 import copy
+import functools
 import inspect
 import io
 import pickle
@@ -16,6 +17,7 @@ import torch.nn.functional as F
 from harness import assert_close
 from torch.ao import quantization
 from torch.ao.quantization.quantize_fx import convert_fx, prepare_fx
+from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.nn.utils import fusion, parametrizations, parametrize, prune, skip_init
 
 import tritune
@@ -152,6 +154,91 @@ def test_a_subclass_fills_its_parameters(name):
         assert module.weight.unique().tolist() == [7.0] and module.weight.dtype is torch.float64
         assert [name for name, _ in module.named_parameters()] == ["weight", "bias"][: 1 + bias]
         assert module.bias is None or module.bias.unique().tolist() == [0.0]
+
+
+def helpers(kind):
+    """The methods that torch's forward calls on its own module."""
+    names = sorted(set(kind.forward.__code__.co_names) - set(dir(torch.nn.Module)))
+    return [name for name in names if inspect.isfunction(getattr(kind, name, None))]
+
+
+HELPERS = {name: helpers(getattr(torch.nn, name)) for name in OF_TORCH}
+
+
+def test_torchs_forward_calls_methods():
+    assert HELPERS["Conv2d"] == ["_conv_forward"] and HELPERS["ConvTranspose2d"] == ["_output_padding"]
+    assert "check_forward_args" in HELPERS["LSTM"] and not HELPERS["MaxPool2d"]
+
+
+def noting(helper, calls):
+    def method(self, *args, **kwargs):
+        calls.append((helper, len(args)))
+        return getattr(super(type(self), self), helper)(*args, **kwargs)
+
+    return method
+
+
+@pytest.mark.parametrize("on", ["subclass", "instance"])
+@pytest.mark.parametrize("name", [name for name in OF_TORCH if HELPERS[name]])
+def test_the_methods_that_torchs_forward_calls_are_called(name, on):
+    called = []
+    for namespace in (torch.nn, tritune.nn):
+        calls = []
+        methods = {one: noting(one, calls) for one in HELPERS[name]}
+        child = type(name, (getattr(namespace, name),), methods if on == "subclass" else {})
+        args, kwargs = TABLE[name][0]
+        module = child(*args, **kwargs)
+        if on == "instance":
+            for one, method in methods.items():
+                setattr(module, one, functools.partial(method, module))
+        module(*inputs(name))
+        called.append(calls)
+    assert called[0] == called[1] != []
+
+
+@pytest.mark.parametrize("name", [name for name in TABLE if hasattr(getattr(tritune.nn, name), "reset_parameters")])
+def test_the_constructor_calls_what_a_subclass_overrides_and_torchs_hooks(name):
+    """As often as torch's, where it has the module; and each Parameter is registered once, with the module itself."""
+    counts, registered = {}, []
+    args, kwargs = TABLE[name][0]
+
+    def make(kind, **kwargs):
+        class Constant(kind):
+            resets = 0
+
+            def reset_parameters(self):
+                self.resets += 1
+                super().reset_parameters()
+                for one in self.parameters():
+                    torch.nn.init.constant_(one, 7)
+
+        module = Constant(*args, **kwargs)
+        counts[kind] = module.resets
+        assert all((one == 7).all() for one in module.parameters())
+        return module
+
+    hook = register_module_parameter_registration_hook(lambda module, name, one: registered.append((module, name)))
+    try:
+        module = make(getattr(tritune.nn, name), **kwargs)
+    finally:
+        hook.remove()
+    held = [(one, key) for one in module.modules() for key in one._parameters if key in dict(one.named_parameters())]
+    expected = {(id(one), key) for one, key in held}
+    with_values = [(id(one), key) for one, key in registered if one._parameters[key] is not None]
+    assert set(with_values) == expected and len(with_values) == len(expected)
+    assert not {"register_parameter", "reset_parameters"} & set(vars(module))
+    theirs = getattr(torch.nn, name.replace("Activation", ""), None)
+    if theirs is not None:
+        make(theirs, **{key: one for key, one in kwargs.items() if key != "activation"})
+    assert set(counts.values()) == {1}
+
+
+def test_initialisation_may_depend_on_the_activation():
+    class Kaiming(tritune.nn.ConvActivation2d):
+        def reset_parameters(self):
+            assert (self.activation, self.precision) == ("relu", "ieee")
+
+    Kaiming(4, 6, 3, activation="relu", precision="ieee")
 
 
 @pytest.mark.parametrize("name", CONVOLUTIONS)
@@ -617,6 +704,20 @@ class TestFoldBn:
         bn.forward = lambda input: input + 1
         with pytest.raises(TypeError, match="bn must be a batch normalisation"):
             tritune.fold_bn(torch.nn.Conv2d(4, 6, 3), bn)
+
+    @pytest.mark.parametrize("on", ["subclass", "instance"])
+    @pytest.mark.parametrize("nn", [torch.nn, tritune.nn], ids=["torch", "tritune"])
+    @pytest.mark.parametrize("name", CONVOLUTIONS)
+    def test_no_method_that_torchs_forward_calls_is_dropped(self, name, nn, on):
+        for helper in HELPERS[name]:
+            kind = getattr(nn, name)
+            method = getattr(kind, helper)
+            child = type("Other", (kind,), {helper: functools.partialmethod(method)})
+            conv = (child if on == "subclass" else kind)(4, 6, 3)
+            if on == "instance":
+                setattr(conv, helper, functools.partial(method, conv))
+            with pytest.raises(TypeError, match="conv must be a convolution"):
+                tritune.fold_bn(conv, normalisation(int(name[-2]), 6))
 
     @pytest.mark.parametrize("method", ["forward", "_conv_forward"])
     def test_a_computation_of_its_own_is_not_dropped(self, method):

@@ -83,10 +83,10 @@ class _Conv(_Epilogue):
         dilation: Size = 1, groups: int = 1, bias: bool = True, padding_mode: str = "zeros", device: Any = None,
         dtype: Any = None, *, activation: str | None = None, precision: str | None = None,
     ) -> None:  # fmt: skip
+        self._set_epilogue(activation, precision)  # first, since reset_parameters may go by the activation
         super().__init__(  # type: ignore[call-arg]  # torch's class stands behind this one
             in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode, device, dtype
         )
-        self._set_epilogue(activation, precision)
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         """``residual`` has the output's shape and is added before the activation."""
@@ -117,19 +117,17 @@ class _ConvTranspose(_Epilogue):
         output_padding: Size = 0, groups: int = 1, bias: bool = True, dilation: Size = 1, padding_mode: str = "zeros",
         device: Any = None, dtype: Any = None, *, activation: str | None = None, precision: str | None = None,
     ) -> None:  # fmt: skip
+        self._set_epilogue(activation, precision)
         super().__init__(  # type: ignore[call-arg]  # torch's class stands behind this one
             in_channels, out_channels, kernel_size, stride, padding, output_padding, groups, bias, dilation,
             padding_mode, device, dtype,
         )  # fmt: skip
-        self._set_epilogue(activation, precision)
 
     def forward(self, input: Tensor, output_size: list[int] | None = None, residual: Tensor | None = None) -> Tensor:
         """``output_size`` as in torch; ``residual`` has the output's shape and is added before the activation."""
-        output_padding = self.output_padding
-        if output_size is not None:
-            output_padding = self._output_padding(
-                input, output_size, self.stride, self.padding, self.kernel_size, len(self.kernel_size), self.dilation
-            )
+        output_padding = self._output_padding(
+            input, output_size, self.stride, self.padding, self.kernel_size, len(self.kernel_size), self.dilation
+        )
         return self._run(
             input, self.weight, self.bias, self.stride, self.padding, output_padding, self.groups, self.dilation,
             activation=self._activation, residual=residual, precision=self.precision,
@@ -145,14 +143,15 @@ class _WithActivation(torch.nn.Module):
 
     def __init__(self, *args: Any) -> None:
         super().__init__()
-        *geometry, device, dtype = args
-        plain = self._plain(*(*geometry, "meta", dtype))  # no values are drawn for it
-        self.__dict__.update({name: value for name, value in plain.__dict__.items() if name not in self.__dict__})
-        for name, like in plain.named_parameters():
-            self.register_parameter(name, torch.nn.Parameter(torch.empty(like.shape, device=device, dtype=like.dtype)))
-        if plain.bias is None:
-            self.register_parameter("bias", None)
-        self.reset_parameters()
+        # torch's constructor takes instances of its class only. This one shares our attributes, and the methods that
+        # the constructor calls are ours: those of a subclass, and what torch's hooks on registration see.
+        instance = self._plain.__new__(self._plain)
+        instance.__dict__ = self.__dict__
+        called = ("register_parameter", "reset_parameters")
+        self.__dict__.update({name: getattr(self, name) for name in called})
+        instance.__init__(*args)  # type: ignore[misc]
+        for name in called:
+            del self.__dict__[name]
 
     def register_parameter(self, name: str, param: torch.nn.Parameter | None) -> None:
         """As in torch, which comes here when a Parameter is assigned; but ``weight`` and ``bias`` are not replaced.
@@ -418,8 +417,8 @@ def _kind_of(conv: torch.nn.Module) -> Any:
     for ours, with_activation in _WITH_ACTIVATION.items():
         theirs = with_activation._plain
         if isinstance(conv, theirs):
-            plain = _computes_as(conv, "forward", ours, theirs) and _computes_as(conv, "_conv_forward", ours, theirs)
-            return ours if plain else None
+            methods = ("forward", "_conv_forward", "_output_padding")
+            return ours if all(_computes_as(conv, method, ours, theirs) for method in methods) else None
     return None
 
 
