@@ -333,6 +333,33 @@ class TestExplain:
         document = json.loads(self.explain(capsys, "model", "its_model:make", "1x3x8x8", "--json"))
         assert [decision["op"] for decision in document] == ["conv2d", "lp_pool2d", "adaptive_avg_pool2d"]
 
+    def test_what_a_model_prints_goes_to_standard_error(self, tmp_path, monkeypatch):
+        """Whoever prints it, and whenever. In a process of its own, since what C keeps is written when that ends."""
+        (tmp_path / "prints.py").write_text(
+            "import ctypes, os, sys, torch, tritune\n"
+            "def talk(when):\n"
+            "    print('python', when)\n"
+            "    print('kept', when, file=sys.__stdout__)\n"
+            "    os.write(1, f'descriptor {when}\\n'.encode())\n"
+            "    os.system(f'echo child {when}')\n"
+            "    ctypes.CDLL(None).puts(f'C {when}'.encode())\n"
+            "talk('imported')\n"
+            "class Model(torch.nn.Module):\n"
+            "    def __init__(self):\n"
+            "        super().__init__()\n"
+            "        talk('made')\n"
+            "    def forward(self, x):\n"
+            "        talk('called')\n"
+            "        return tritune.max_pool2d(x, 2)\n"
+        )
+        monkeypatch.chdir(tmp_path)
+        command = ["explain", "model", "prints:Model", "1x2x4x4", "--json"]
+        done = run_in_child(f"import sys; from tritune import cli; sys.exit(cli.main({command}))")
+        assert done.returncode == 0, done.stderr
+        assert [decision["op"] for decision in json.loads(done.stdout)] == ["max_pool2d"]
+        who, when = ("python", "kept", "descriptor", "child", "C"), ("imported", "made", "called")
+        assert sorted(done.stderr.splitlines()) == sorted(f"{one} {other}" for one in who for other in when)
+
     @pytest.mark.parametrize(
         "place", ["no_such_module:make", "its_model", "math:pi", "math:nothing", "sys:exit", "ends:make"]
     )

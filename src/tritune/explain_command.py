@@ -5,12 +5,13 @@ An operator is one entry of OPS: what its shapes are, its options, and how both 
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import json
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import redirect_stdout
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -257,7 +258,7 @@ def explain_model(place: str, shapes: Sequence[tuple[int, ...]], dtype: str, bac
         sys.path.insert(0, str(Path.cwd()))
     device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        with redirect_stdout(sys.stderr):  # what the model prints is no part of the answer
+        with _nothing_on_stdout():  # what the model prints is no part of the answer
             found = getattr(importlib.import_module(module), name)
             model = found if isinstance(found, torch.nn.Module) else found()
             model = model.to(device, DTYPES[dtype]).eval()
@@ -272,6 +273,23 @@ def explain_model(place: str, shapes: Sequence[tuple[int, ...]], dtype: str, bac
     else:
         print(decisions or f"{place} calls no function of tritune")
     return 0
+
+
+@contextmanager
+def _nothing_on_stdout() -> Iterator[None]:
+    """Sends to standard error what Python, C code and child processes print."""
+    stdout = sys.stdout
+    stdout.flush()
+    kept = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        with redirect_stdout(sys.stderr):
+            yield
+    finally:
+        stdout.flush()  # of those who kept it, as a handler of logging does
+        ctypes.CDLL(None).fflush(None)  # what C has printed into its buffers
+        os.dup2(kept, 1)
+        os.close(kept)
 
 
 def _document(decision: Decision) -> dict[str, Any]:
