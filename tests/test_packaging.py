@@ -133,14 +133,14 @@ def test_command_of_the_wheel(wheel_python: Path, outside: Path) -> None:
 
 
 @pytest.mark.usefixtures("clean_path")
-@pytest.mark.parametrize("tier, subset", [("torch", "not slow"), ("interpret", "compat and not slow")])
-def test_suite_passes_against_the_wheel(tier: str, subset: str, wheel_python: Path, outside: Path) -> None:
+@pytest.mark.parametrize("named, subset", [("torch", "not slow"), ("interpret", "compat and not slow")])
+def test_suite_passes_against_the_wheel(named: str, subset: str, wheel_python: Path, outside: Path) -> None:
     origin = outside / "tests/test_origin.py"
     origin.write_text(f"""
 import pytest
 import tritune.autotune, tritune.kernels, tritune.ops, tritune.perf
 
-@pytest.mark.{tier}
+@pytest.mark.{named}
 @pytest.mark.compat
 def test_origin():
     for package in (tritune, tritune.autotune, tritune.kernels, tritune.ops, tritune.perf):
@@ -149,7 +149,7 @@ def test_origin():
 """)
     proof = outside / "test_origin_passed"
     proof.unlink(missing_ok=True)
-    chosen = f"{tier} and {subset} and not checkout"
+    chosen = f"{named} and {subset} and not checkout"
     run(wheel_python, "-m", "pytest", "-m", chosen, "-x", "-n", "2", "-q", cwd=outside)
     assert proof.exists()
 
