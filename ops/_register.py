@@ -22,7 +22,7 @@ def register(
     implementation: Callable[..., Any],
     fake: Callable[..., Any],
     autograd: Callable[..., Any],
-    in_transform: Callable[..., Any] | None = None,
+    composite: Callable[..., Any] | None = None,
 ) -> Any:
     """Registers one functional operator, whose last argument is the backend, and returns its overload.
 
@@ -32,14 +32,14 @@ def register(
         fake: shapes, dtypes and strides of the result, for fake and meta tensors.
         autograd: runs with gradients enabled and inputs that may need them. Everybody who calls the operator without
             our public function (an exported program, another library) gets gradients through it.
-        in_transform: the same in torch's operators, for a ``torch.func`` transform or a level of forward AD. Eager
+        composite: the same in torch's operators, for a ``torch.func`` transform or a level of forward AD. Eager
             calls come to no operator there, but torch.compile traces both, and only then is the level open.
     """
 
     def by_level(*call: Any) -> Any:
         is_open = level_is_open()
-        if in_transform is not None and call[-1] != "triton" and (is_open or _has_tangent(call)):
-            return in_transform(*call)
+        if composite is not None and call[-1] != "triton" and (is_open or _has_tangent(call)):
+            return composite(*call)
         if is_open:
             raise UnsupportedError(
                 f"torch.ops.{NAMESPACE}.{name}: no kernel has derivatives in a torch.func transform or forward-mode AD"

@@ -87,9 +87,7 @@ def scaled_dot_product_attention(
         try:
             if _is_torchs(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa) and _has_rows(query):
                 out = _sdpa(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
-                if out.requires_grad and dropout_p == 0.0:
-                    out = _twice_differentiable(out, query, key, value, attn_mask, is_causal, scale)
-                return out
+                return out if dropout_p else _twice_differentiable(out, query, key, value, attn_mask, is_causal, scale)
         except TORCH_ERRORS:
             pass  # our validator has the words
     call = (*tensors, dropout_p, is_causal, scale, enable_gqa)
@@ -106,9 +104,7 @@ def scaled_dot_product_attention(
         attention_checks.check_operands(q, k, v, (("attn_mask", given),), scale, enable_gqa)
         if _is_torchs(*call) and _has_rows(query) and (dropout_p != 0.0 or not in_transform()):
             out = _torch_attention(*call)
-            if torch.compiler.is_compiling() or type(out) is not Tensor or not out.requires_grad or dropout_p != 0.0:
-                return out
-            return _twice_differentiable(out, query, key, value, attn_mask, is_causal, scale)
+            return out if dropout_p else _twice_differentiable(out, query, key, value, attn_mask, is_causal, scale)
     mask, bias = _mask_and_bias(attn_mask)
     return _attend(
         "scaled_dot_product_attention", query, key, value, mask, bias, scale=scale, is_causal=is_causal,
@@ -150,7 +146,10 @@ def _twice_differentiable(
     out: Tensor, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, is_causal: bool,
     scale: float | None,
 ) -> Tensor:  # fmt: skip
-    """torch's result ``out``, which needs a gradient, with the second derivative that torch's fused kernels lack."""
+    """torch's result ``out`` with the second derivative that torch's fused kernels lack; a graph has none, and a tensor
+    without data needs none."""
+    if not out.requires_grad or torch.compiler.is_compiling() or type(out) is not Tensor:
+        return out
     node: Any = out.grad_fn
     if not node.name().startswith("ScaledDotProduct"):
         return out  # the composite has all derivatives
@@ -381,8 +380,7 @@ def _by_torch(
     if dims == 3:
         query, key, value = query.unsqueeze(0), key.unsqueeze(0), value.unsqueeze(0)
     out = _sdpa(query, key, value, mask, 0.0, is_causal, scale=scale, enable_gqa=enable_gqa)
-    if out.requires_grad and type(out) is Tensor and not torch.compiler.is_compiling():
-        out = _twice_differentiable(out, query, key, value, mask, is_causal, scale)
+    out = _twice_differentiable(out, query, key, value, mask, is_causal, scale)
     return out if dims == 4 else out.squeeze(0)
 
 

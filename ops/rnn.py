@@ -626,7 +626,7 @@ OP: Any = register(
     implementation=_forward,
     fake=_fake_forward,
     autograd=_autograd,
-    in_transform=lambda *call: _formula(*call[:9]),
+    composite=lambda *call: _formula(*call[:9]),
 )
 
 
@@ -793,5 +793,5 @@ OP_BACKWARD: Any = register(
     implementation=_backward,
     fake=_fake_backward,
     autograd=_backward_autograd,
-    in_transform=lambda *call: _backward(*(*call[:-1], "torch")),
+    composite=lambda *call: _backward(*(*call[:-1], "torch")),
 )
