@@ -350,9 +350,8 @@ def _is_state(place: _Place, value: Any) -> bool:
     """Is this something that a call may change? Not so methods and properties, which are no state, nor modules."""
     if isinstance(value, _LruCache):
         return not _is_installed(value.__module__)
-    is_method = isinstance(place.holder, type | dict) and hasattr(type(value), "__get__")
-    if isinstance(value, MethodType):  # a callback, with the object that it belongs to
-        is_method = False
+    is_callback = isinstance(value, MethodType)  # bound to an object, which is state
+    is_method = isinstance(place.holder, type | dict) and hasattr(type(value), "__get__") and not is_callback
     return value is not _ABSENT and not is_method and not isinstance(value, ModuleType)
 
 
