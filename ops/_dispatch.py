@@ -184,6 +184,12 @@ def _triton_installed() -> bool:
     return _find_triton()
 
 
+@_constant  # torch 2.11 takes the answer for True in whatever it compiles
+def is_exporting() -> bool:
+    """Is torch.export tracing?"""
+    return torch.compiler.is_exporting()
+
+
 def in_transform() -> bool:
     """Is a functorch transform or a forward-AD level open? There only torch's composites have derivatives.
 
@@ -194,7 +200,13 @@ def in_transform() -> bool:
 
 def level_is_open() -> bool:
     """:func:`in_transform` where it is known that nothing is compiling."""
-    return peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+    return peek_interpreter_stack() is not None or dual_level_is_open()
+
+
+def dual_level_is_open() -> bool:
+    """Is a level of forward AD open? While compiling, too: Dynamo opens the levels that it traces, but the graph opens
+    them behind Python's back."""
+    return forward_ad._current_level >= 0
 
 
 def is_plain(tensor: Tensor) -> bool:

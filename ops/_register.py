@@ -37,14 +37,13 @@ def register(
     """
 
     def by_level(*call: Any) -> Any:
-        is_open = level_is_open()
-        if composite is not None and call[-1] != "triton" and (is_open or _has_tangent(call)):
-            return composite(*call)
-        if is_open:
+        if not level_is_open():
+            return autograd(*call)
+        if composite is None or call[-1] == "triton":
             raise UnsupportedError(
                 f"torch.ops.{NAMESPACE}.{name}: no kernel has derivatives in a torch.func transform or forward-mode AD"
             )
-        return autograd(*call)
+        return composite(*call)
 
     name = schema.split("(", 1)[0]
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
@@ -53,12 +52,6 @@ def register(
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
     _library.impl(name, by_level, "Autograd")
     return getattr(getattr(torch.ops, NAMESPACE), name).default
-
-
-def _has_tangent(call: tuple[Any, ...]) -> bool:
-    """A graph of torch.compile opens a level of forward AD behind Python's back, so only the tensors tell of it."""
-    tensors = (one for one in call if isinstance(one, torch.Tensor))
-    return any(torch._VF._unpack_dual(one, level=0)[1] is not None for one in tensors)
 
 
 # Inside this block an operator's own implementation runs, not its autograd: the wrapping Function has recorded it.

@@ -19,7 +19,9 @@ from ._dispatch import (
     DEFAULT_PRECISION,
     TORCH_ERRORS,
     choose,
+    dual_level_is_open,
     in_transform,
+    is_exporting,
     measured,
     operator_precision,
     resolved_precision,
@@ -277,9 +279,9 @@ def _recur(
         b_ih, b_hh = (None if b is None else b.unsqueeze(0) for b in (b_ih, b_hh))
     h0, c0 = _initial(cell, steps, w_hh, h0, c0, steps.shape[1])
     call = (steps, w_ih, w_hh, b_ih, b_hh, h0, c0, cell, reverse, multiplied, saves, backend)
-    if traced:
+    if traced and not dual_level_is_open():
         out, h_n, c_n, _ = OP(*call)
-    elif in_transform():
+    elif traced or in_transform():
         out, h_n, c_n, _ = _formula(*call[:9])
     elif saves:
         out, h_n, c_n, _ = _Rnn.apply(*call)
@@ -305,7 +307,7 @@ def is_traced_as_torch(count: int) -> bool:
     number of steps. In a compiled one torch has no layer, only its steps written out: minutes of compilation for some
     hundred of them, anew for every other number, and none at all for an LSTM with gradients. There our operator stands.
     """
-    return torch.compiler.is_exporting() and _is_static(count)
+    return is_exporting() and _is_static(count)
 
 
 def sequence_layer(
@@ -368,7 +370,7 @@ def _packed_layer(
         row_walked = last[row_sequence] - row_step if d else row_step
         one = [None if t is None else t[d : d + 1] for t in (w_ih, w_hh, b_ih, b_hh, h0, c0)]
         call: tuple[Any, ...] = (rows[starts[walked] + sequence], *one, cell, False)
-        if torch.compiler.is_compiling() and w_hr is None:
+        if torch.compiler.is_compiling() and w_hr is None and not dual_level_is_open():
             out, _, _, cells = OP(*call, DEFAULT_PRECISION, True, "torch")
         else:
             out, _, _, cells = _formula(*call, None if w_hr is None else w_hr[d : d + 1])  # type: ignore[call-arg]

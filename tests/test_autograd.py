@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from harness import backend_of, lay_out
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
 from torch.library import opcheck
-from torch_errors import YARDSTICK
 
 import tritune
 
@@ -534,7 +533,6 @@ TRANSFORMS: dict[str, Any] = {
 
 
 @pytest.mark.torch
-@pytest.mark.skipif(not YARDSTICK, reason="older releases trace fewer transforms")
 @pytest.mark.filterwarnings("ignore:There is a performance drop")
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
 @pytest.mark.parametrize("name", TRANSFORMS)

@@ -9,14 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
-from torch_errors import YARDSTICK
 
 import tritune
 
 pytestmark = [
     pytest.mark.torch,
-    # Older ones cannot trace a layer without biases, draw another dropout, and shape projected states otherwise.
-    pytest.mark.skipif(not YARDSTICK, reason="the compiled layers are held to torch 2.13"),
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:.*lru_cache:UserWarning"),
     pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN"),

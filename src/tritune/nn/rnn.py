@@ -10,7 +10,7 @@ from torch.nn.functional import dropout
 from torch.nn.utils.rnn import PackedSequence
 
 from ..ops import elman_step, rnn
-from ..ops._dispatch import level_is_open, torch_serves
+from ..ops._dispatch import is_exporting, level_is_open, torch_serves
 from ..ops.rnn import TORCH_LAYERS, calls_torch, elman_head, is_traced_as_torch, require_torch, sequence_layer
 from ..ops.rnn_checks import check_dtypes, check_input_dims, check_nonlinearity, check_state_dims
 from ._of_torch import Quantizable, Scriptable
@@ -56,7 +56,7 @@ class _Recurrent(Quantizable, torch.nn.RNNBase):
         return f"proj_size={self.proj_size}" if self.proj_size else None
 
     def _serve(self, input: Tensor, hx: Any) -> Any:
-        if self.num_layers > 1 or self.proj_size or torch.compiler.is_exporting():
+        if self.num_layers > 1 or self.proj_size or is_exporting():
             check_input_dims(_CELLS[self.mode], input)
             if hx is not None:
                 check_state_dims(_CELLS[self.mode], input, self._states(hx))
