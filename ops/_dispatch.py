@@ -193,20 +193,14 @@ def is_exporting() -> bool:
 def in_transform() -> bool:
     """Is a functorch transform or a forward-AD level open? There only torch's composites have derivatives.
 
-    Not asked while compiling: Dynamo traces transforms itself, and would take the answer at that moment for a constant.
+    Dynamo opens the levels that it traces, so the answer holds for what is being compiled, too.
     """
-    return not torch.compiler.is_compiling() and level_is_open()
+    return forward_ad._current_level >= 0 or _in_functorch()
 
 
-def level_is_open() -> bool:
-    """:func:`in_transform` where it is known that nothing is compiling."""
-    return peek_interpreter_stack() is not None or dual_level_is_open()
-
-
-def dual_level_is_open() -> bool:
-    """Is a level of forward AD open? While compiling, too: Dynamo opens the levels that it traces, but the graph opens
-    them behind Python's back."""
-    return forward_ad._current_level >= 0
+@_constant  # traced, the comparison with None would be True everywhere
+def _in_functorch() -> bool:
+    return peek_interpreter_stack() is not None
 
 
 def is_plain(tensor: Tensor) -> bool:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ._dispatch import UnsupportedError, level_is_open
+from ._dispatch import UnsupportedError, in_transform
 
 NAMESPACE = __name__.split(".", 1)[0]
 _library = torch.library.Library(NAMESPACE, "FRAGMENT")
@@ -32,12 +32,12 @@ def register(
         fake: shapes, dtypes and strides of the result, for fake and meta tensors.
         autograd: runs with gradients enabled and inputs that may need them. Everybody who calls the operator without
             our public function (an exported program, another library) gets gradients through it.
-        composite: the same in torch's operators, for a ``torch.func`` transform or a level of forward AD. Eager
-            calls come to no operator there, but torch.compile traces both, and only then is the level open.
+        composite: the same in torch's operators, for a ``torch.func`` transform or a level of forward AD, into which an
+            exported program or another library may bring the operator: our public functions call none there.
     """
 
     def by_level(*call: Any) -> Any:
-        if not level_is_open():
+        if not in_transform():
             return autograd(*call)
         if composite is None or call[-1] == "triton":
             raise UnsupportedError(

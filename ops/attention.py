@@ -26,7 +26,6 @@ from ._dispatch import (
     is_empty,
     is_jit_tracing,
     is_plain,
-    level_is_open,
     matmul_setting,
     resolved_precision,
     runs_kernels,
@@ -83,7 +82,7 @@ def scaled_dot_product_attention(
             scaled_dot_product_attention, tensors, *tensors, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
         )  # fmt: skip
         return overridden
-    if torch_validates(query) and not level_is_open():
+    if torch_validates(query) and not in_transform():
         try:
             if _is_torchs(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa) and _has_rows(query):
                 out = _sdpa(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
@@ -238,7 +237,7 @@ def attention(
             eps=eps, precision=precision,
         )  # fmt: skip
     if (
-        torch_validates(query) and not level_is_open() and not return_lse
+        torch_validates(query) and not in_transform() and not return_lse
         and (precision is None or precision in PRECISIONS)
     ):  # fmt: skip
         try:

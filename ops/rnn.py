@@ -19,7 +19,6 @@ from ._dispatch import (
     DEFAULT_PRECISION,
     TORCH_ERRORS,
     choose,
-    dual_level_is_open,
     in_transform,
     is_exporting,
     measured,
@@ -268,7 +267,7 @@ def _recur(
         lambda: _limits(problem, input.device),
     )  # fmt: skip
     traced = torch.compiler.is_compiling()
-    if backend == "torch" and (is_traced_as_torch(steps.shape[0]) if traced else not in_transform()):
+    if backend == "torch" and not in_transform() and (not traced or is_traced_as_torch(steps.shape[0])):
         result = torch_layer(cell, input, w_ih, w_hh, b_ih, b_hh, h0, c0, reverse, batch_first)
         assert result is not None
         return result
@@ -279,10 +278,10 @@ def _recur(
         b_ih, b_hh = (None if b is None else b.unsqueeze(0) for b in (b_ih, b_hh))
     h0, c0 = _initial(cell, steps, w_hh, h0, c0, steps.shape[1])
     call = (steps, w_ih, w_hh, b_ih, b_hh, h0, c0, cell, reverse, multiplied, saves, backend)
-    if traced and not dual_level_is_open():
-        out, h_n, c_n, _ = OP(*call)
-    elif traced or in_transform():
+    if in_transform():
         out, h_n, c_n, _ = _formula(*call[:9])
+    elif traced:
+        out, h_n, c_n, _ = OP(*call)
     elif saves:
         out, h_n, c_n, _ = _Rnn.apply(*call)
     else:
@@ -370,7 +369,7 @@ def _packed_layer(
         row_walked = last[row_sequence] - row_step if d else row_step
         one = [None if t is None else t[d : d + 1] for t in (w_ih, w_hh, b_ih, b_hh, h0, c0)]
         call: tuple[Any, ...] = (rows[starts[walked] + sequence], *one, cell, False)
-        if torch.compiler.is_compiling() and w_hr is None and not dual_level_is_open():
+        if torch.compiler.is_compiling() and w_hr is None and not in_transform():
             out, _, _, cells = OP(*call, DEFAULT_PRECISION, True, "torch")
         else:
             out, _, _, cells = _formula(*call, None if w_hr is None else w_hr[d : d + 1])  # type: ignore[call-arg]

@@ -10,7 +10,7 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from ..ops import attention, attention_pool
 from ..ops._checks import PRECISIONS
-from ..ops._dispatch import is_plain, level_is_open, torch_validates
+from ..ops._dispatch import in_transform, is_plain, torch_validates
 from ..ops.attention import pool_and_project
 from ..ops.attention_checks import ALIGNMENTS, SCORES
 from ._of_torch import Scriptable
@@ -172,7 +172,7 @@ class AttentionPool(_Scored):
             return False
         if attn_mask is not None and not (attn_mask.dtype is torch.bool and attn_mask.shape == input.shape[:2]):
             return False
-        if torch._C._is_any_autocast_enabled() or torch._C._is_tracing() or level_is_open():
+        if torch._C._is_any_autocast_enabled() or torch._C._is_tracing() or in_transform():
             return False
         return _is_only_a_product(self.key, input) and _is_only_a_product(self.value, input)
 

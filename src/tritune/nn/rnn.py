@@ -10,7 +10,7 @@ from torch.nn.functional import dropout
 from torch.nn.utils.rnn import PackedSequence
 
 from ..ops import elman_step, rnn
-from ..ops._dispatch import is_exporting, level_is_open, torch_serves
+from ..ops._dispatch import in_transform, is_exporting, torch_serves
 from ..ops.rnn import TORCH_LAYERS, calls_torch, elman_head, is_traced_as_torch, require_torch, sequence_layer
 from ..ops.rnn_checks import check_dtypes, check_input_dims, check_nonlinearity, check_state_dims
 from ._of_torch import Quantizable, Scriptable
@@ -31,7 +31,7 @@ class _Recurrent(Quantizable, torch.nn.RNNBase):
     def forward(self, input: Any, hx: Any = None) -> Any:
         """As in torch. On our kernels one layer over a padded batch; torch's own module serves the rest."""
         data = input.data if isinstance(input, PackedSequence) else input
-        if calls_torch(data) and data.is_floating_point() and not level_is_open():
+        if calls_torch(data) and data.is_floating_point() and not in_transform():
             if hx is not None:
                 check_dtypes(data, self._states(hx))
             return self._torch.forward(self, input, hx)
