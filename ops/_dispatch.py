@@ -109,28 +109,36 @@ def torch_serves(input: Any) -> bool:
     """Does torch serve a call on this input, whatever the other arguments are? Not where a call is explained: that has
     to come to :func:`choose`. ``input`` may be no tensor."""
     if _state.torch_first == "auto":
-        return not getattr(input, "is_cuda", False) or torch.compiler.is_compiling()
+        return not getattr(input, "is_cuda", False) or torch.compiler.is_compiling() or is_jit_tracing()
     return _state.torch_first == "torch"
 
 
 def torch_validates(input: Any) -> bool:
     """May the public function call torch's own at once? There torch serves, and its checks are those that count: the
     checks of meta and fake tensors, and so those under torch.compile, let more pass. Nor where a mode looks at every
-    operator, or hooks at what is saved: an exception of theirs is not to be taken for a rejection."""
+    operator, or hooks at what is saved: an exception of theirs is not to be taken for a rejection. But in
+    torch.jit.trace torch's own has every call, since our checks would make its sizes constants."""
     kind = type(input)
     if (kind is not Tensor and kind is not Parameter) or is_dynamo_compiling():
         return False
-    if _len_torch_dispatch_stack() or _top_saved_tensors_default_hooks(True) is not None:
-        return False
-    if logger.isEnabledFor(INFO):  # :func:`choose` logs why torch serves
-        return False
     backend = _state.torch_first
-    return input.is_cpu if backend == "auto" else backend == "torch" and not input.is_meta
+    if (
+        _len_torch_dispatch_stack() or _top_saved_tensors_default_hooks(True) is not None
+        or logger.isEnabledFor(INFO)  # :func:`choose` logs why torch serves
+    ):  # fmt: skip
+        return backend != "" and _is_tracing()
+    return input.is_cpu or _is_tracing() if backend == "auto" else backend == "torch" and not input.is_meta
 
 
 # How torch's functions reject arguments. Other exceptions belong to hooks that run inside of them: by one of its own
 # activation checkpointing ends a call when it has recomputed enough.
 TORCH_ERRORS = (TypeError, ValueError, RuntimeError, IndexError, AttributeError, ArithmeticError)
+
+
+def rejections() -> tuple[type[Exception], ...]:
+    """The exceptions after which our validator is asked. In torch.jit.trace there are none: it does not survive that
+    another operator follows one that failed. Asked before the call, since a failure also ends the trace."""
+    return () if _is_tracing() else TORCH_ERRORS
 
 
 def are_plain(sizes: tuple[Any, ...], least: int = 0) -> bool:
@@ -232,6 +240,8 @@ def uncovered(tensors: Sequence[Tensor], dtypes: tuple[torch.dtype, ...] = KERNE
             return f"dtype {tensor.dtype} has no kernel"
     if in_transform():
         return "a torch.func transform or forward-mode AD is active"
+    if is_jit_tracing():
+        return "torch.jit.trace cannot record sizes for our operators: use torch.export"
     if kind == "cuda":
         return _old_gpu(first.device)
     return None

@@ -20,13 +20,13 @@ from ..autotune.resolve import Choice, resolve
 from . import attention_checks
 from ._checks import PRECISIONS
 from ._dispatch import (
-    TORCH_ERRORS,
     choose,
     in_transform,
     is_empty,
     is_jit_tracing,
     is_plain,
     matmul_setting,
+    rejections,
     resolved_precision,
     runs_kernels,
     torch_serves,
@@ -83,11 +83,12 @@ def scaled_dot_product_attention(
         )  # fmt: skip
         return overridden
     if torch_validates(query) and not in_transform():
+        rejected = rejections()
         try:
             if _is_torchs(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa) and _has_rows(query):
                 out = _sdpa(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
                 return out if dropout_p else _twice_differentiable(out, query, key, value, attn_mask, is_causal, scale)
-        except TORCH_ERRORS:
+        except rejected:
             pass  # our validator has the words
     call = (*tensors, dropout_p, is_causal, scale, enable_gqa)
     if any(isinstance(t, Tensor) and t.is_nested for t in tensors[:3]):
@@ -122,9 +123,11 @@ def _is_torchs(
         return False
     if dropout_p != 0.0 and not 0.0 <= dropout_p <= 1.0:
         return False
-    if enable_gqa and not (query.dim() > 2 and key.size(-3) and value.size(-3)):
+    if enable_gqa and query.dim() < 3:
         return False
-    return is_jit_tracing() or key.shape[-2] == value.shape[-2]
+    if is_jit_tracing():
+        return True
+    return key.shape[-2] == value.shape[-2] and not (enable_gqa and 0 in (key.shape[-3], value.shape[-3]))
 
 
 def _has_rows(query: Tensor) -> bool:
@@ -240,13 +243,14 @@ def attention(
         torch_validates(query) and not in_transform() and not return_lse
         and (precision is None or precision in PRECISIONS)
     ):  # fmt: skip
+        rejected = rejections()
         try:
             out = _by_torch(
                 query, key, value, attn_mask, bias, score, scale, is_causal, causal_alignment, enable_gqa, eps
             )
             if out is not None:
                 return out
-        except TORCH_ERRORS:
+        except rejected:
             pass  # our validator has the words
     attention_checks.check_attention(
         query, key, value, attn_mask, bias, score=score, scale=scale, causal_alignment=causal_alignment, eps=eps,

@@ -21,13 +21,14 @@ from ..autotune.device import DeviceSpec
 from ..autotune.resolve import Choice, resolve
 from ._checks import PRECISIONS
 from ._dispatch import (
-    TORCH_ERRORS,
     are_plain,
     choose,
     conv_setting,
     is_empty,
+    is_jit_tracing,
     measured,
     operator_precision,
+    rejections,
     resolved_precision,
     runs_kernels,
     torch_validates,
@@ -236,11 +237,12 @@ def _convolve(
         torch_validates(input) and (are_plain(geometry) or _pads_by_a_word(geometry))
         and (not transposed or are_plain(geometry[4:], 1))  # there torch takes a dilation of 0 for a window of one tap
     ):  # fmt: skip
+        rejected = rejections()
         try:
             y = _by_torch(transposed, rank, input, weight, bias, geometry, activation, residual, scale, precision)
             if y is not None:
                 return y
-        except TORCH_ERRORS:
+        except rejected:
             pass  # our validator has the words
     input, weight, bias, residual, scale = autocast(input, weight, bias, residual, scale)
     check = check_conv_transpose if transposed else check_conv
@@ -276,16 +278,20 @@ def _by_torch(
     functions = _ACTIVATIONS.get(activation)
     if functions is None:
         return None
-    return functions[not y.requires_grad and not torch._C._is_tracing()](y)
+    return functions[not y.requires_grad and not is_jit_tracing()](y)
 
 
 def _fits_epilogue(y: Tensor, rank: int, residual: Tensor | None, scale: Tensor | None) -> bool:
-    """Have residual and scale just the dtype, device and shape that the epilogue of a result ``y`` asks for?"""
-    channels = y.shape[-rank - 1]
+    """Have residual and scale just the dtype, device and shape that the epilogue of a result ``y`` asks for? In
+    torch.jit.trace, which would make sizes constants by comparing them, the number of dimensions has to do."""
+    channels, is_traced = y.shape[-rank - 1], is_jit_tracing()
     return all(
-        t is None or (t.shape == shape and t.dtype is y.dtype and t.device == y.device)
+        t is None
+        or (
+            t.dim() == len(shape) and (is_traced or t.shape == shape) and t.dtype is y.dtype and t.device == y.device
+        )
         for t, shape in ((residual, y.shape), (scale, (channels,)))
-    )
+    )  # fmt: skip
 
 
 def _serve(

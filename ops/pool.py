@@ -24,7 +24,16 @@ from torch.overrides import handle_torch_function, has_torch_function_unary, has
 from ..autotune.device import DeviceSpec
 from ..autotune.resolve import Choice, resolve
 from . import pool_checks
-from ._dispatch import TORCH_ERRORS, are_plain, choose, is_empty, measured, runs_kernels, torch_validates
+from ._dispatch import (
+    TORCH_ERRORS,
+    are_plain,
+    choose,
+    is_empty,
+    is_jit_tracing,
+    measured,
+    runs_kernels,
+    torch_validates,
+)
 from ._layout import empty, is_channels_last, laid_out
 from ._register import below_autograd, register
 from .pool_checks import Ints, PoolArgs, pool_output_size
@@ -496,7 +505,8 @@ def _max_pool(
         )
     if (
         torch_validates(input) and are_plain((kernel_size, kernel_size if stride is None else stride, dilation), 1)
-        and are_plain((padding,)) and (dilation == 1 or padding == 0)  # else a window may lie wholly in the padding
+        and are_plain((padding,))
+        and (dilation == 1 or padding == 0 or is_jit_tracing())  # else a window may lie wholly in the padding
     ):  # fmt: skip
         y = _torch_first(function, input, kernel_size, stride, padding, dilation, ceil_mode, return_indices)
         if y is not None:
@@ -551,6 +561,7 @@ def _avg_pool(
     if (
         torch_validates(input) and are_plain((kernel_size, kernel_size if stride is None else stride), 1)
         and are_plain((padding,)) and (divisor_override is None or type(divisor_override) is int)
+        and not (rank == 3 and _lacks_a_kernel(input))
     ):  # fmt: skip
         y = _torch_first(function, input, kernel_size, stride, padding, ceil_mode, count_include_pad, *divisor)
         if y is not None:
@@ -599,6 +610,7 @@ def _lp_pool(
     if (
         torch_validates(input) and are_plain((kernel_size, kernel_size if stride is None else stride), 1)
         and type(norm_type) in (int, float) and 0 < abs(norm_type) < math.inf
+        and not (rank == 3 and _lacks_a_kernel(input))
     ):  # fmt: skip
         y = _torch_first(function, input, norm_type, kernel_size, stride, ceil_mode)
         if y is not None:
@@ -611,7 +623,7 @@ def _lp_pool(
     if input.device.type == "cuda" and torch.is_autocast_enabled("cuda") and input.dtype.itemsize == 2:
         input = input.float()  # powers are in fp32 there, and so is what becomes of them
     # In three dimensions torch's kernel for the CPU has no 16-bit types: in float32 from the powers on, rounded once.
-    is_widened = _lacks_a_kernel(input, rank)
+    is_widened = rank == 3 and _lacks_a_kernel(input)
     wide = input.float() if is_widened else input
     dtype = wide.dtype if is_widened and torch.is_autocast_enabled("cpu") else input.dtype
 
@@ -635,12 +647,14 @@ def _lp_pool(
 def _torch_first(function: Callable[..., Any], input: Tensor, *options: Any) -> Any:
     """What torch's function of that name returns; ``None`` where it raises, and for nothing pooled or to pool: there
     the validator has the word."""
+    if is_jit_tracing():  # torch.jit.trace does not survive an operator that failed, nor a question about sizes
+        return _TORCH[function.__name__](input, *options)
     try:
         result = _TORCH[function.__name__](input, *options)
     except TORCH_ERRORS:
         return None
     y = result[0] if type(result) is tuple else result
-    return None if is_empty(y) else result
+    return result if y.numel() else None
 
 
 def _root(mean: Tensor, kernel_size: Sequence[int], norm_type: int | float) -> Tensor:
@@ -980,9 +994,9 @@ def _places(winners: Tensor, space: Sequence[int], windows: Sequence[Sequence[in
     return torch.where(valid, flat, 0), valid
 
 
-def _lacks_a_kernel(t: Tensor, rank: int) -> bool:
-    """Would torch average 16-bit numbers in three dimensions on the CPU, for which it has no kernel?"""
-    return rank == 3 and t.device.type == "cpu" and t.dtype in (torch.float16, torch.bfloat16)
+def _lacks_a_kernel(t: Tensor) -> bool:
+    """Are these 16-bit numbers on the CPU, for which torch has no kernel that averages in three dimensions?"""
+    return t.device.type == "cpu" and t.dtype in (torch.float16, torch.bfloat16)
 
 
 def _torch_avg(
@@ -996,7 +1010,7 @@ def _torch_avg(
         return y if divisor == 0 else y * (kernel_size[0] / divisor)
     function: Callable[..., Tensor] = _TORCH[f"avg_pool{rank}d"]
     call = (kernel_size, stride, padding, ceil_mode, include_pad, divisor or None)
-    if _lacks_a_kernel(input, rank):
+    if rank == 3 and _lacks_a_kernel(input):
         y = function(input.float(), *call)
         return y if torch.is_autocast_enabled("cpu") else y.to(input.dtype)
     return function(input, *call)
@@ -1023,7 +1037,7 @@ def _torch_mean_backward(
         flat = [[0 if place == 2 else 1, *values] if values else [] for place, values in enumerate(windows)]
         return _torch_mean_backward(dy.unsqueeze(2), (1, *space), flat, include_pad, divisor).squeeze(2)
     like = dy.new_empty(1).expand(*dy.shape[:2], *space)
-    if _lacks_a_kernel(dy, rank):
+    if rank == 3 and _lacks_a_kernel(dy):
         return _torch_mean_backward(dy.float(), space, windows, include_pad, divisor).to(dy.dtype)
     if not windows[1]:
         dx: Tensor = getattr(torch.ops.aten, f"_adaptive_avg_pool{rank}d_backward")(dy, like)

@@ -17,12 +17,12 @@ from . import rnn_checks
 from ._checks import _is_static
 from ._dispatch import (
     DEFAULT_PRECISION,
-    TORCH_ERRORS,
     choose,
     in_transform,
     is_exporting,
     measured,
     operator_precision,
+    rejections,
     resolved_precision,
     rnn_setting,
     runs_kernels,
@@ -204,10 +204,11 @@ def elman_step(
         overridden: tuple[Tensor, Tensor | None, Tensor | None] = handle_torch_function(elman_step, tensors, *tensors)
         return overridden
     if torch_validates(x):
+        rejected = rejections()
         try:
             if rnn_checks.is_regular_step(*tensors):
                 return _torch_step(*tensors)
-        except TORCH_ERRORS:
+        except rejected:
             pass  # The validator has better words for it; what it accepts fails once more below.
     rnn_checks.check_elman_step(*tensors)
     if torch_serves(x):
@@ -242,9 +243,10 @@ def _recur(
 ) -> tuple[Tensor, Tensor, Any]:  # fmt: skip
     """One layer of any cell, in one or two directions, over a batch or one sequence: ``(output, h_n, c_n)``."""
     if precision is None and calls_torch(input):
+        rejected = rejections()
         try:
             result = torch_layer(cell, input, w_ih, w_hh, b_ih, b_hh, h0, c0, reverse, batch_first)
-        except TORCH_ERRORS:
+        except rejected:
             result = None  # The validator has better words for it; what it accepts fails once more below.
         if result is not None:
             return result

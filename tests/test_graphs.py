@@ -196,6 +196,18 @@ def test_graph_is_ours_on_the_kernels(name: str) -> None:
     assert operators and all(op.startswith(f"tritune.{row.kernels}") for op in operators)
 
 
+@pytest.mark.interpret
+@pytest.mark.filterwarnings("ignore:.torch.jit.trace.* is deprecated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("name", TABLE)
+def test_kernels_are_not_traced(name: str) -> None:
+    """torch.jit.trace cannot record sizes that are computed for an operator of ours."""
+    row = TABLE[name]
+    tensors = tuple(operands(row, grad=False))
+    with tritune.use_backend("triton"), pytest.raises(tritune.UnsupportedError, match=r"use torch\.export"):
+        torch.jit.trace(row.ours, tensors, check_trace=False)
+
+
 class _Overriding:
     """No tensor, but an object that torch's functions accept."""
 

@@ -3,6 +3,8 @@ warnings that torch's does not give; what torch.jit.script compiles calls torch'
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import inspect
 import io
 import warnings
@@ -12,6 +14,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import test_graphs
+import test_modules
 import torch
 import torch.nn.functional as F
 
@@ -43,7 +46,10 @@ def calls(rank: int) -> Iterator[tuple[str, Call]]:
     ones = (1,) * (rank - 1)
     yield "", Call(f"conv{rank}d", rank, lambda x: (x, weight))
     yield "same", Call(f"conv{rank}d", rank, lambda x: (x, weight), {"padding": "same"})
+    yield "dilated", Call(f"conv{rank}d", rank, lambda x: (x, weight, None, 2, 1, 2))
     yield "", Call(f"conv_transpose{rank}d", rank, lambda x: (x, up), {"stride": 2})
+    yield "dilated", Call(f"max_pool{rank}d", rank, lambda x: (x, 3, 1, 1), {"dilation": 2})
+    yield "indices", Call(f"max_pool{rank}d", rank, lambda x: (x, 2), {"return_indices": True})
     yield "", Call(f"lp_pool{rank}d", rank, lambda x: (x, 2, 2))
     for kind in ("max_pool", "avg_pool"):
         yield "", Call(f"{kind}{rank}d", rank, lambda x: (x, 2))
@@ -55,6 +61,10 @@ def calls(rank: int) -> Iterator[tuple[str, Call]]:
             yield "as it is", Call(f"{kind}{rank}d", rank, lambda x: (x, (None, *ones)))
     if rank == 2:
         yield "", Call("scaled_dot_product_attention", rank, lambda x: (x, x, x))
+        masked = {"dropout_p": 0.0, "scale": 0.5}
+        yield "mask", Call("scaled_dot_product_attention", rank, lambda x: (x, x, x, x[..., :1] > 0), masked)
+        groups = {"enable_gqa": True}
+        yield "groups", Call("scaled_dot_product_attention", rank, lambda x: (x, x[:, :1], x[:, :1]), groups)
         yield "transposed", Call("scaled_dot_product_attention", rank, lambda x: (x.mT,) * 3, {"is_causal": True})
 
 
@@ -83,6 +93,119 @@ def test_a_traced_program_is_right_at_other_sizes(name):
 def test_every_function_that_torch_has_is_here():
     functions = {name for name in tritune.__all__ if inspect.isroutine(getattr(F, name, None))}
     assert {call.function for call in CALLS.values()} == functions - NOT_TRACED
+
+
+def own_calls() -> Iterator[tuple[str, Callable[..., Any], list[tuple[int, ...]], list[tuple[int, ...]]]]:
+    """What torch has no function for: name, call, and the shapes of its tensors for the trace and afterwards."""
+    weight, vector = torch.randn(4, 3, 3, 3), torch.randn(4)
+    image, other, y, other_y = (2, 3, 8, 12), (3, 3, 12, 16), (2, 4, 6, 10), (3, 4, 10, 14)
+    for activation in ("relu", "leaky_relu", "silu", "gelu_tanh"):
+        call = functools.partial(tritune.conv2d, weight=weight, bias=vector, activation=activation)
+        yield f"conv2d {activation}", call, [image], [other]
+    added = lambda x, r: tritune.conv2d(x, weight, residual=r, scale=vector)  # noqa: E731
+    yield "conv2d residual", added, [image, y], [other, other_y]
+    yield "conv2d_max_pool2d", lambda x: tritune.conv2d_max_pool2d(x, weight), [image], [other]
+    for name in ("global_avg_pool", "global_max_pool"):
+        yield name, getattr(tritune, name), [image], [other]
+        yield f"{name} flat", functools.partial(getattr(tritune, name), keepdim=False), [image[1:]], [other[1:]]
+    q, k, other_q, other_k = (2, 4, 6, 8), (2, 4, 5, 8), (3, 4, 9, 8), (3, 4, 7, 8)
+    for options in ({}, {"score": "cosine"}, {"is_causal": True, "causal_alignment": "bottom_right"},
+                    {"return_lse": True}, {"scale": vector}):  # fmt: skip
+        call = functools.partial(tritune.attention, **options)
+        for name, sizes in (("", (q, k)), (" of one length", (q, q))):
+            yield f"attention {[*options]}{name}", call, [*sizes, sizes[1]], [other_q, other_k, other_k]
+    pooled = lambda q, x, m: tritune.attention_pool(q, x, x, attn_mask=m > 0)  # noqa: E731
+    yield "attention_pool", pooled, [(2, 8), (2, 6, 8), (2, 6)], [(2, 8), (3, 9, 8), (3, 9)]
+    for name, gates in (("rnn", 1), ("gru", 3), ("lstm", 4)):
+        weights = {"w_ih": torch.randn(4 * gates, 3), "w_hh": torch.randn(4 * gates, 4)}
+        yield name, functools.partial(getattr(tritune, name), **weights), [(5, 2, 3)], [(7, 3, 3)]
+    step = torch.randn(4, 3), torch.randn(4, 4)
+    yield "elman_step", lambda x, h: tritune.elman_step(x, h, *step)[0], [(2, 3), (2, 4)], [(5, 3), (5, 4)]
+
+
+OWN_CALLS = {name: call for name, *call in own_calls()}
+# Python compares their sizes, as it does in torch's own recurrent layers; the values are right all the same.
+WARN = {"attention", "attention_pool", "rnn", "gru", "lstm", "elman_step"}
+
+
+@pytest.mark.parametrize("name", OWN_CALLS)
+def test_a_traced_program_that_torch_lacks_is_right_at_other_sizes(name):
+    function, shapes, other_shapes = OWN_CALLS[name]
+
+    def call(*tensors: torch.Tensor) -> Any:
+        return function(*tensors)
+
+    with warnings.catch_warnings():
+        if name.split()[0] in WARN:
+            warnings.simplefilter("ignore", torch.jit.TracerWarning)
+        program = torch.jit.trace(call, tuple(map(torch.randn, shapes)), check_trace=False)
+    other = [torch.randn(shape) for shape in other_shapes]
+    torch.testing.assert_close(program(*other), function(*other))
+
+
+def test_every_function_is_traced():
+    assert {name.split()[0] for name in (*CALLS, *OWN_CALLS)} | NOT_TRACED == set(test_graphs.OPERATORS)
+
+
+def size_after(name: str, shape: torch.Size) -> tuple[int, ...]:
+    """Another size that a module of the table takes."""
+    grows = {"Attention": (0, 2), "AttentionPool": (0, 1)}.get(name, range(2, len(shape)))
+    if name in (*test_modules.RECURRENT, "ElmanRNN"):
+        grows = (0, 1)
+    return tuple(size + 4 if dim in grows else size for dim, size in enumerate(shape))
+
+
+@pytest.mark.parametrize("name", [name for name in test_modules.TABLE if "Unpool" not in name])
+def test_a_traced_module_is_right_at_other_sizes(name):
+    module, x = test_modules.build(name).requires_grad_(False), test_modules.inputs(name)
+    with warnings.catch_warnings():
+        if "RNN" in name or "Attention" in name or name in test_modules.RECURRENT:
+            warnings.simplefilter("ignore", torch.jit.TracerWarning)
+        program = torch.jit.trace(module, tuple(x), check_trace=False)
+    other = [torch.randn(size_after(name, t.shape)) for t in x]
+    torch.testing.assert_close(program(*other), module(*other))
+
+
+@pytest.mark.parametrize("where", ["logging", "hooks", "torch"])
+def test_sizes_stay_sizes(where, caplog):
+    """Also where a call that nobody traces goes through our checks."""
+    with contextlib.ExitStack() as stack:
+        if where == "logging":
+            stack.enter_context(caplog.at_level("INFO", "tritune"))
+        elif where == "hooks":
+            stack.enter_context(torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t))
+        else:
+            stack.enter_context(tritune.use_backend("torch"))
+        x, other = torch.randn(1, 3, 8, 8), torch.randn(1, 3, 8, 12)
+        program = torch.jit.trace(tritune.nn.AdaptiveAvgPool2d((1, None)), x)
+    assert program(other).shape == (1, 3, 1, 12)
+
+
+@pytest.mark.parametrize("function", [tritune.avg_pool3d, functools.partial(tritune.lp_pool3d, norm_type=3)])
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+def test_what_torch_has_no_kernel_for(function):
+    """An operator that fails while it is traced, and is caught, takes the process down with it."""
+    x, other = torch.rand(2, 3, 4, 4, 4).half(), torch.rand(2, 3, 8, 6, 4).half()
+    program = torch.jit.trace(lambda x: function(x, kernel_size=2), x, check_trace=False)
+    torch.testing.assert_close(program(other), function(other, kernel_size=2))
+
+
+@pytest.mark.parametrize("name", [name for name in CALLS if "size" not in name and "as it is" not in name])
+def test_an_operator_that_fails_ends_the_trace(name):
+    """A constant with a gradient cannot be traced; the error is not taken for a rejection of the arguments."""
+    call = CALLS[name]
+    constant = torch.randn(2, 3, *SIZES[call.rank], requires_grad=True)
+    with pytest.raises(RuntimeError, match="requires grad as a constant"):
+        torch.jit.trace(lambda x: call.of(tritune, constant), torch.ones(1), check_trace=False)
+
+
+@pytest.mark.parametrize("name", OWN_CALLS)
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+def test_an_operator_that_torch_lacks_ends_the_trace(name):
+    function, shapes, _ = OWN_CALLS[name]
+    constants = [torch.randn(shape, requires_grad=True) for shape in shapes]
+    with pytest.raises(RuntimeError, match="requires grad as a constant"):
+        torch.jit.trace(lambda x: function(*constants), torch.ones(1), check_trace=False)
 
 
 def scripted_calls() -> Iterator[tuple[str, str, int]]:
