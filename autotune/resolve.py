@@ -32,8 +32,12 @@ class Choice(NamedTuple):
     """A config and where it came from.
 
     Attributes:
-        source: ``"override"``; ``"user"`` for a file of the user's; ``"shipped"`` for one that ships for this device,
-            ``"sibling"`` and ``"target"`` for one that ships for those; or ``"model"`` (nothing stored).
+        place: where it was found: ``"user"`` for a file of the user's; ``"shipped"`` for one that ships for this
+            device, ``"sibling"`` for another device with the same instructions, ``"target"`` for all of those; or
+            ``"none"``: nothing is stored for it.
+        origin: how it was chosen: ``"measured"``, ``"model"``: ranked by the cost model, now or when it was stored,
+            ``"rehearsed"``: timed on a CPU, or ``"override"``: told by :func:`override`.
+        slug: the device or target that it was chosen for.
         distance: 0.0 for an exact entry, else doublings between the sizes asked for and those stored.
         note: one line for :func:`tritune.explain`, for example that the entry is from another Triton.
         us: time of the config in microseconds, if the entry was measured.
@@ -41,11 +45,22 @@ class Choice(NamedTuple):
     """
 
     config: Config
-    source: str
+    place: str
+    origin: str
+    slug: str = ""
     distance: float = 0.0
     note: str = ""
     us: float | None = None
     torch_us: float | None = None
+
+    def whence(self) -> str:
+        """Origin, place and distance in words."""
+        place = "nothing stored" if self.place == "none" else f"{self.place} {self.slug}"
+        near = f", {self.distance:.1f} doublings away" if self.distance else ""
+        return f"{self.origin}, {place}{near}"
+
+    def __str__(self) -> str:
+        return f"{self.config}  [{self.whence()}]" + (f" ({self.note})" if self.note else "")
 
 
 _memo: dict[tuple[Any, ...], Choice] = {}
@@ -75,21 +90,32 @@ def clear_memo() -> None:
 def resolve(tunable: Tunable, problem: Any, device: DeviceSpec) -> Choice:
     """The config that a call runs with. A problem seen before costs one dictionary lookup."""
     if _overrides and tunable.name in _overrides:
-        return Choice(_overrides[tunable.name], "override")
+        return Choice(_overrides[tunable.name], "none", "override")
     key = (tunable.name, problem, device.slug)
     choice = _memo.get(key)
     if choice is None:
         if len(_memo) >= MEMO_LIMIT:
             _memo.clear()
         choice = _memo[key] = _look_up(tunable, problem, device)
-        logger.debug("%s %s on %s: %s from %s", tunable.name, problem, device.slug, choice.config, choice.source)
+        logger.debug("%s %s on %s: %s", tunable.name, problem, device.slug, choice)
     return choice
 
 
 def _look_up(tunable: Tunable, problem: Any, device: DeviceSpec) -> Choice:
     features = tunable.features(problem)
+    choice = _stored(tunable, problem, features, device)
+    tuned = choice is not None and (choice.slug, choice.origin, choice.distance) == (device.slug, "measured", 0.0)
+    if os.environ.get("TRITUNE_ASSERT_TUNED") == "1" and not tuned:
+        raise RuntimeError(
+            f"TRITUNE_ASSERT_TUNED=1, and {tunable.name} was not measured on {device.slug} for {features}: "
+            + (f"there is {choice}" if choice else "nothing is stored for it")
+        )
+    return choice or Choice(ranked(tunable, problem, device)[0][0], "none", "model", device.slug)
+
+
+def _stored(tunable: Tunable, problem: Any, features: dict[str, int | str], device: DeviceSpec) -> Choice | None:
     for limit in (0.0, MAX_DISTANCE):
-        for source, path, entries in store.layers(tunable.name, device):
+        for place, path, entries in store.layers(tunable.name, device):
             near = [
                 (distance, entry)
                 for entry in entries
@@ -99,11 +125,9 @@ def _look_up(tunable: Tunable, problem: Any, device: DeviceSpec) -> Choice:
             ]
             if near:
                 distance, entry = min(near, key=lambda pair: pair[0])
-                measured = (entry.us, entry.torch_us) if entry.source == "measured" else (None, None)
-                return Choice(entry.config, source, distance, _note(source, path, entry, device), *measured)
-    if os.environ.get("TRITUNE_ASSERT_TUNED") == "1":
-        raise RuntimeError(f"TRITUNE_ASSERT_TUNED=1, and no entry for {tunable.name} is near {features}")
-    return Choice(ranked(tunable, problem, device)[0][0], "model")
+                times = (entry.us, entry.torch_us) if entry.origin == "measured" else (None, None)
+                return Choice(entry.config, place, entry.origin, path.parent.name, distance, entry.staleness(), *times)
+    return None
 
 
 def _is_for(tunable: Tunable, entry: store.Entry, path: Path) -> bool:
@@ -113,13 +137,6 @@ def _is_for(tunable: Tunable, entry: store.Entry, path: Path) -> bool:
     if reason and entry.version == tunable.version:
         store.warn(f"ignoring an entry in {path}, line {entry.line}: {reason}")
     return not reason
-
-
-def _note(source: str, path: Path, entry: store.Entry, device: DeviceSpec) -> str:
-    """Whatever :func:`tritune.explain` should add."""
-    slug = path.parent.name
-    other = f"tuned for {slug}" if source == "user" and slug != device.slug else ""
-    return ", ".join(filter(None, (other, entry.staleness())))
 
 
 def ranked(tunable: Tunable, problem: Any, device: DeviceSpec) -> list[tuple[Config, float]]:

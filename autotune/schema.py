@@ -19,7 +19,7 @@ SCHEMA = 1
 LARGEST = 2**63 - 1  # of sizes and block sizes
 LONGEST = 200  # characters of a name
 DEEPEST = 20  # levels of lists and objects in an entry
-SOURCES = ("measured", "model", "rehearsed")
+ORIGINS = ("measured", "model", "rehearsed")
 
 
 class Document(NamedTuple):
@@ -60,11 +60,11 @@ def _or_none(holds: Callable[[Any], bool]) -> Callable[[Any], bool]:
     return lambda value: value is None or holds(value)
 
 
-REQUIRED = ("key", "config", "source")
+REQUIRED = ("key", "config", "origin")
 FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "key": (_table_of(lambda value: _is_size(value) or _is_name(value)), "sizes and names"),
     "config": (_table_of(_is_size), "whole numbers that are not negative"),
-    "source": (lambda value: type(value) is str and value in SOURCES, " or ".join(SOURCES)),
+    "origin": (lambda value: type(value) is str and value in ORIGINS, " or ".join(ORIGINS)),
     "version": (_is_size, "a whole number"),
     "us": (_is_time, "a time in microseconds"),
     "torch_us": (_is_time, "a time in microseconds"),
@@ -89,6 +89,8 @@ def check(text: str) -> dict[str, Any]:
         raise ValueError(f"{reprlib.repr(entry)} is not an object")
     if not _nests_within(entry, DEEPEST):
         raise ValueError("it is nested too deeply")
+    if "origin" not in entry and "source" in entry:
+        entry["origin"] = entry.pop("source")  # its first name
     for name in REQUIRED:
         if name not in entry:
             raise ValueError(f"it has no {name}")

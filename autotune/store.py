@@ -4,7 +4,7 @@ A slug is a device (``nvidia_h200``, entries measured there) or a target (``sm_9
 One entry per line, sorted, so that a change reads well in a diff::
 
     {"schema": 1, "kernel": "conv", "entries": [
-    {"key": {"pixels": 100352, ...}, "config": {"BLOCK_M": 128, ...}, "source": "model", "version": 1, ...}
+    {"key": {"pixels": 100352, ...}, "config": {"BLOCK_M": 128, ...}, "origin": "model", "version": 1, ...}
     ]}
 
 Reading never raises: a file that cannot be read, and an entry that cannot be used, is one warning and counts as absent
@@ -49,7 +49,7 @@ class Entry:
 
     Attributes:
         key: the features it holds for.
-        source: ``"measured"`` on the device, ``"model"``: ranked without a GPU, or ``"rehearsed"`` on the CPU.
+        origin: ``"measured"`` on the device, ``"model"``: ranked without a GPU, or ``"rehearsed"`` on the CPU.
         version: the kernel's version of its parameters.
         us, torch_us: medians of our kernel and of torch's operator on the same inputs; ``None`` if not measured.
         extra: everything else in the file (environment, static figures), kept as it is.
@@ -58,7 +58,7 @@ class Entry:
 
     key: dict[str, int | str]
     config: Config
-    source: str
+    origin: str
     version: int = 1
     us: float | None = None
     torch_us: float | None = None
@@ -84,7 +84,7 @@ class Entry:
         return tunable.undeclared(self.config)
 
     def to_json(self) -> dict[str, Any]:
-        known = {"key": self.key, "config": dict(self.config), "source": self.source, "version": self.version}
+        known = {"key": self.key, "config": dict(self.config), "origin": self.origin, "version": self.version}
         times = {name: value for name, value in (("us", self.us), ("torch_us", self.torch_us)) if value is not None}
         return {**known, **times, **self.extra}
 
@@ -98,9 +98,9 @@ class Entry:
     def from_text(cls, text: str, line: int = 0) -> Entry:
         """Raises ValueError in words if the schema does not hold it."""
         rest = schema.check(text)
-        key, config, source = (rest.pop(name) for name in schema.REQUIRED)
+        key, config, origin = (rest.pop(name) for name in schema.REQUIRED)
         times = {name: rest.pop(name, None) for name in ("us", "torch_us")}
-        return cls(key, Config(config), source, rest.pop("version", 1), **times, extra=rest, line=line)
+        return cls(key, Config(config), origin, rest.pop("version", 1), **times, extra=rest, line=line)
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Entry:

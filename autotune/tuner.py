@@ -125,7 +125,7 @@ class Search:
         kinds = Counter(trial.fault.partition(":")[0] for trial in self.trials if trial.fault)
         return {**kinds, **({"slow": len(self.slow())} if self.slow() else {})}
 
-    def entry(self, tunable: Tunable, problem: Any, source: str, env: dict[str, Any]) -> Entry | None:
+    def entry(self, tunable: Tunable, problem: Any, origin: str, env: dict[str, Any]) -> Entry | None:
         """What the store keeps of it; ``None`` if no config worked."""
         if self.best is None:
             return None
@@ -142,7 +142,7 @@ class Search:
         if not self.decided.us:
             extra["unfinished"] = True
         return Entry(
-            tunable.features(problem), config, source, tunable.version, _rounded(us), _rounded(self.decided.torch_us),
+            tunable.features(problem), config, origin, tunable.version, _rounded(us), _rounded(self.decided.torch_us),
             extra,
         )  # fmt: skip
 
@@ -170,7 +170,7 @@ def share(now: float, deadline: float, keys_left: int) -> float:
 
 
 def is_tuned(
-    tunable: Tunable, key: dict[str, int | str], entries: Iterable[Entry], source: str, env: dict[str, Any]
+    tunable: Tunable, key: dict[str, int | str], entries: Iterable[Entry], origin: str, env: dict[str, Any]
 ) -> bool:
     """Is there a finished entry for the key from this device and this minor of Triton, with a config that the kernel as
     it is declares?"""
@@ -180,7 +180,7 @@ def is_tuned(
         return made_with.get("gpu") == env.get("gpu") and _minor(made_with) == _minor(env)
 
     return any(
-        entry.key == key and entry.source == source and not entry.rejected(tunable)
+        entry.key == key and entry.origin == origin and not entry.rejected(tunable)
         and not entry.extra.get("unfinished") and made_here(entry)
         for entry in entries
     )  # fmt: skip

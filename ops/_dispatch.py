@@ -159,11 +159,6 @@ def are_plain(sizes: tuple[Any, ...], least: int = 0) -> bool:
     return True
 
 
-def is_jit_tracing() -> bool:
-    """Is torch.jit.trace running, which makes a constant of whatever Python asks of a size?"""
-    return not is_dynamo_compiling() and _is_tracing()
-
-
 def is_empty(t: Tensor) -> bool:
     """Has it no elements? torch.jit.trace is told no."""
     return not is_jit_tracing() and t.numel() == 0
@@ -190,6 +185,12 @@ def _find_triton() -> bool:
 @_constant  # before torch 2.13 a cache alone is traced through
 def _triton_installed() -> bool:
     return _find_triton()
+
+
+@_constant  # Dynamo cannot trace the question
+def is_jit_tracing() -> bool:
+    """Is torch.jit.trace running, which makes a constant of whatever Python asks of a size?"""
+    return _is_tracing()
 
 
 @_constant  # torch 2.11 takes the answer for True in whatever it compiles
@@ -264,7 +265,7 @@ class Decision:
         op: public name, for example ``"conv2d"``.
         backend: ``"triton"`` or ``"torch"``.
         because: one sentence.
-        kernels: of the Triton backend: name and config of each kernel, with the source of the config.
+        kernels: of the Triton backend: name and config of each kernel, and where the config comes from.
         rejected: why the other backend was not taken.
     """
 
@@ -277,9 +278,7 @@ class Decision:
     def __str__(self) -> str:
         lines = [f"{self.op}: {self.backend}: {self.because}"]
         for name, choice in self.kernels:
-            distance = f", {choice.distance:.1f} doublings away" if choice.distance else ""
-            note = f" ({choice.note})" if choice.note else ""
-            lines.append(f"  {name}: {choice.config}  [{choice.source}{distance}]{note}")
+            lines.append(f"  {name}: {choice}")
         if self.rejected:
             other = "torch" if self.backend == "triton" else "triton"
             lines.append(f"  not {other}: {self.rejected}")

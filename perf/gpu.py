@@ -286,7 +286,7 @@ def merge(file: Path, out: Path | None, *, as_json: bool = False) -> int:
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         print(f"{file} is no measured_configs.json: {type(error).__name__} {error}", file=sys.stderr)
         return 2
-    if any(entry.source != "measured" for entries in found.values() for entry in entries):
+    if any(entry.origin != "measured" for entries in found.values() for entry in entries):
         print(f"{file.name} is from a rehearsal: nothing in it was measured on a GPU", file=sys.stderr)
         return 1
     for kernel, entries in found.items():

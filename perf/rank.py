@@ -2,7 +2,7 @@
 
 ``tritune tune --static --target sm_90`` shows for each layer of :mod:`.families` the best config by the model that also
 compiles clean (:func:`.static.faults`). With ``--out`` it goes into ``<out>/<target>/<kernel>.json`` as soon as it is
-known. The entries say ``"source": "model"``: a guess that measured entries replace.
+known. The entries say ``"origin": "model"``: a guess that measured entries replace.
 """
 
 from __future__ import annotations

@@ -73,7 +73,7 @@ def sweep(target: Target, machine: Machine) -> dict[str, Any]:
     candidates = [config for config, _ in ranked(tunable, problem, machine.spec)[:CONFIGS_PER_KERNEL]]
     search = Search(candidates, bench)
     search.run()
-    entry = search.entry(tunable, problem, source_of(machine.device), entry_environment(fingerprint(machine.device)))
+    entry = search.entry(tunable, problem, origin_of(machine.device), entry_environment(fingerprint(machine.device)))
     return {
         "event": "sweep", "kernel": tunable.name, "tested": len(search.trials),
         "failed": {str(trial.config): trial.fault for trial in search.trials if trial.fault},
@@ -81,7 +81,7 @@ def sweep(target: Target, machine: Machine) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def source_of(device: str) -> str:
+def origin_of(device: str) -> str:
     """Times of a rehearsal on the CPU are never passed off as measured."""
     return "measured" if device == "cuda" else "rehearsed"
 

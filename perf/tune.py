@@ -34,7 +34,7 @@ from .case import PRECISIONS, Case
 from .child import Child, child_environment, next_event
 from .environment import without_paths
 from .families import FAMILIES, family_of_op, operator_of, tiny, training_cases
-from .sweep import Target, entry_environment, source_of
+from .sweep import Target, entry_environment, origin_of
 
 BUDGET_SECONDS = 120.0
 START_SECONDS = 120.0  # a worker's imports, on a machine that has not read torch from its disk yet
@@ -389,14 +389,14 @@ class Run:
         """Device, keys, and which of them are in the store already. Raises Broken, OutOfTime."""
         hello = self.remote.start()
         self.env = hello["env"]
-        self.source = source_of("cpu" if self.args.rehearse else "cuda")
+        self.origin = origin_of("cpu" if self.args.rehearse else "cuda")
         base = self.args.out or store.cache_dir() / "configs"
         self.folder = base / self.env["slug"]
         device = DeviceSpec(**hello["device"])
         self.keys = keys_of(chosen, device)
         for key in self.keys:
             entries = store.load(self.path(key))
-            if not self.args.force and is_tuned(key.tunable, key.features, entries, self.source, self.env):
+            if not self.args.force and is_tuned(key.tunable, key.features, entries, self.origin, self.env):
                 key.status = "kept"
         if not self.args.dry_run:
             self.remote.compile_ahead(self.left(), device)
@@ -432,7 +432,7 @@ class Run:
     def keep(self, key: Key, search: Search, *, cut: bool = False) -> None:
         """Into the store, at once. What an interrupt left is no better than an entry that was finished."""
         key.trials = search.trials
-        key.entry = search.entry(key.tunable, key.problem, self.source, entry_environment(self.env))
+        key.entry = search.entry(key.tunable, key.problem, self.origin, entry_environment(self.env))
         if key.entry is None:
             if cut or (not key.why and len(search.trials) < len(search.candidates)):
                 key.why = "interrupted" if cut else "out of time"
@@ -444,7 +444,7 @@ class Run:
         if key.status == "cut":
             store.clear()
             finished = store.load(self.path(key))
-            if is_tuned(key.tunable, key.features, finished, self.source, self.env):
+            if is_tuned(key.tunable, key.features, finished, self.origin, self.env):
                 return
         store.write(self.path(key), key.tunable.name, [key.entry])
 

@@ -62,7 +62,7 @@ def measure_case(case: Case, machine: Machine) -> dict[str, Any]:
     ours_record = {
         "provider": "tritune", "correct": verdict.correct, "err": verdict.to_json(),
         "config": {name: dict(choice.config) for name, choice in kernels},
-        "source": {name: choice.source for name, choice in kernels},
+        "origin": {name: choice.whence() for name, choice in kernels},
     }  # fmt: skip
     del exact, torchs, ours, again, call
     return {"event": "case", "records": _timed(case, machine, tensors, ours_record)}
@@ -97,7 +97,7 @@ def _timed(case: Case, machine: Machine, tensors: dict[str, Tensor], ours: dict[
         timings = machine.timer.measure(competitors, machine.seconds)
     for provider, timing in timings.items():
         if provider != "tritune":
-            records.append({**head, "provider": provider, "correct": None, "err": None, "source": "torch"})
+            records.append({**head, "provider": provider, "correct": None, "err": None, "origin": "torch"})
         (one,) = (found for found in records if found["provider"] == provider)
         one.update(timing_fields(timing, floor_us))
     return records

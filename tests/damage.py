@@ -13,15 +13,15 @@ TOY = {"BLOCK": 64, "num_stages": 2, "num_warps": 4}
 ENTRIES = (
     {
         "config": TOY, "env": {"gpu": None, "triton": "3.7.1"}, "key": {"dtype": "fp16", "size": 512},
-        "source": "measured", "torch_us": 9.0, "us": 4.5, "version": 1,
+        "origin": "measured", "torch_us": 9.0, "us": 4.5, "version": 1,
     },
     {
         "config": {**TOY, "BLOCK": 128}, "key": {"dtype": "fp16", "size": 1024}, "later": {"a": [1, 2.5, "b"]},
-        "source": "model", "version": 1,
+        "origin": "model", "version": 1,
     },
     {
         "config": {**TOY, "BLOCK": 256}, "counts": {"slow": 1}, "key": {"dtype": "fp16", "size": 4096},
-        "source": "measured", "unfinished": True, "us": 3, "version": 1,
+        "origin": "measured", "unfinished": True, "us": 3, "version": 1,
     },
 )  # fmt: skip
 LINES = ",\n".join(json.dumps(entry) for entry in ENTRIES)

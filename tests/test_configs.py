@@ -22,7 +22,7 @@ pytestmark = pytest.mark.torch
 
 def entry(size: int, block: int, us: float | None = None, **more: Any) -> store.Entry:
     env = {"triton": more.pop("triton", "3.7.1"), "date": more.pop("date", "2026-01-01")}
-    fields = {"source": "model" if us is None else "measured", "version": 1} | more
+    fields = {"origin": "model" if us is None else "measured", "version": 1} | more
     return store.Entry({"C": size, "dtype": "bf16"}, Config(BLOCK=block), us=us, extra={"env": env}, **fields)
 
 
@@ -54,14 +54,14 @@ class TestList:
         assert "shipped sm_90\n  kernel " in text
         assert max(map(len, text.splitlines())) <= 80
         rows = json.loads(run("list", "--json"))["files"]
-        assert {row["source"] for row in rows} == {"model"}
+        assert {row["origin"] for row in rows} == {"model"}
         assert sum(row["entries"] for row in rows) > 500
         assert sum(row["ignored"] for row in rows) == 0
 
     def test_the_users_come_first(self, run):
         put(store.cache_dir() / "configs", entry(8, 16, 3.0))
         rows = json.loads(run("list", "--json"))["files"]
-        assert (rows[0]["store"], rows[0]["device"], rows[0]["source"]) == ("user", "nvidia_h200", "measured")
+        assert (rows[0]["store"], rows[0]["device"], rows[0]["origin"]) == ("user", "nvidia_h200", "measured")
 
     def test_by_source_and_version(self, run, tmp_path, monkeypatch):
         pytest.importorskip("triton")
@@ -69,7 +69,7 @@ class TestList:
         entries = [entry(8, 1), entry(16, 1), entry(32, 1, 3.0), entry(64, 1, triton="3.1.0"), entry(128, 1, version=9)]
         put(tmp_path, *entries)
         rows = json.loads(run("list", tmp_path, "--json"))["files"]
-        assert [(row["source"], row["triton"], row["entries"], row["stale"], row["ignored"]) for row in rows] == [
+        assert [(row["origin"], row["triton"], row["entries"], row["stale"], row["ignored"]) for row in rows] == [
             ("measured", "3.7.1", 1, 0, 1), ("model", "3.1.0", 1, 1, 1), ("model", "3.7.1", 3, 0, 3)
         ], "BLOCK is no parameter of the kernel"  # fmt: skip
 
@@ -120,7 +120,7 @@ class TestShow:
 
     def test_json(self, run):
         (found,) = json.loads(run("show", "pool", "--device", "sm_90", "--json"))
-        assert found["store"] == "shipped" and found["entries"][0]["source"] == "model"
+        assert found["store"] == "shipped" and found["entries"][0]["origin"] == "model"
 
 
 class TestDiff:
@@ -252,7 +252,7 @@ class TestEntriesThatCountForNothing:
         put(tmp_path, stale)
         monkeypatch.setenv("TRITUNE_CONFIG_PATH", str(tmp_path))
         clear_memo()
-        assert resolve(pool.FORWARD, problem, named("h200")).source == "target"
+        assert resolve(pool.FORWARD, problem, named("h200")).place == "target"
 
 
 def rest_of(command: str, damaged: Path, whole: Path, out: Path) -> list[object]:

@@ -88,7 +88,7 @@ def test_a_short_rehearsal(tmp_path):
 
     cases = records(tmp_path / "out", "conv")
     fields = {"id", "family", "op", "shape", "dtype", "layout", "direction", "provider", "correct", "err", "floor_us",
-              "source", "device_us", "host_us", "method", "pct_limit"}  # fmt: skip
+              "origin", "device_us", "host_us", "method", "pct_limit"}  # fmt: skip
     assert {case["provider"] for case in cases} == {"tritune", "torch", "torch_channels_last", "torch_bare"}
     for case in cases:
         ours = case["provider"] == "tritune"

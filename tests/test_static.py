@@ -75,7 +75,7 @@ def test_every_layer_has_a_shipped_config(target):
     """What the suite compiles is what a user gets: the nearest entry is the layer's own."""
     for name, tunable, problem in families.layers(target):
         choice = resolve(tunable, problem, named(target))
-        assert (choice.source, choice.distance) == ("target", 0), f"{tunable.name} {name}: {choice}"
+        assert (choice.place, choice.distance) == ("target", 0), f"{tunable.name} {name}: {choice}"
 
 
 def test_the_baseline_has_no_more_than_what_ships():
@@ -433,7 +433,7 @@ class TestRanking:
         assert (count, where) == ("   4 entries for pool_backward on sm_90", f"written to {tmp_path / 'sm_90'}")
         (path,) = (one for one in tmp_path.rglob("*") if one.is_file())
         entries = store.load(path)
-        assert {one.source for one in entries} == {"model"} and all(one.us is None for one in entries)
+        assert {one.origin for one in entries} == {"model"} and all(one.us is None for one in entries)
         shipped = {str(one.key): one.config for one in store.load(store.SHIPPED / "sm_90/pool_backward.json")}
         assert all(shipped[str(one.key)] == one.config for one in entries)
 

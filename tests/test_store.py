@@ -68,21 +68,21 @@ class TestLookup:
     def test_order(self, folders):
         """Each place is asked once the nearer ones have nothing."""
         layers = [
-            ("user", folders / "user", "nvidia_h200", 256, ""),
-            ("shipped", folders / "shipped", "nvidia_h200", 128, ""),
-            ("user", folders / "user", "nvidia_h100", 64, "tuned for nvidia_h100"),
-            ("sibling", folders / "shipped", "nvidia_h100", 256, ""),
-            ("user", folders / "user", "sm_90", 128, "tuned for sm_90"),
-            ("target", folders / "shipped", "sm_90", 64, ""),
+            ("user", folders / "user", "nvidia_h200", 256),
+            ("shipped", folders / "shipped", "nvidia_h200", 128),
+            ("user", folders / "user", "nvidia_h100", 64),
+            ("sibling", folders / "shipped", "nvidia_h100", 256),
+            ("user", folders / "user", "sm_90", 128),
+            ("target", folders / "shipped", "sm_90", 64),
         ]
-        for _, folder, slug, block, _ in layers:
+        for _, folder, slug, block in layers:
             put(folder, slug, entry(1024, block))
-        for source, folder, slug, block, note in layers:
+        for place, folder, slug, block in layers:
             choice = resolve.resolve(TUNABLE, Problem(1024), H200)
-            assert (choice.source, choice.config.BLOCK, choice.note) == (source, block, note)
+            assert (choice.place, choice.slug, choice.config.BLOCK, choice.origin) == (place, slug, block, "measured")
             (folder / slug / "toy.json").unlink()
             resolve.clear_memo()
-        assert resolve.resolve(TUNABLE, Problem(1024), H200).source == "model"
+        assert resolve.resolve(TUNABLE, Problem(1024), H200).place == "none"
 
     def test_every_file_that_is_listed_is_read(self, folders):
         """What ``configs list`` shows of a device is what its calls ask."""
@@ -95,18 +95,27 @@ class TestLookup:
     def test_exact_entry_beats_a_nearer_layers_neighbour(self, folders):
         put(folders / "user", "nvidia_h200", entry(900, 64))
         put(folders / "shipped", "nvidia_h200", entry(1024, 256))
-        assert resolve.resolve(TUNABLE, Problem(1024), H200).source == "shipped"
+        assert resolve.resolve(TUNABLE, Problem(1024), H200).place == "shipped"
 
     def test_nearest_by_doublings(self, folders):
         put(folders / "user", "nvidia_h200", entry(256, 64), entry(1024, 128), entry(8192, 256))
         assert resolve.resolve(TUNABLE, Problem(700), H200).config.BLOCK == 128
         assert resolve.resolve(TUNABLE, Problem(700), H200).distance == pytest.approx(0.5487, abs=1e-3)
         far = resolve.resolve(TUNABLE, Problem(1 << 20), H200)
-        assert far.source == "model"
+        assert far.place == "none"
 
     def test_names_must_match_exactly(self, folders):
         put(folders / "user", "nvidia_h200", entry(1024, 256, dtype="fp32"))
-        assert resolve.resolve(TUNABLE, Problem(1024), H200).source == "model"
+        assert resolve.resolve(TUNABLE, Problem(1024), H200).place == "none"
+
+    def test_the_first_name_of_origin_is_still_read(self, folders):
+        put(folders / "user", "nvidia_h200", entry(1024, 256))
+        path = folders / "user/nvidia_h200/toy.json"
+        path.write_text(path.read_text().replace('"origin"', '"source"'))
+        resolve.clear_memo()
+        assert resolve.resolve(TUNABLE, Problem(1024), H200).origin == "measured"
+        store.write(path, "toy", [entry(64, 64)])
+        assert [one.origin for one in store.load(path, "toy")] == ["measured", "measured"]
 
     def test_an_entry_must_serve_the_shape(self, folders):
         put(folders / "user", "nvidia_h200", entry(128, 256))
@@ -114,18 +123,18 @@ class TestLookup:
 
     def test_other_architecture_is_no_sibling(self, folders):
         put(folders / "shipped", "nvidia_a100", entry(1024, 256))
-        assert resolve.resolve(TUNABLE, Problem(1024), H200).source == "model"
-        assert resolve.resolve(TUNABLE, Problem(1024), A100).source == "shipped"
+        assert resolve.resolve(TUNABLE, Problem(1024), H200).place == "none"
+        assert resolve.resolve(TUNABLE, Problem(1024), A100).place == "shipped"
 
     def test_another_version_of_the_parameters_is_ignored(self, folders):
         put(folders / "user", "nvidia_h200", entry(1024, 256, version=7))
-        assert resolve.resolve(TUNABLE, Problem(1024), H200).source == "model"
+        assert resolve.resolve(TUNABLE, Problem(1024), H200).place == "none"
 
     def test_times_of_a_rehearsal_or_a_model_are_none(self, folders):
-        for source in ("model", "rehearsed"):
-            put(folders / "user", "nvidia_h200", dataclasses.replace(entry(1024, 256, us=1, torch_us=2), source=source))
+        for origin in ("model", "rehearsed"):
+            put(folders / "user", "nvidia_h200", dataclasses.replace(entry(1024, 256, us=1, torch_us=2), origin=origin))
             choice = resolve.resolve(TUNABLE, Problem(1024), H200)
-            assert (choice.source, choice.us, choice.torch_us) == ("user", None, None)
+            assert (choice.place, choice.origin, choice.us, choice.torch_us) == ("user", origin, None, None)
 
     def test_model_takes_the_lowest_estimate(self, folders):
         assert [resolve.resolve(TUNABLE, Problem(size), H200).config.BLOCK for size in (70, 130, 999)] == [64, 128, 256]
@@ -135,15 +144,25 @@ class TestLookup:
         with resolve.override(TUNABLE, forced):
             with resolve.override(TUNABLE, CONFIGS[0]):
                 assert resolve.resolve(TUNABLE, Problem(1024), H200).config is CONFIGS[0]
-            assert resolve.resolve(TUNABLE, Problem(1024), H200) == resolve.Choice(forced, "override")
-        assert resolve.resolve(TUNABLE, Problem(1024), H200).source == "model"
+            assert resolve.resolve(TUNABLE, Problem(1024), H200) == resolve.Choice(forced, "none", "override")
+        assert resolve.resolve(TUNABLE, Problem(1024), H200).place == "none"
 
     def test_assert_tuned(self, folders, monkeypatch):
         monkeypatch.setenv("TRITUNE_ASSERT_TUNED", "1")
-        with pytest.raises(RuntimeError, match=r"toy.*1024"):
+        with pytest.raises(RuntimeError, match=r"toy.*1024.*nothing is stored"):
             resolve.resolve(TUNABLE, Problem(1024), H200)
+        for folder, slug, one in [
+            ("user", "nvidia_h200", dataclasses.replace(entry(1024, 256), origin="model")),
+            ("user", "nvidia_h200", entry(1000, 256)),
+            ("user", "nvidia_h100", entry(1024, 256)),
+            ("shipped", "sm_90", entry(1024, 256)),
+        ]:
+            put(folders / folder, slug, one)
+            with pytest.raises(RuntimeError, match=rf"toy.*1024.*there is BLOCK=256.*{slug}"):
+                resolve.resolve(TUNABLE, Problem(1024), H200)
+            (folders / folder / slug / "toy.json").unlink()
         put(folders / "user", "nvidia_h200", entry(1024, 256))
-        assert resolve.resolve(TUNABLE, Problem(1024), H200).source == "user"
+        assert resolve.resolve(TUNABLE, Problem(1024), H200).place == "user"
 
     def test_entry_of_another_triton_is_flagged(self, folders):
         put(folders / "user", "nvidia_h200", entry(1024, 256, extra={"env": {"triton": "3.1.0"}}))
@@ -195,7 +214,7 @@ class TestDeclared:
         put(folders / "shipped", "nvidia_h200", entry(1024, 128))
         path = folders / "user/nvidia_h200/toy.json"
         path.parent.mkdir(parents=True)
-        one = {"key": {"size": 1024, "dtype": "fp16"}, "config": config, "source": "measured"}
+        one = {"key": {"size": 1024, "dtype": "fp16"}, "config": config, "origin": "measured"}
         path.write_text('{"schema": 1, "kernel": "toy", "entries": [\n' + json.dumps(one) + "\n]}")
         with caplog.at_level(logging.WARNING, logger="tritune"):
             for size in (1024, 1025, 1026):
@@ -231,7 +250,7 @@ class TestDeclared:
                     one = store.Entry(tunable.features(problem), wrong, "measured", tunable.version)
                     store.write(folders / f"user/nvidia_h200/{tunable.name}.json", tunable.name, [one])
                     resolve.clear_memo()
-                    assert resolve.resolve(tunable, problem, H200)[:2] == (best, "model")
+                    assert resolve.resolve(tunable, problem, H200)[:2] == (best, "none")
         from tritune.kernels import registered
 
         assert seen == registered().keys()
@@ -273,7 +292,7 @@ class TestReading:
         path = file_with(folders, data)
         with caplog.at_level(logging.WARNING, logger="tritune"):
             for size in (512, 1024, 2048):
-                assert resolve.resolve(TUNABLE, Problem(size), H200).source == "model"
+                assert resolve.resolve(TUNABLE, Problem(size), H200).place == "none"
         (record,) = caplog.records
         assert record.getMessage().startswith(f"ignoring the tuned configs in {path}: ")
         assert "\n" not in record.getMessage() and len(record.getMessage()) < len(str(path)) + 300
@@ -285,20 +304,20 @@ class TestReading:
         place(path)
         with caplog.at_level(logging.WARNING, logger="tritune"):
             for size in (512, 1024):
-                assert resolve.resolve(TUNABLE, Problem(size), H200).source == "model"
+                assert resolve.resolve(TUNABLE, Problem(size), H200).place == "none"
         assert len(caplog.records) == 1
 
     def test_a_huge_file_is_not_read(self, folders, caplog):
         path = file_with(folders, damage.WHOLE)
         os.truncate(path, store.LARGEST_FILE + 1)
         with caplog.at_level(logging.WARNING, logger="tritune"):
-            assert resolve.resolve(TUNABLE, Problem(1024), H200).source == "model"
+            assert resolve.resolve(TUNABLE, Problem(1024), H200).place == "none"
         assert "larger than 16 MiB" in caplog.text
 
     def test_a_file_for_another_kernel(self, folders, caplog):
         file_with(folders, damage.WHOLE.replace(b'"toy"', b'"ball"'))
         with caplog.at_level(logging.WARNING, logger="tritune"):
-            assert resolve.resolve(TUNABLE, Problem(1024), H200).source == "model"
+            assert resolve.resolve(TUNABLE, Problem(1024), H200).place == "none"
         assert "it holds configs of ball" in caplog.text and len(caplog.records) == 1
 
     @pytest.mark.parametrize("value", damage.VALUES, ids=lambda value: value[:12])
@@ -327,7 +346,7 @@ class TestReading:
             ("key", '{"size": 1' + 400 * "0" + "}"), ("key", '{"size": -3}'), ("key", '{"size": true}'),
             ("key", '{"size": 1.5}'), ("key", r'{"dtype": "\u001b[2J"}'), ("key", r'{"dtype": "\ud800"}'),
             ("key", '{"size": 1, "size": 2}'), ("config", "null"), ("config", '{"BLOCK": "64"}'), ("version", '"1"'),
-            ("version", "true"), ("source", '"guessed"'), ("source", "[]"), ("unfinished", "1"), ("counts", "[]"),
+            ("version", "true"), ("origin", '"guessed"'), ("origin", "[]"), ("unfinished", "1"), ("counts", "[]"),
             ("later", 30 * "[" + 30 * "]"), ("later", "NaN"),
         ],
     )  # fmt: skip
@@ -355,7 +374,7 @@ class TestReading:
         path = file_with(folders, b'{"schema": 1, "entries": [\n' + b",\n".join([b"7"] * count) + b"\n]}")
         started = time.monotonic()
         with caplog.at_level(logging.WARNING, logger="tritune"):
-            assert resolve.resolve(TUNABLE, Problem(1024), H200).source == "model"
+            assert resolve.resolve(TUNABLE, Problem(1024), H200).place == "none"
         assert time.monotonic() - started < 20
         assert len(caplog.records) == store.MOST_WARNINGS + 1
         assert caplog.records[-2].getMessage().startswith(f"ignoring an entry in {path}, line 21: ")
@@ -629,7 +648,7 @@ class TestUsersLayer:
         monkeypatch.setattr("pwd.getpwuid", lambda uid: {}[uid])
         put(folders / "shipped", "nvidia_h200", entry(1024, 256))
         assert store.user_paths() == []
-        assert resolve.resolve(TUNABLE, Problem(1024), H200).source == "shipped"
+        assert resolve.resolve(TUNABLE, Problem(1024), H200).place == "shipped"
         assert [layer for layer, _ in store.files()] == ["shipped"]
         with pytest.raises(OSError, match="set TRITUNE_CACHE_DIR"):
             store.cache_dir()
@@ -646,7 +665,7 @@ class TestUsersLayer:
         monkeypatch.setenv(variable, str(closed))
         monkeypatch.setattr(store, "SHIPPED", folders / "nothing")
         request.getfixturevalue("ordinary_user")
-        assert resolve.resolve(TUNABLE, Problem(1024), H200).source == "model"
+        assert resolve.resolve(TUNABLE, Problem(1024), H200).place == "none"
         assert not caplog.records
         with pytest.raises(OSError, match=re.escape(str(closed))):
             store.write(store.cache_dir() / "configs/sm_90/toy.json", "toy", [entry(8, 64)])
@@ -657,7 +676,7 @@ class TestUsersLayer:
     def test_any_path(self, folders, monkeypatch, variable, value):
         monkeypatch.delenv("TRITUNE_CACHE_DIR")
         monkeypatch.setenv(variable, value)
-        assert resolve.resolve(TUNABLE, Problem(1024), H200).source == "model"
+        assert resolve.resolve(TUNABLE, Problem(1024), H200).place == "none"
         assert list(store.files()) == []
 
 

@@ -98,7 +98,7 @@ class TestSearch:
         search, _ = self.search(clock, [20, 1, 10, 30], {2: "wrong: result: max 1e+00"})
         assert search.best == (Config(BLOCK=3), 10)
         entry = search.entry(TUNABLE, Problem(8), "measured", ENV)
-        assert (entry.key, entry.config, entry.source, entry.version) == ({"size": 8}, {"BLOCK": 3}, "measured", 3)
+        assert (entry.key, entry.config, entry.origin, entry.version) == ({"size": 8}, {"BLOCK": 3}, "measured", 3)
         assert (entry.us, entry.torch_us, entry.extra["default_us"], entry.extra["runner_up_us"]) == (10, 15, 20, 20)
         assert entry.extra["counts"] == {"wrong": 1, "slow": 2}
         assert entry.extra["broken"] == {"BLOCK=2": "wrong: result: max 1e+00"}
@@ -170,14 +170,14 @@ class TestSearch:
         "change, tuned",
         [
             ({}, True), ({"env": {**ENV, "triton": "3.6.1"}}, True), ({"env": {**ENV, "triton": "3.7.0"}}, False),
-            ({"env": {**ENV, "gpu": "NVIDIA H100"}}, False), ({"source": "rehearsed"}, False),
+            ({"env": {**ENV, "gpu": "NVIDIA H100"}}, False), ({"origin": "rehearsed"}, False),
             ({"tunable": replace(TUNABLE, version=4)}, False), ({"key": {"size": 9}}, False),
             ({"tunable": replace(TUNABLE, configs=TUNABLE.configs[1:])}, False),
         ],
     )  # fmt: skip
     def test_resume(self, change, tuned):
         entry = store.Entry({"size": 8}, Config(BLOCK=1), "measured", 3, extra={"env": ENV})
-        asked = {"tunable": TUNABLE, "key": {"size": 8}, "source": "measured", "env": ENV} | change
+        asked = {"tunable": TUNABLE, "key": {"size": 8}, "origin": "measured", "env": ENV} | change
         assert is_tuned(entries=[entry], **asked) is tuned
         unfinished = store.Entry(entry.key, entry.config, "measured", 3, extra={"env": ENV, "unfinished": True})
         assert not is_tuned(entries=[unfinished], **asked)
@@ -239,7 +239,7 @@ class TestPlanted:
 
     def test_times_of_a_rehearsal_are_not_passed_off_as_measured(self, planted_run):
         folder, _ = planted_run
-        assert entries(folder)[100].source == "rehearsed"
+        assert entries(folder)[100].origin == "rehearsed"
         assert list(folder.rglob("*.json")) == [folder / "rehearsal/planted.json"], "where no lookup ever reads"
 
     def test_each_fault_costs_one_trial_and_is_named(self, planted_run):
@@ -394,7 +394,7 @@ class TestCommand:
         assert path == store.cache_dir() / "configs/nvidia_h200/pool.json"
         assert f"written to {path.parent}" in text
         (entry,) = store.load(path)
-        assert (entry.source, entry.us, entry.torch_us) == ("measured", 10, 15)
+        assert (entry.origin, entry.us, entry.torch_us) == ("measured", 10, 15)
         assert entry.extra["env"]["gpu"] == "NVIDIA H200"
 
     def test_what_is_found_is_used(self, capsys):
@@ -404,7 +404,7 @@ class TestCommand:
         clear_memo()
         (target,) = tune_module().targets(args(*self.ONE))
         choice = resolve(*target.identity(), named("h200"))
-        assert (choice.source, choice.distance, choice.us, choice.torch_us) == ("user", 0, 10, 15)
+        assert (choice.place, choice.distance, choice.us, choice.torch_us) == ("user", 0, 10, 15)
 
     def test_force(self, capsys):
         assert "1 tuned" in self.tune(capsys)

@@ -133,18 +133,18 @@ def _list(args: argparse.Namespace) -> int:
         for layer, path in _files(args.stores):
             kinds: dict[tuple[str, str], list[Entry]] = {}
             for entry in store.load(path, path.stem):
-                kinds.setdefault((entry.source, entry.triton() or "-"), []).append(entry)
-            for (source, version), entries in sorted(kinds.items()):
+                kinds.setdefault((entry.origin, entry.triton() or "-"), []).append(entry)
+            for (origin, version), entries in sorted(kinds.items()):
                 unused = [one for one in entries if ignored(path.stem, [one], kernels)]
                 rows.append({
                     "store": layer, "device": path.parent.name, "kernel": path.stem, "entries": len(entries),
-                    "source": source, "triton": version, "stale": sum(bool(one.staleness()) for one in entries),
+                    "origin": origin, "triton": version, "stale": sum(bool(one.staleness()) for one in entries),
                     "ignored": len(unused),
                 })  # fmt: skip
     if args.json:
         print(json.dumps({"files": rows, "problems": messages}, indent=1))
         return 2 if messages else 0
-    names = ("kernel", "entries", "source", "triton", "stale", "ignored")
+    names = ("kernel", "entries", "origin", "triton", "stale", "ignored")
     lines = table(names, [[str(row[name] or "-") for name in names] for row in rows], right={1, 4, 5})
     place = ""
     for line, row in zip(lines[1:], rows, strict=True):
@@ -180,9 +180,9 @@ def _show(args: argparse.Namespace) -> int:
         return 0
     for layer, path, entries in found:
         say(f"{args.kernel} for {path.parent.name}, {layer}: {len(entries)} entries")
-        say("      us  torch us  source     key -> config")
+        say("      us  torch us  origin     key -> config")
         for entry in entries:
-            lead = f"{_us(entry.us):>8}  {_us(entry.torch_us):>8}  {entry.source:9}  "
+            lead = f"{_us(entry.us):>8}  {_us(entry.torch_us):>8}  {entry.origin:9}  "
             note = f"  ({entry.staleness()})" if entry.staleness() else ""
             say(_wrapped(lead, f"{in_words(entry.key)} -> {entry.config}{note}"))
     return 0
@@ -258,21 +258,21 @@ def _diff(args: argparse.Namespace) -> int:
         say(_wrapped("  ", in_words(sides[0][1].key)))
         for sign, entry in sides:
             times = "" if entry.us is None else f"{_us(entry.us)} us, "
-            say(_wrapped(f"    {sign} ", f"{entry.config}  {times}{entry.source}"))
+            say(_wrapped(f"    {sign} ", f"{entry.config}  {times}{entry.origin}"))
     say(", ".join(f"{counts[kind]} {kind}" for kind in ("added", "removed", "changed")))
     return 1 if changes else 0
 
 
 def _essence(entry: Entry) -> tuple[Any, ...]:
     """What makes a difference to a call; times vary from run to run."""
-    return entry.config, entry.source, entry.version
+    return entry.config, entry.origin, entry.version
 
 
 def _best(left: Entry, right: Entry) -> Entry:
     """The faster; a measured one before any other, and the newer version of the kernel before both."""
 
     def rank(entry: Entry) -> tuple[Any, ...]:
-        return -entry.version, entry.source != "measured", entry.us if entry.us is not None else float("inf")
+        return -entry.version, entry.origin != "measured", entry.us if entry.us is not None else float("inf")
 
     return min(left, right, key=rank)
 

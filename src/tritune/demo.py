@@ -165,7 +165,8 @@ def compare_step(
 
 def describe(decision: Decision) -> dict[str, Any]:
     kernels = [
-        {"kernel": name, "config": dict(choice.config), "source": choice.source} for name, choice in decision.kernels
+        {"kernel": name, "config": dict(choice.config), "place": choice.place, "origin": choice.origin}
+        for name, choice in decision.kernels
     ]
     why = "; ".join(filter(None, [decision.because, decision.rejected]))
     return {"op": decision.op, "backend": decision.backend, "why": why, "kernels": kernels}
@@ -372,7 +373,7 @@ def show_kernels(models: dict[str, Any], console: Any) -> None:
     """What ran in one training step, each config of a model once."""
     where = "interpreted" if _was_interpreted(models) else "here"
     steps = {name: one["steps"][where] for name, one in models.items()}
-    table = _table("model", "kernel", "block sizes, warps, stages", "source")
+    table = _table("model", "kernel", "block sizes, warps, stages", "place", "origin")
     for name, step in steps.items():
         for number, row in enumerate(dict.fromkeys(_kernels(step))):
             table.add_row("" if number else name, *row)
@@ -383,20 +384,20 @@ def show_kernels(models: dict[str, Any], console: Any) -> None:
     place = "in Triton's interpreter" if where == "interpreted" else "on this GPU"
     console.print(f"A training step of {first['images']} images on the kernels, {place}, {seconds:.1f} s:\n")
     console.print(table)
-    console.print(f"\nConfigs for {first['chosen_for']}; source model: ranked by a cost model, not measured\n")
+    console.print(f"\nConfigs for {first['chosen_for']}; origin model: ranked by a cost model, not measured\n")
 
 
 def _was_interpreted(models: dict[str, Any]) -> bool:
     return any("interpreted" in one["steps"] for one in models.values())
 
 
-def _kernels(step: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
+def _kernels(step: dict[str, Any]) -> Iterator[tuple[str, str, str, str]]:
     for call in step["ran"]:
         for one in call["kernels"]:
             config = " ".join(
                 f"{key.removeprefix('BLOCK_').removeprefix('num_')}={value}" for key, value in one["config"].items()
             )
-            yield one["kernel"], config, one["source"]
+            yield one["kernel"], config, one["place"], one["origin"]
 
 
 def show_summary(results: dict[str, Any], console: Any) -> None:

@@ -129,7 +129,7 @@ def _store(facts: Facts, hints: list[str]) -> list[str]:
             counts[f"{layer} {path.parent.name}"] = counts.get(f"{layer} {path.parent.name}", 0) + len(entries)
             # Entries that ship were compiled with every supported Triton, whichever they were ranked with.
             stale += sum(bool(entry.staleness()) for entry in entries) if layer == "user" else 0
-            ranked += sum(entry.source == "model" for entry in entries)
+            ranked += sum(entry.origin == "model" for entry in entries)
             problems += [
                 f"{path}: {words}; tune again or remove them" for words in ignored(path.stem, entries, kernels)
             ]
