@@ -768,6 +768,11 @@ def _before_backward(_: Tensor) -> None:
         return dq, dk, dv, *grads[3:]
 
     handle = torch._C._current_autograd_node().register_hook(exchange)
+    # It comes before the hooks of others, which are to see and change what it returns. The node calls them in the order
+    # in which they were put in.
+    hooks = handle.hooks_dict_ref()
+    for other in [id for id in hooks if id != handle.id]:
+        hooks[other] = hooks.pop(other)
 
 
 # A node takes over the hooks of a tensor in a tenth of the time of Node.register_hook, which makes a handle to remove

@@ -26,6 +26,20 @@ class AttentionArgs(NamedTuple):
     """Query heads for each head of key and value."""
 
 
+def check_scale(scale: Any) -> None:
+    if isinstance(scale, Tensor):
+        if scale.dim() > 1 or not scale.is_floating_point():
+            got = f"{scale.dtype} {list(scale.shape)}"
+            raise ValueError(f"scale must be a number, or a floating-point tensor of shape [] or [H], got {got}")
+    elif isinstance(scale, bool | str) or not (scale is None or hasattr(scale, "__float__")):
+        raise TypeError(f"scale must be a number, a Tensor or None, got {type(scale).__name__}")
+
+
+def check_eps(eps: float) -> None:
+    if not eps > 0:
+        raise ValueError(f"eps must be positive, got {eps}")
+
+
 def check_scaled_dot_product_attention(
     query: Any, key: Any, value: Any, attn_mask: Any, dropout_p: Any, is_causal: Any, scale: Any, enable_gqa: Any
 ) -> None:
@@ -71,14 +85,8 @@ def check_attention(
     for name, given, accepted in choices:
         if given not in accepted:
             raise ValueError(f"{name}={given!r} is not accepted: it must be one of {', '.join(map(str, accepted))}")
-    if isinstance(scale, Tensor):
-        if scale.dim() > 1 or not scale.is_floating_point():
-            got = f"{scale.dtype} {list(scale.shape)}"
-            raise ValueError(f"scale must be a number, or a floating-point tensor of shape [] or [H], got {got}")
-    elif isinstance(scale, bool | str) or not (scale is None or hasattr(scale, "__float__")):
-        raise TypeError(f"scale must be a number, a Tensor or None, got {type(scale).__name__}")
-    if not eps > 0:
-        raise ValueError(f"eps must be positive, got {eps}")
+    check_scale(scale)
+    check_eps(eps)
 
 
 def check_operands(

@@ -284,6 +284,8 @@ def _recur(
         out, h_n, c_n, _ = _formula(*call[:9])
     elif traced:
         out, h_n, c_n, _ = OP(*call)
+        # The operator's gradient reads its own result, and a graph does not notice that its caller changes that.
+        out = out.clone() if saves else out
     elif saves:
         out, h_n, c_n, _ = _Rnn.apply(*call)
     else:

@@ -767,6 +767,15 @@ class TestOnTorch:
         for one, other in zip(*again, strict=True):
             assert one.requires_grad and torch.equal(one, other)
 
+    @pytest.mark.parametrize("create_graph", [False, True])
+    def test_hooks_of_torchs_node_see_and_change_its_gradients(self, create_graph):
+        x, seen = torch.randn(1, 2, 5, 8, requires_grad=True), []
+        out = tritune.attention(x, x.detach(), x.detach())
+        out.grad_fn.register_hook(lambda grads, douts: seen.append(grads[0]))
+        out.grad_fn.register_hook(lambda grads, douts: tuple(None if g is None else 2 * g for g in grads))
+        (grad,) = torch.autograd.grad(out.sum(), x, create_graph=create_graph)
+        torch.testing.assert_close(grad, 2 * seen[0])
+
     def test_second_derivative_under_autocast(self):
         x = torch.randn(1, 2, 5, 8, requires_grad=True)
         with torch.autocast("cpu", torch.bfloat16):
@@ -853,6 +862,41 @@ class TestOnTorch:
             pool(x)
         change(pool)
         pool(x)
+
+    @pytest.mark.parametrize(
+        "change",
+        [
+            lambda pool: setattr(pool, "precision", "x"),
+            lambda pool: setattr(pool, "eps", -1.0),
+            lambda pool: setattr(pool, "fixed_scale", True),
+            lambda pool: setattr(pool, "fixed_scale", torch.tensor([1.0, 2.0])),
+            lambda pool: setattr(pool, "query", torch.nn.Parameter(torch.randn(1, 1, 32))),
+            lambda pool: setattr(pool.value, "bias", torch.nn.Parameter(torch.randn(1))),
+        ],
+        ids=["precision", "eps", "bool", "scales", "query", "bias"],
+    )
+    def test_what_somebody_changed_is_the_same_for_large_batches(self, change, monkeypatch):
+        pool, x = tritune.nn.AttentionPool(64, 2), torch.randn(8, 64, 64)
+        change(pool)
+        results = []
+        for _ in range(2):
+            try:
+                results.append(pool(x))
+            except (TypeError, ValueError) as error:
+                results.append(error.args[0])
+            monkeypatch.setattr(pool, "_projects_last", lambda *_: False)
+        if torch.is_tensor(results[1]):
+            torch.testing.assert_close(*results)
+        else:
+            assert results[0] == results[1]
+
+    @pytest.mark.parametrize("name", ["Attention", "AttentionPool"])
+    def test_modules_check_their_options(self, name):
+        sizes = (64, 2) if name == "AttentionPool" else ()
+        with pytest.raises(ValueError, match=r"^eps must be positive"):
+            getattr(tritune.nn, name)(*sizes, eps=-1.0)
+        with pytest.raises(TypeError, match=r"^scale must be a number"):
+            getattr(tritune.nn, name)(*sizes, scale=True)
 
     def test_lse_under_autocast_is_float32(self):
         q, k = torch.randn(1, 1, 40, 64) * 4, torch.randn(1, 1, 40, 64) * 4

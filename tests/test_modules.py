@@ -569,6 +569,16 @@ class TestActivationParameters:
         with pytest.raises(TypeError, match="is not replaced"):
             module.weight = torch.nn.Parameter(module.weight + 1)
 
+    def test_a_load_inside_a_load(self, module):
+        state = {key: one.clone() for key, one in module.state_dict().items()}
+        hook = module.register_load_state_dict_pre_hook(
+            lambda *_: [hook.remove(), module.load_state_dict(state, assign=True)]
+        )
+        module.load_state_dict(state, assign=True)
+        with pytest.raises(TypeError, match="is not replaced"):
+            module.weight = torch.nn.Parameter(module.weight + 1)
+        self.values(module)
+
     def test_moving(self, module):
         self.values(module.double().to(memory_format=torch.channels_last))
         state = module.state_dict()

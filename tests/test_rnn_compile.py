@@ -220,3 +220,27 @@ class TestSymbolicTrace:
         assert tritune.rnn in [node.target for node in traced.graph.nodes]
         x = sequence()
         assert torch.equal(traced(x), model(x))
+
+
+@pytest.mark.parametrize("where", ["in the graph", "behind it"])
+@pytest.mark.parametrize("batch_first", [False, True])
+@pytest.mark.parametrize("name", ["RNN", "GRU", "LSTM"])
+def test_a_result_that_is_changed_in_place(name: str, batch_first: bool, where: str) -> None:
+    """The gradient does not read what the caller owns. torch's own layers, which a graph holds, do not either."""
+    torch.compiler.reset()
+    ours, theirs = (
+        getattr(package, name)(3, 4, num_layers=2, batch_first=batch_first) for package in (tritune.nn, torch.nn)
+    )
+    theirs.load_state_dict(ours.state_dict())
+    x = torch.randn(2, 5, 3, requires_grad=True)
+
+    def run(x: Tensor) -> Tensor:
+        y = ours(x)[0]
+        return y[:1].mul_(2) if where == "in the graph" else y
+
+    y = torch.compile(run, backend="aot_eager", fullgraph=True)(x)
+    y = y if where == "in the graph" else y.mul_(2)[:1]
+    wanted = 2 * theirs(x)[0][:1]
+    torch.testing.assert_close(y, wanted)
+    (grad,), (wanted_grad,) = (torch.autograd.grad(one.square().sum(), x) for one in (y, wanted))
+    torch.testing.assert_close(grad, wanted_grad)

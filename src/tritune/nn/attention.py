@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from types import NoneType
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from ..ops import attention, attention_pool
 from ..ops._checks import PRECISIONS
 from ..ops._dispatch import in_transform, is_plain, torch_validates
 from ..ops.attention import pool_and_project
-from ..ops.attention_checks import ALIGNMENTS, SCORES
+from ..ops.attention_checks import ALIGNMENTS, SCORES, check_eps, check_scale
 from ._of_torch import Scriptable
 
 # What is shown of a module only where it is otherwise.
@@ -32,6 +33,8 @@ class _Scored(Scriptable, torch.nn.Module):
         _check_choice("precision", precision, (None, *PRECISIONS))
         if isinstance(scale, str) and scale != "learnable":
             raise ValueError(f"scale={scale!r} is not accepted: it must be a number, 'learnable' or None")
+        check_scale(None if isinstance(scale, str) else scale)
+        check_eps(eps)
         self.score, self.eps, self.precision = score, eps, precision
         self.fixed_scale = None if isinstance(scale, str) else scale
         learned = torch.nn.Parameter(torch.empty((), device=device, dtype=dtype)) if isinstance(scale, str) else None
@@ -165,7 +168,7 @@ class AttentionPool(_Scored):
     def _projects_last(self, input: Tensor, attn_mask: Tensor | None) -> bool:
         """Does torch serve a batch for which it is faster to project what is pooled, and does nobody look at the
         projected sequence?"""
-        if self.score != "dot" or not torch_validates(input) or not input.is_cpu:
+        if self.score != "dot" or not torch_validates(input) or not input.is_cpu or not self._is_as_made():
             return False
         spared = input.numel() * (self.embed_dim - 2 * self.num_heads * self.num_queries)
         if spared < _MANY or input.dim() != 3 or input.dtype not in (torch.float32, torch.float64):
@@ -175,6 +178,13 @@ class AttentionPool(_Scored):
         if torch._C._is_any_autocast_enabled() or torch._C._is_tracing() or in_transform():
             return False
         return _is_only_a_product(self.key, input) and _is_only_a_product(self.value, input)
+
+    def _is_as_made(self) -> bool:
+        """Are options and parameters such as the constructor makes? Others are for the function and its checks."""
+        scale = self.fixed_scale if self.logit_scale is None else self.logit_scale
+        shape = (self.num_heads, self.num_queries, self.embed_dim // self.num_heads)
+        is_one_number = scale.dim() == 0 if isinstance(scale, Tensor) else type(scale) in (NoneType, float, int)
+        return is_one_number and self.query.shape == shape and self.precision is None and self.eps > 0
 
     def extra_repr(self) -> str:
         sizes = f"{self.embed_dim}, num_heads={self.num_heads}, num_queries={self.num_queries}"
@@ -192,6 +202,8 @@ def _is_only_a_product(layer: torch.nn.Module, input: Tensor) -> bool:
     if layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks:
         return False
     weight, width = layer.weight, input.shape[-1]
+    if layer.bias is not None and layer.bias.shape != (width,):
+        return False
     if weight.shape != (width, width) or weight.dtype is not input.dtype or not weight.is_cpu:
         return False
     return is_plain(weight) and not _has_any_global_hook()

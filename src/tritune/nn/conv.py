@@ -175,11 +175,14 @@ class _WithActivation(torch.nn.Module):
         super().register_parameter(name, param)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        """A hook may load once more while this one loads."""
+        was_loading = self._is_loading
         self._is_loading = True  # with assign=True it replaces Parameters
         try:
             super()._load_from_state_dict(*args, **kwargs)
         finally:
-            del self._is_loading
+            if not was_loading:
+                self.__dict__.pop("_is_loading", None)
 
 
 class Conv1d(_Conv, torch.nn.Conv1d):
