@@ -17,12 +17,13 @@ READY = .venv/ready
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/pytest -q
 PARALLEL = -n $(JOBS)
 
-.PHONY: help setup demo test test-torch test-interpret test-static test-wheel quick compat \
+.PHONY: help setup demo test test-torch test-interpret test-static test-wheel test-all quick compat \
 	lint format bench overhead static gpu clean
 
 help:
 	@echo 'make demo      train three models on handwritten digits with tritune and torch; results in build/demo/'
-	@echo 'make test      everything that must pass before a commit: lint, the tiers that need no GPU, the wheel'
+	@echo 'make test      what must pass before a commit: lint, the tiers that need no GPU, the wheel'
+	@echo 'make test-all  the same with every combination of dtypes, layouts and cases, as CI runs it'
 	@echo 'make quick     lint and a fast part of the tests, for the inner loop'
 	@echo 'make compat    the oldest supported torch; the compat subset on the oldest and the newest supported Triton'
 	@echo 'make lint      ruff and mypy          make format    rewrite the sources as ruff likes them'
@@ -57,13 +58,16 @@ demo: $(READY)
 	mkdir -p build/demo
 	$(BIN)/python -m tritune demo --out build/demo
 
-test: lint test-torch test-interpret test-static test-wheel
+test test-all: lint test-torch test-interpret test-static test-wheel
+
+SUBSET = and not full
+test-all: SUBSET =
 
 test-torch: $(READY)
-	$(PYTEST) -m torch $(PARALLEL) --ignore=tests/test_packaging.py
+	$(PYTEST) -m 'torch $(SUBSET)' $(PARALLEL) --ignore=tests/test_packaging.py
 
 test-interpret: $(READY)
-	$(PYTEST) -m interpret $(PARALLEL)
+	$(PYTEST) -m 'interpret $(SUBSET)' $(PARALLEL)
 
 test-static: $(READY)
 	$(PYTEST) -m static $(PARALLEL)
@@ -72,11 +76,11 @@ test-wheel: $(READY)
 	$(PYTEST) -m torch tests/test_packaging.py
 
 quick: lint
-	$(PYTEST) -x -m 'torch and not slow' $(PARALLEL)
+	$(PYTEST) -x -m 'torch and not slow and not full' $(PARALLEL)
 	$(PYTEST) -x -m 'interpret and compat and not slow' $(PARALLEL)
 
 compat: .venv-triton36/ready .venv-triton39/ready
-	OMP_NUM_THREADS=1 .venv-triton36/bin/pytest -q -m 'torch and not slow' $(PARALLEL)
+	OMP_NUM_THREADS=1 .venv-triton36/bin/pytest -q -m 'torch and not slow and not full' $(PARALLEL)
 	for version in 36 39; do for tier in interpret static; do \
 		OMP_NUM_THREADS=1 .venv-triton$$version/bin/pytest -q -m "$$tier and compat" $(PARALLEL) || exit 1; \
 	done; done

@@ -10,10 +10,11 @@ import contextlib
 import functools
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -49,6 +50,29 @@ class Case:
     def inputs(self, dtype: torch.dtype, layout: str, device: str) -> dict[str, Tensor]:
         """Random normal tensors; ``layout`` is "nchw", "nhwc" or "strided" (every dimension has gaps)."""
         return {name: lay_out(torch.randn(shape).to(dtype), layout).to(device) for name, shape in self.shapes.items()}
+
+
+def product(cases: Sequence[Case], *choices: Sequence[Any], compat: Container[str] = ()) -> list[Any]:
+    """A row for pytest of each case with each combination of choices, named after them.
+
+    Of two columns each value meets each in the rows that `make test` runs; the other rows are marked ``full``. Those of
+    the cases in ``compat`` also run on other versions of Triton, unless they are marked so.
+    """
+    rows = []
+    for number, one in enumerate(cases):
+        combinations = list(itertools.product(*choices))
+        turned = combinations[number % len(combinations) :] + combinations[: number % len(combinations)]
+        met: set[Any] = set()  # with this case
+        kept: set[Any] = set()
+        while new := max((set(enumerate(row)) - met for row in turned), key=len):
+            row = next(row for row in turned if set(enumerate(row)) - met == new)
+            met |= new
+            kept.add(row)
+        for row in combinations:
+            marks = [pytest.mark.full] if row not in kept else [pytest.mark.compat] if one.id in compat else []
+            id = "-".join([one.id, *(str(value).removeprefix("torch.") for value in row)])
+            rows.append(pytest.param(one, *row, id=id, marks=marks))
+    return rows
 
 
 def lp_pool(rank: int) -> Callable[..., Tensor]:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from harness import Allocations, Case, assert_close, backend_of, check, lay_out, poisoned
+from harness import Allocations, Case, assert_close, backend_of, check, lay_out, poisoned, product
 from torch import Tensor
 
 import tritune
@@ -137,19 +137,11 @@ COMPAT = ("3x3", "depthwise", "epilogue", "3d-mixed", "2d-transpose-mixed")
 STRIDED = ("3x3", "groups", "depthwise", "1d", "3d-mixed", "2d-transpose-mixed", "2d-transpose-depthwise")
 
 
-def parameters() -> list[Any]:
-    rows = []
-    for one, dtype, layout in itertools.product(CASES, DTYPES, ("nchw", "nhwc")):
-        marks = [pytest.mark.compat] if one.id in COMPAT and layout == "nhwc" else []
-        rows.append(pytest.param(one, dtype, layout, id=f"{one.id}-{str(dtype)[6:]}-{layout}", marks=marks))
-    return rows
-
-
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even")
 class TestCases:
     pytestmark = every_backend
 
-    @pytest.mark.parametrize("case, dtype, layout", parameters())
+    @pytest.mark.parametrize("case, dtype, layout", product(CASES, DTYPES, ("nchw", "nhwc"), compat=COMPAT))
     def test_forward_and_gradients(self, case, dtype, layout, device, tier):
         check(case, dtype, layout, device, backend_of(tier))
 

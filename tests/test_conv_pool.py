@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import itertools
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from harness import Allocations, Case, Errors, assert_close, backend_of, check, few_dots, poisoned
+from harness import Allocations, Case, Errors, assert_close, backend_of, check, few_dots, poisoned, product
 from test_conv import reference
 from torch import Tensor
 from torch.library import opcheck
@@ -82,14 +81,6 @@ def check_forward(case: Case, dtype: torch.dtype, layout: str, device: str, back
     return ours
 
 
-def parameters() -> list[Any]:
-    rows = []
-    for one, dtype, layout in itertools.product(CASES, DTYPES, ("nchw", "nhwc")):
-        marks = [pytest.mark.compat] if one.id in COMPAT and layout == "nhwc" else []
-        rows.append(pytest.param(one, dtype, layout, id=f"{one.id}-{str(dtype)[6:]}-{layout}", marks=marks))
-    return rows
-
-
 def named(id: str) -> Case:
     (one,) = (case for case in CASES if case.id == id)
     return one
@@ -99,7 +90,7 @@ def named(id: str) -> Case:
 class TestCases:
     pytestmark = every_backend
 
-    @pytest.mark.parametrize("case, dtype, layout", parameters())
+    @pytest.mark.parametrize("case, dtype, layout", product(CASES, DTYPES, ("nchw", "nhwc"), compat=COMPAT))
     def test_forward(self, case, dtype, layout, device, tier):
         check_forward(case, dtype, layout, device, backend_of(tier))
 

@@ -50,8 +50,10 @@ def test_torch_backend(op, index, dtype):
 
 @pytest.mark.interpret
 @pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-@pytest.mark.parametrize("op, index", COUNTS)
+@pytest.mark.parametrize("op, index, dtype", [
+    pytest.param(op, index, dtype, marks=[pytest.mark.full] if (index + half) % 2 else [])
+    for op, index in COUNTS for half, dtype in enumerate((torch.float32, torch.float16))
+])  # fmt: skip
 def test_kernels(op, index, dtype, device):
     """``use_backend("triton")`` never falls back: what no kernel covered would raise. Large tiles, so that windows of
     a hundred taps take the interpreter seconds."""

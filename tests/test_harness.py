@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 from types import SimpleNamespace
 
 import conftest
 import pytest
 import torch
-from harness import EPSILON, Case, Errors, assert_close, check
+from harness import EPSILON, Case, Errors, assert_close, check, product
 
 pytestmark = pytest.mark.torch
 EXACT = torch.tensor([1.0, -2.0, 0.5, 4.0], dtype=torch.float64)
@@ -123,3 +124,15 @@ def test_the_order_on_a_gpu_is_random_and_the_same_in_each_process():
     once = ordered("gpu")
     assert once != written and sorted(once) == sorted(written)
     assert ordered("gpu") == once
+
+
+def test_rows_of_the_short_suite():
+    """Each two values meet in them, and the others add the rest of the product."""
+    cases = [Case(str(number), abs, abs, {}) for number in range(6)]
+    rows = product(cases, ("a", "b", "c"), ("x", "y"))
+    assert len({row.id for row in rows}) == len(rows) == 36
+    short = [(row.values[0].id, *row.values[1:]) for row in rows if not row.marks]
+    assert len(short) == 18
+    for one, other in itertools.combinations(range(3), 2):
+        pairs = {(row[one], row[other]) for row in short}
+        assert len(pairs) == len({row[one] for row in short}) * len({row[other] for row in short})
