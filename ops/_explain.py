@@ -5,25 +5,30 @@ from __future__ import annotations
 import copy
 import functools
 import gc
+import itertools
+import logging
+import os
 import random
 import sys
 import sysconfig
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, MutableSequence, MutableSet
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from types import CellType, CodeType, FunctionType, MethodType, ModuleType
+from types import BuiltinMethodType, CodeType, FunctionType, MemberDescriptorType, MethodType, ModuleType
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch._C._autograd import _top_saved_tensors_default_hooks
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from ._dispatch import Decision, Decisions, UnsupportedError, record
+from ._dispatch import Decision, Decisions, UnsupportedError, _state, record
 
 
 def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Decision | Decisions:
@@ -35,14 +40,15 @@ def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Decision | Dec
     The call is made on copies. Tensors have a shape and no data, so nothing is computed or allocated; only lengths and
     counters (integers on the CPU, in at most one dimension) keep their values. Whatever ``fn`` reaches is copied with
     them: attributes and buffers, what a closure holds, what your functions name of their globals, of classes and of
-    your modules, and the hooks of all modules and optimizers. The states of the random generators are restored, and
-    modules of yours that the call imports are forgotten. What the call does to the world outside, such as a file that
-    it writes or what an installed library remembers, cannot be undone. No other thread should run ``fn`` meanwhile.
+    your modules, and the hooks of all modules and optimizers. The states of the random generators are restored, as are
+    settings of the process and the thread (modes of torch, the environment, loggers, filters of warnings), and modules
+    of yours that the call imports are forgotten. What the call does to the world outside, such as a file that it writes
+    or what an installed library remembers, cannot be undone. No other thread should run ``fn`` meanwhile.
 
     Raises:
-        UnsupportedError: the call depends on values, as ``.item()``, a boolean mask and ``.numpy()`` do, reaches an
-            object that cannot be copied, or is made inside a ``TorchFunctionMode`` or ``TorchDispatchMode`` of yours;
-            the message names the line or the type.
+        UnsupportedError: the call depends on values, as ``.item()``, a boolean mask and ``.numpy()`` do, runs backward
+            through what was computed before it, reaches an object that cannot be copied, or is made inside a
+            ``TorchFunctionMode`` or ``TorchDispatchMode`` of yours; the message names the line or the type.
         (others): what the call itself raises.
 
     Example::
@@ -55,19 +61,20 @@ def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Decision | Dec
 
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     with (
-        _random_states_restored(), _imports_undone(), _copied((fn, args, kwargs), mode) as (copies, known),
-        record() as decisions,
+        _settings_restored(), _random_states_restored(), _imports_undone(),
+        _copied((fn, args, kwargs), mode) as (copies, known), record() as decisions,
     ):  # fmt: skip
         call, args, kwargs = copies
         try:
             with mode, _KnownValues(known):
                 call(*args, **kwargs)
         except Exception as error:
-            if not _needs_values(error):
+            reason = _lacking(error)
+            if reason is None:
                 raise
             raise UnsupportedError(
-                f"explain: {_line_of(error)} needs the values of a tensor, and explain computes none: explain what "
-                "comes before and after it, or make the call inside `with tritune.ops.record() as decisions:`"
+                f"explain: {_line_of(error)} {reason}, or make the call inside `with tritune.ops.record() as "
+                "decisions:`"
             ) from error
     if len(decisions) == 1 and getattr(fn, "__module__", "").startswith(f"{__package__}."):
         return decisions[0]
@@ -128,12 +135,17 @@ class _KnownValues(TorchDispatchMode):
         return input.new_empty(rows.shape[0], *input.shape[2:]), self._know(batch_sizes)
 
 
-def _needs_values(error: Exception) -> bool:
+def _lacking(error: Exception) -> str | None:
+    """What the call needs and a copy without data lacks, and what to do about it, if that is why it failed."""
     from torch._subclasses import fake_tensor
 
     kinds = (fake_tensor.DataDependentOutputException, fake_tensor.DynamicOutputShapeException)
-    # torch has no type for the others: numpy(), and a format such as f"{loss:.2f}".
-    return isinstance(error, kinds) or "tensor subclasses" in str(error) or "FakeTensor.__format__" in str(error)
+    # torch has no type for the others: numpy(), a format such as f"{loss:.2f}", and backward.
+    if isinstance(error, kinds) or "tensor subclasses" in str(error) or "FakeTensor.__format__" in str(error):
+        return "needs the values of a tensor, and explain computes none: explain what comes before and after it"
+    if "Tried to backward() through example input" in str(error):
+        return "runs backward through a tensor that was computed before the call: compute it inside the call"
+    return None
 
 
 def _line_of(error: Exception) -> str:
@@ -148,21 +160,19 @@ def _line_of(error: Exception) -> str:
 
 
 class _Place(NamedTuple):
-    """Where a function, class or module keeps what is not copied with an object: an entry of a dictionary, else an
-    attribute."""
+    """Where a function, class, module or object that stays itself keeps what a copy would have had: an entry of a
+    dictionary, else an attribute."""
 
     holder: Any
     name: Any
 
     def read(self) -> Any:
-        if isinstance(self.holder, FunctionType):
-            return getattr(self.holder, self.name)
-        if isinstance(self.holder, CellType):
-            try:
-                return self.holder.cell_contents
-            except ValueError:  # of a variable that has no value yet
-                return _ABSENT
-        return _namespace(self.holder).get(self.name, _ABSENT)
+        if isinstance(self.holder, dict | type | ModuleType):
+            return _namespace(self.holder).get(self.name, _ABSENT)
+        try:
+            return object.__getattribute__(self.holder, self.name)
+        except (AttributeError, ValueError):  # of a slot, or a variable of a closure, that has no value yet
+            return _ABSENT
 
     def write(self, value: Any) -> None:
         if isinstance(self.holder, dict):
@@ -170,11 +180,12 @@ class _Place(NamedTuple):
                 self.holder.pop(self.name, None)
             else:
                 self.holder[self.name] = value
-        elif value is not _ABSENT:
-            setter = type if isinstance(self.holder, type) else object  # a metaclass may refuse, as that of Enum does
-            setter.__setattr__(self.holder, self.name, value)
-        elif self.read() is not _ABSENT:
-            delattr(self.holder, self.name)
+        else:
+            setter = type if isinstance(self.holder, type) else object  # a class of the user may refuse, as Enum does
+            if value is not _ABSENT:
+                setter.__setattr__(self.holder, self.name, value)
+            elif self.read() is not _ABSENT:
+                setter.__delattr__(self.holder, self.name)
 
 
 _ABSENT = object()
@@ -185,55 +196,97 @@ _INSTALLED = (
 )
 
 
+class _Memo(dict[int, Any]):
+    """That of deepcopy, which asks it for every object that it comes to."""
+
+    def __init__(self, copies: dict[int, Any]) -> None:
+        super().__init__(copies)
+        self.asked: set[int] = set()
+
+    def get(self, key: int, default: Any = None) -> Any:
+        self.asked.add(key)
+        return super().get(key, default)
+
+    def left_itself(self, one: Any) -> bool:
+        """Has deepcopy taken the object for its own copy, as the object may ask it to?"""
+        return id(one) in self.asked and super().get(id(one), one) is one
+
+
 @contextmanager
 def _copied(root: Any, mode: Any) -> Iterator[tuple[Any, list[Tensor]]]:
     """A copy of ``root`` with tensors that have no data, and those that kept their values.
 
-    Within the block the functions and classes that ``root`` reaches work on copies, too.
+    Within the block the functions, classes and objects that have no copy work on copies of what they hold.
     """
-    tensors, caches, places, holders = _reach((root, _active_hooks()))  # torch calls those hooks themselves
+    tensors, caches, places, holders, objects = _reach((root, _active_hooks()))  # torch calls those hooks themselves
     before = [(place, place.read()) for place in places]
-    names_before = [(holder, set(_namespace(holder))) for holder in holders]
-    moved = [(place, value) for place, value in before if _is_state(place, value)]
-    try:
-        memo: dict[int, Any] = {id(module): module for module in sys.modules.values()}
-        memo |= {id(cache): _empty(cache) for cache in caches}
-        known = {id(tensor): tensor.clone() for tensor in tensors if _may_be_known(tensor)}
-        with warnings.catch_warnings():  # torch reads the gradient of tensors that have none, and says so
-            warnings.simplefilter("ignore")
-            memo |= {id(tensor): mode.from_tensor(tensor) for tensor in tensors} | known
-        for tensor in tensors:
-            vars(memo[id(tensor)]).update(copy.deepcopy(vars(tensor), memo))
-        result, values = copy.deepcopy((root, [value for _, value in moved]), memo)
-    except Exception as error:
-        raise UnsupportedError(
-            f"explain: something that the call reaches cannot be copied ({error}): explain a part without it, or make "
-            "the call inside `with tritune.ops.record() as decisions:`"
-        ) from error
-    try:
-        for (place, value), copied in zip(moved, values, strict=True):
-            if copied is not value:
-                place.write(copied)
+    attributes = {id(one): [(place, place.read()) for place in _attributes(one)] for one in objects}
+    dictionaries = [space for one in objects for space in _dictionaries(one)]
+    methods = [one for one in objects if isinstance(one, BuiltinMethodType)]  # deepcopy copies only those of Python
+    with _restored([*before, *itertools.chain(*attributes.values())], [*holders, *dictionaries]):
+        moved: list[tuple[_Place, Any]] = []
+        try:
+            memo = _Memo({id(one): one for one in (os.environ, *sys.modules.values())})
+            memo |= {id(cache): _empty(cache) for cache in caches}
+            known = {id(tensor): tensor.clone() for tensor in tensors if _may_be_known(tensor)}
+            with warnings.catch_warnings():  # torch reads the gradient of tensors that have none, and says so
+                warnings.simplefilter("ignore")
+                memo |= {id(tensor): mode.from_tensor(tensor) for tensor in tensors} | known
+            for tensor in tensors:
+                vars(memo[id(tensor)]).update(copy.deepcopy(vars(tensor), memo))
+            for method in methods:
+                with suppress(Exception):  # such as that of a file, which is the world outside
+                    memo[id(method)] = getattr(copy.deepcopy(method.__self__, memo), method.__name__)
+            result = copy.deepcopy(root, memo)
+            todo = before
+            while todo:
+                state = [(place, value) for place, value in todo if _is_state(place, value)]
+                copies = copy.deepcopy([value for _, value in state], memo)
+                moved += [(place, one) for (place, value), one in zip(state, copies, strict=True) if one is not value]
+                todo = []
+                for one in filter(memo.left_itself, objects):
+                    if isinstance(one, MutableSequence | MutableSet | np.ndarray):  # which hold more than attributes
+                        raise TypeError(f"the copy of a {type(one).__name__} is the {type(one).__name__} itself")
+                    todo += attributes.pop(id(one), [])
+        except Exception as error:
+            raise UnsupportedError(
+                f"explain: something that the call reaches cannot be copied ({error}): explain a part without it, or "
+                "make the call inside `with tritune.ops.record() as decisions:`"
+            ) from error
+        for place, value in moved:
+            place.write(value)
         yield result, list(known.values())
+
+
+@contextmanager
+def _restored(before: list[tuple[_Place, Any]], holders: list[Any]) -> Iterator[None]:
+    """Puts back what the places held, takes away names that their holders did not have, and orders dictionaries."""
+    names_before = [(holder, list(_namespace(holder))) for holder in holders]
+    try:
+        yield
     finally:
         for place, value in before:
             if place.read() is not value:
                 place.write(value)
         for holder, names in names_before:
-            for name in _namespace(holder).keys() - names:
-                if not _is_pythons(name):
+            for name in _namespace(holder).keys() - set(names):
+                if isinstance(holder, dict) or not _is_pythons(name):
                     _Place(holder, name).write(_ABSENT)
+            if isinstance(holder, dict) and list(holder) != names:
+                for name in names:
+                    holder[name] = holder.pop(name)
 
 
-def _reach(root: Any) -> tuple[list[Tensor], list[Any], list[_Place], list[Any]]:
+def _reach(root: Any) -> tuple[list[Tensor], list[Any], list[_Place], list[Any], list[Any]]:
     """The tensors, the results that ``functools.cache`` keeps, and the places that a call of ``root`` can come to; also
-    the modules, classes and dictionaries of hooks to which it may add names."""
+    the modules, classes and dictionaries of hooks to which it may add names, and the other objects of the user."""
     tensors: list[Tensor] = []
     caches: list[Any] = []
     places = {(id(place.holder), place.name): place for place in _global_hooks()}
     seen: dict[int, Any] = {}  # with the objects, which must outlive their ids
     modules: dict[str, ModuleType] = {}
     classes: list[type] = []
+    objects: list[Any] = []
     names: set[str] = set()
     todo = [root, *(place.read() for place in places.values())]
     while todo:
@@ -254,7 +307,7 @@ def _reach(root: Any) -> tuple[list[Tensor], list[Any], list[_Place], list[Any]]
                 places |= {(id(place.holder), place.name): place for place in found}
                 todo += [place.read() for place in found]
                 if is_users:
-                    todo += [*vars(one).values(), *getattr(one, "__bases__", ())]
+                    todo += [*vars(one).values(), *getattr(one, "__bases__", ()), type(one)]
                 if is_users and isinstance(one, _LruCache):
                     caches.append(one)
                 if is_users and isinstance(one, type):
@@ -264,6 +317,8 @@ def _reach(root: Any) -> tuple[list[Tensor], list[Any], list[_Place], list[Any]]
                     todo.append(sys.modules.get(one.__module__))  # to which it may add a global
             else:
                 todo += gc.get_referents(one)
+                if not _is_installed(type(one).__module__) or _is_bound(one):
+                    objects.append(one)
         # What is named may be a module, or an attribute of one.
         imported = (sys.modules[name] for name in names & sys.modules.keys() if not _is_installed(name))
         modules |= {module.__name__: module for module in imported}
@@ -271,7 +326,7 @@ def _reach(root: Any) -> tuple[list[Tensor], list[Any], list[_Place], list[Any]]
         found = [place for place in found if (id(place.holder), place.name) not in places]
         places |= {(id(place.holder), place.name): place for place in found}
         todo = [place.read() for place in found]
-    return tensors, caches, list(places.values()), [*modules.values(), *classes, *_hook_variables()[1]]
+    return tensors, caches, list(places.values()), [*modules.values(), *classes, *_hook_variables()[1]], objects
 
 
 def _hook_variables() -> tuple[list[_Place], list[Any]]:
@@ -295,16 +350,13 @@ def _active_hooks() -> Any:
     Raises:
         UnsupportedError: inside a mode of the user's, an object that sees every function or operator and stays itself.
     """
-    from torch.overrides import _get_current_function_mode_stack
-    from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
-
     for mode in (*_get_current_function_mode_stack(), *_get_current_dispatch_mode_stack()):
         if not _is_installed(type(mode).__module__):
             raise UnsupportedError(
                 f"explain: inside the mode {type(mode).__name__}, which would be shown tensors without data: explain "
                 "outside of it, or make the call inside `with tritune.ops.record() as decisions:`"
             )
-    return torch._C._autograd._top_saved_tensors_default_hooks(True)
+    return _top_saved_tensors_default_hooks(True)
 
 
 def _places_of(one: Any, is_users: bool) -> Iterator[_Place]:
@@ -318,6 +370,24 @@ def _places_of(one: Any, is_users: bool) -> Iterator[_Place]:
             yield from (_Place(one.__globals__, name) for name in _names(one.__code__))
     elif isinstance(one, type):
         yield from (_Place(one, name) for name in vars(one) if not _is_pythons(name))
+
+
+def _is_bound(one: Any) -> bool:
+    """Is this a method of C code, such as ``results.append``, and not one of a class?"""
+    return isinstance(one, BuiltinMethodType) and not isinstance(one.__self__, ModuleType | type | None)
+
+
+def _attributes(one: Any) -> Iterator[_Place]:
+    """Where an object keeps its attributes, those in slots as well, and as a dictionary its entries."""
+    yield from (_Place(space, name) for space in _dictionaries(one) for name in space)
+    for kind in type(one).__mro__:
+        if not _is_installed(kind.__module__):
+            slots = (name for name, value in vars(kind).items() if isinstance(value, MemberDescriptorType))
+            yield from (_Place(one, name) for name in slots)
+
+
+def _dictionaries(one: Any) -> list[dict[Any, Any]]:
+    return [space for space in (getattr(one, "__dict__", None), one) if isinstance(space, dict)]
 
 
 def _namespace(holder: Any) -> Any:
@@ -395,3 +465,84 @@ def _random_states_restored() -> Iterator[None]:
     finally:
         random.setstate(python)
         np.random.set_state(numpy)  # noqa: NPY002
+
+
+@contextmanager
+def _settings_restored() -> Iterator[None]:
+    """Puts back the settings of the process and of this thread that a call may change."""
+    before = _settings()
+    try:
+        with warnings.catch_warnings():
+            yield
+    finally:
+        torch.clear_autocast_cache()  # of tensors without data
+        for (value, restore), (now, _) in zip(before, _settings(), strict=True):
+            if now != value:
+                restore(value)
+
+
+def _settings() -> list[tuple[Any, Callable[[Any], Any]]]:
+    """Each setting, and what sets it."""
+    device = getattr(torch._GLOBAL_DEVICE_CONTEXT, "device_context", None)
+    return [
+        (torch.is_grad_enabled(), torch._C._set_grad_enabled),
+        (torch._C._is_fwd_grad_enabled(), torch._C._set_fwd_grad_enabled),
+        (torch.is_anomaly_enabled(), torch.set_anomaly_enabled),
+        (torch.get_default_dtype(), torch.set_default_dtype),
+        (device and device.device, torch.set_default_device),
+        (torch.get_deterministic_debug_mode(), torch.set_deterministic_debug_mode),
+        (torch.get_num_threads(), torch.set_num_threads),
+        *(
+            (getattr(torch.backends.cudnn, name), functools.partial(setattr, torch.backends.cudnn, name))
+            for name in ("enabled", "benchmark", "deterministic")
+        ),
+        *(
+            pair for kind in ("cpu", "cuda") for pair in (
+                (torch.is_autocast_enabled(kind), functools.partial(torch.set_autocast_enabled, kind)),
+                (torch.get_autocast_dtype(kind), functools.partial(torch.set_autocast_dtype, kind)),
+            )
+        ),
+        (torch.is_autocast_cache_enabled(), torch.set_autocast_cache_enabled),
+        (_autocast_nesting(), _set_autocast_nesting),
+        (_top_saved_tensors_default_hooks(True), _leave_saved_tensors_hooks),
+        (_state.backend, lambda backend: _state.set(backend, _state.recorder)),
+        (np.geterr(), lambda modes: np.seterr(**modes)),
+        (dict(os.environ), _set_environment),
+        (logging.root.manager.disable, logging.disable),
+        (_loggers(), _set_loggers),
+    ]  # fmt: skip
+
+
+def _autocast_nesting() -> int:
+    torch.autocast_increment_nesting()
+    return torch.autocast_decrement_nesting()
+
+
+def _set_autocast_nesting(depth: int) -> None:
+    step = torch.autocast_increment_nesting if _autocast_nesting() < depth else torch.autocast_decrement_nesting
+    while step() != depth:
+        pass
+
+
+def _leave_saved_tensors_hooks(before: Any) -> None:
+    while _top_saved_tensors_default_hooks(True) not in (before, None):
+        torch._C._autograd._pop_saved_tensors_default_hooks()
+
+
+def _set_environment(variables: dict[str, str]) -> None:
+    os.environ.clear()
+    os.environ.update(variables)
+
+
+def _loggers() -> dict[logging.Logger, tuple[Any, ...]]:
+    loggers = [one for one in logging.root.manager.loggerDict.values() if isinstance(one, logging.Logger)]
+    return {
+        one: (one.level, one.disabled, one.propagate, one.handlers[:], one.filters[:])
+        for one in (logging.root, *loggers)
+    }
+
+
+def _set_loggers(states: dict[logging.Logger, tuple[Any, ...]]) -> None:
+    for one, state in states.items():
+        level, one.disabled, one.propagate, one.handlers[:], one.filters[:] = state
+        one.setLevel(level)

@@ -360,6 +360,46 @@ class TestExplain:
         who, when = ("python", "kept", "descriptor", "child", "C"), ("imported", "made", "called")
         assert sorted(done.stderr.splitlines()) == sorted(f"{one} {other}" for one in who for other in when)
 
+    @pytest.mark.parametrize("last", [
+        "import atexit\natexit.register(print, 'printed')\n",
+        "import atexit, os\natexit.register(os.system, 'echo printed')\n",
+        "import os\nclass Last:\n"
+        "    def __del__(self, write=os.write):\n        write(1, b'printed')\nlast = Last()\n",
+        "import os, threading, time\n"
+        "def run():\n    while True:\n        os.write(1, b'printed')\n        time.sleep(0.001)\n"
+        "threading.Thread(target=run, daemon=True).start()\n",
+    ], ids=["atexit", "child", "finalizer", "thread"])  # fmt: skip
+    def test_what_a_model_prints_last_goes_to_standard_error(self, last, tmp_path, monkeypatch):
+        (tmp_path / "prints_last.py").write_text(
+            f"import torch, tritune\n{last}def make():\n    return tritune.nn.MaxPool2d(2)\n"
+        )
+        monkeypatch.chdir(tmp_path)
+        command = ["explain", "model", "prints_last:make", "1x2x4x4", "--json"]
+        done = run_in_child(f"import sys; from tritune import cli; sys.exit(cli.main({command}))")
+        assert done.returncode == 0, done.stderr
+        assert [decision["op"] for decision in json.loads(done.stdout)] == ["max_pool2d"]
+        assert "printed" in done.stderr
+
+    def test_nobody_reads(self, tmp_path):
+        (tmp_path / "unread.py").write_text("import tritune\ndef make():\n    return tritune.nn.MaxPool2d(2)\n")
+        reader, writer = os.pipe()
+        os.close(reader)
+        done = subprocess.run(
+            [sys.executable, "-m", "tritune", "explain", "model", "unread:make", "1x2x4x4"],
+            env={**os.environ, "PYTHONPATH": str(SOURCE)}, cwd=tmp_path, stdout=writer, stderr=subprocess.PIPE,
+            text=True, check=False,
+        )  # fmt: skip
+        os.close(writer)
+        assert (done.returncode, done.stderr) == (1, "")
+
+    def test_whoever_replaced_stdout_gets_it_back(self, capfd, tmp_path, monkeypatch):
+        (tmp_path / "returns.py").write_text("import tritune\ndef make():\n    return tritune.nn.MaxPool2d(2)\n")
+        monkeypatch.chdir(tmp_path)
+        assert cli.main(["explain", "model", "returns:make", "1x2x4x4"]) == 0
+        os.write(1, b"afterwards\n")
+        lines = capfd.readouterr().out.splitlines()
+        assert lines[0].startswith("max_pool2d: ") and lines[-1] == "afterwards"
+
     @pytest.mark.parametrize(
         "place", ["no_such_module:make", "its_model", "math:pi", "math:nothing", "sys:exit", "ends:make"]
     )

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import enum
 import functools
 import importlib
+import logging
+import os
 import random
 import re
 import sys
 import threading
 import warnings
 from collections.abc import Callable
-from types import CellType, FunctionType, MethodType, ModuleType
+from os import environ
+from types import BuiltinMethodType, CellType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 import explained_helpers
@@ -23,7 +29,8 @@ from torch.nn.utils import parametrizations
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import tritune
-from tritune.ops import record
+from tritune.ops import _explain, record
+from tritune.ops._dispatch import current_backend
 
 pytestmark = pytest.mark.torch
 
@@ -53,6 +60,7 @@ def snapshot(one: Any, seen: dict[int, Any]) -> Any:
     held: Any = ()
     if isinstance(one, type):
         held = tuple((name, *inside(value)) for name, value in vars(one).items() if name[0] != "_")
+        held = (*held, *inside(type(one)))
         return id(one), held if one.__module__ in (__name__, "explained_helpers") else ()
     if isinstance(one, Tensor):
         values = one.detach().contiguous().view(-1).view(torch.uint8).tolist() if one.numel() else []
@@ -72,12 +80,16 @@ def snapshot(one: Any, seen: dict[int, Any]) -> Any:
         held = inside(one.cell_contents)
     elif isinstance(one, MethodType):
         held = inside(one.__self__, one.__func__)
+    elif isinstance(one, BuiltinMethodType):
+        held = inside(one.__self__) if isinstance(one.__self__, list | Tensor) else ()
     elif isinstance(one, functools.partial):
         held = inside(one.func, one.args, one.keywords)
     elif isinstance(one, type(table)):
         held = tuple(one.cache_info())
     if hasattr(one, "__dict__"):
         held = (held, inside(type(one), vars(one)))
+    elif isinstance(one, Slotted):
+        held = inside(*(getattr(one, name, None) for name in one.__slots__))
     return (type(one), None if isinstance(one, tuple) else id(one), held)
 
 
@@ -301,6 +313,137 @@ class UnhooksAllModules(Pooling):
         self.handle.remove()
 
 
+class Noting:
+    """An object that deepcopy takes for its own copy, as what derives from it does in other ways."""
+
+    def __init__(self) -> None:
+        self.count, self.seen, self.last = 0, [], None
+
+    def __deepcopy__(self, memo: Any) -> Any:
+        return self
+
+    def note(self, x: Tensor) -> None:
+        self.count += 1
+        self.seen.append(x)
+        del self.last
+        self.added = self.last = x
+
+
+class Named(Noting):
+    __deepcopy__ = None  # type: ignore[assignment]
+
+    def __reduce__(self) -> str:
+        return "named"
+
+
+class Single(Noting):
+    __deepcopy__ = None  # type: ignore[assignment]
+    one: Any = None
+
+    def __new__(cls) -> Any:
+        cls.one = cls.one or super().__new__(cls)
+        return cls.one
+
+
+class Slotted:
+    __slots__ = ("count", "later", "seen")
+
+    def __init__(self) -> None:
+        self.count, self.seen = 0, []
+
+    def __deepcopy__(self, memo: Any) -> Any:
+        return self
+
+    def note(self, x: Tensor) -> None:
+        self.count += 1
+        self.seen.append(x)
+        self.later = x
+
+
+class Entries(dict):
+    def __init__(self) -> None:
+        super().__init__(first=[], last=0)
+
+    def __deepcopy__(self, memo: Any) -> Any:
+        return self
+
+    def note(self, x: Tensor) -> None:
+        self["first"].append(self.pop("first"))
+        self["first"] = self["added"] = x
+
+
+class Within(Noting):
+    """Comes to another of its kind."""
+
+    def __init__(self) -> None:
+        self.inner = {"held": [Noting()]}
+
+    def note(self, x: Tensor) -> None:
+        self.inner["held"][0].note(x)
+        self.inner["held"].append(x)
+
+
+class StaysItself(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(2))
+
+    def __deepcopy__(self, memo: Any) -> Any:
+        return self
+
+    def note(self, x: Tensor) -> None:
+        self.mean += x.mean((0, 2, 3))
+        self.register_buffer("added", x)
+        self.eval()
+
+
+class MethodsOfC:
+    """Which deepcopy does not copy, unlike those of Python."""
+
+    def __init__(self) -> None:
+        self.seen: list[Any] = []
+        self.append, self.write = self.seen.append, sys.stdout.write
+        self.zero = torch.ones(1).zero_
+
+    def note(self, x: Tensor) -> None:
+        self.append(x)
+        self.zero()
+
+
+class Member(enum.Enum):
+    A = 1
+
+    def note(self, x: Tensor) -> None:
+        self.calls = getattr(self, "calls", 0) + 1
+        self.last = x
+
+
+class Counting(type):
+    count = 0
+
+    def note(cls, x: Tensor) -> None:
+        Counting.count += 1
+        type(cls).last = x
+
+
+class OfCounting(metaclass=Counting):
+    pass
+
+
+NOTING = {kind.__name__: kind for kind in (Noting, Named, Single, Slotted, Entries, Within, StaysItself, MethodsOfC)}
+NOTING |= {"member of an Enum": lambda: Member.A, "metaclass": lambda: OfCounting}
+
+
+def noting(make: Callable[[], Any]) -> Any:
+    one = make()
+
+    def call(x: Tensor) -> Tensor:
+        one.note(x)
+        return tritune.max_pool2d(x, 2)
+
+    return call, (torch.randn(IMAGE),)
+
+
 IMAGE = (3, 2, 4, 4)
 POOLINGS = (
     Counter, Cache, Average, Lazy, OnTheClass, Global, RandomNumbers, Parameters, Numpy, Hooked, Enumerated, OfAModule,
@@ -414,6 +557,7 @@ def trains() -> Any:
 
 CALLS: dict[str, Callable[[], Any]] = {
     **{kind.__name__: lambda kind=kind: (kind(), (torch.randn(IMAGE),)) for kind in POOLINGS},
+    **{name: lambda make=make: noting(make) for name, make in NOTING.items()},
     "BatchNorm": normalised,
     "cumulative BatchNorm": cumulative,
     "evaluation": lambda: (normalised()[0].eval(), (torch.randn(IMAGE),)),
@@ -459,6 +603,77 @@ def test_nothing_is_changed(name):
     assert [one.op for one in decisions] == [one.op for one in made]
     assert made, "the call comes to no operator of ours, so it shows nothing"
     assert (everything(call) == before) == (name in LEAVE_NOTHING), "what the call itself leaves is not seen"
+
+
+def inner_variable(name: str) -> Any:
+    """What child processes get."""
+    getenv = ctypes.CDLL(None).getenv
+    getenv.restype = ctypes.c_char_p
+    return getenv(name.encode())
+
+
+LOGGER = logging.getLogger("explained")
+SETTINGS: dict[str, tuple[Callable[[], Any], Callable[[], Any]]] = {
+    "grad mode": (torch.is_grad_enabled, lambda: torch.set_grad_enabled(False)),
+    "no_grad": (torch.is_grad_enabled, lambda: torch.no_grad().__enter__()),
+    "dtype": (torch.get_default_dtype, lambda: torch.set_default_dtype(torch.float64)),
+    "device": (torch.get_default_device, lambda: torch.set_default_device("meta")),
+    "deterministic": (
+        torch.are_deterministic_algorithms_enabled, lambda: torch.use_deterministic_algorithms(True),
+    ),
+    "anomaly": (torch.is_anomaly_enabled, lambda: torch.autograd.set_detect_anomaly(True)),
+    "cudnn": (
+        lambda: torch.backends.cudnn.benchmark, lambda: setattr(torch.backends.cudnn, "benchmark", True),
+    ),
+    "threads": (torch.get_num_threads, lambda: torch.set_num_threads(torch.get_num_threads() + 1)),
+    "autocast": (
+        lambda: (torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")),
+        lambda: torch.autocast("cpu", torch.float16).__enter__(),
+    ),
+    "autocast's depth": (_explain._autocast_nesting, lambda: torch.autocast("cuda", enabled=False).__enter__()),
+    "hooks of saved tensors": (
+        lambda: torch._C._autograd._top_saved_tensors_default_hooks(True),
+        lambda: torch.autograd.graph.saved_tensors_hooks(lambda one: one, lambda one: one).__enter__(),
+    ),
+    "backend": (current_backend, lambda: tritune.use_backend("torch").__enter__()),
+    "numpy's errors": (np.geterr, lambda: np.seterr(all="raise")),
+    "environment": (lambda: dict(os.environ), lambda: (os.environ.pop("PATH"), os.environ.update(EXPLAINED="1"))),
+    "its inner one": (lambda: inner_variable("EXPLAINED"), lambda: environ.update(EXPLAINED="1")),
+    "filters of warnings": (lambda: warnings.filters[:], lambda: warnings.filterwarnings("ignore", "explained")),
+    "level of a logger": (lambda: LOGGER.level, lambda: LOGGER.setLevel(logging.ERROR)),
+    "level, by name": (lambda: LOGGER.level, lambda: logging.getLogger("explained").setLevel(logging.ERROR)),
+    "handlers": (lambda: LOGGER.handlers[:], lambda: LOGGER.addHandler(logging.NullHandler())),
+    "all loggers": (lambda: logging.root.manager.disable, lambda: logging.disable(logging.ERROR)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize("fails", [False, True])
+def test_settings_of_the_process_and_the_thread(name, fails):
+    read, change = SETTINGS[name]
+    before = read()
+
+    def call(x: Tensor) -> Tensor:
+        change()
+        assert read() != before, "the call changes nothing"
+        if fails:
+            raise LookupError
+        return tritune.max_pool2d(x, 2)
+
+    with pytest.raises(LookupError) if fails else contextlib.nullcontext():
+        tritune.explain(call, torch.randn(IMAGE))
+    assert read() == before
+
+
+def test_settings_that_a_call_does_not_change_stay():
+    """And the call sees them."""
+
+    def call(x: Tensor) -> Tensor:
+        assert torch.is_autocast_enabled("cpu") and not torch.is_grad_enabled() and current_backend() == "torch"
+        return tritune.max_pool2d(x, 2)
+
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad(), tritune.use_backend("torch"):
+        assert tritune.explain(call, torch.randn(IMAGE))
 
 
 @pytest.mark.parametrize("register", [
@@ -593,6 +808,38 @@ def test_what_cannot_be_copied_is_refused(model, what):
     with pytest.raises(tritune.UnsupportedError, match=f"^explain: something .* cannot be copied .*{what}.*record"):
         tritune.explain(call[0], *call[1])
     assert everything(call) == before
+
+
+class Listed(list):
+    def __deepcopy__(self, memo: Any) -> Any:
+        return self
+
+
+def test_a_list_that_stays_itself_is_refused():
+    call, args = Listed([1]).append, (torch.randn(IMAGE),)
+    before = everything((call, args))
+    with pytest.raises(tritune.UnsupportedError, match=r"^explain: something .* cannot be copied \(.*Listed.*record"):
+        tritune.explain(call, *args)
+    assert everything((call, args)) == before
+
+
+@pytest.mark.parametrize("make", [
+    lambda leaf: leaf * 2, lambda leaf: (leaf * 2)[:1], lambda leaf: tritune.avg_pool2d(leaf, 2, 1),
+])  # fmt: skip
+def test_backward_through_what_was_computed_before_is_refused(make):
+    """Its graph may hold our operators, and hooks: to leave them out would be another call."""
+    leaf = torch.randn(IMAGE, requires_grad=True)
+    computed = make(leaf)
+    for call in (
+        (lambda x: tritune.max_pool2d(x, 2).sum().backward(), computed),
+        (lambda: tritune.max_pool2d(computed, 2).sum().backward(),),
+    ):
+        before = everything((call, leaf))
+        with pytest.raises(tritune.UnsupportedError) as refused:
+            tritune.explain(*call)
+        assert everything((call, leaf)) == before
+        assert re.fullmatch(rf"explain: {re.escape(__file__)}:\d+ \(.*\) runs backward through .*", str(refused.value))
+    assert tritune.explain(lambda x: torch.autograd.grad(tritune.max_pool2d(x, 2).sum(), x), computed)
 
 
 class FunctionMode(torch.overrides.TorchFunctionMode):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib
+import io
 import json
 import os
 import sys
@@ -14,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TextIO
 
 import torch
 from torch import Tensor
@@ -257,39 +258,49 @@ def explain_model(place: str, shapes: Sequence[tuple[int, ...]], dtype: str, bac
     if str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        with _nothing_on_stdout():  # what the model prints is no part of the answer
+    with _only_the_answer_on_stdout() as answer:
+        try:
             found = getattr(importlib.import_module(module), name)
             model = found if isinstance(found, torch.nn.Module) else found()
             model = model.to(device, DTYPES[dtype]).eval()
             tensors = [torch.zeros(shape, dtype=DTYPES[dtype], device=device) for shape in shapes]
             with torch.no_grad(), use_backend(backend):
                 decisions = explain(model, *tensors)
-    except (Exception, SystemExit) as error:  # whatever somebody else's model raises
-        return _fail(f"{place}: {type(error).__name__}: {error}", 2)
-    assert isinstance(decisions, list)
-    if as_json:
-        print(json.dumps([_document(decision) for decision in decisions], indent=1))
-    else:
-        print(decisions or f"{place} calls no function of tritune")
+        except (Exception, SystemExit) as error:  # whatever somebody else's model raises
+            return _fail(f"{place}: {type(error).__name__}: {error}", 2)
+        assert isinstance(decisions, list)
+        if as_json:
+            print(json.dumps([_document(decision) for decision in decisions], indent=1), file=answer)
+        else:
+            print(decisions or f"{place} calls no function of tritune", file=answer)
     return 0
 
 
 @contextmanager
-def _nothing_on_stdout() -> Iterator[None]:
-    """Sends to standard error what Python, C code and child processes print."""
-    stdout = sys.stdout
+def _only_the_answer_on_stdout() -> Iterator[TextIO]:
+    """What is written to the result goes to standard output when the block ends; what Python, C code and child
+    processes print meanwhile goes to standard error.
+
+    That lasts until the process ends, since a model may print until then. But whoever has replaced ``sys.stdout``, as
+    a test does, goes on with the process and gets its standard output back.
+    """
+    answer, stdout = io.StringIO(), sys.stdout
     stdout.flush()
     kept = os.dup(1)
     os.dup2(2, 1)
     try:
         with redirect_stdout(sys.stderr):
-            yield
+            yield answer
     finally:
-        stdout.flush()  # of those who kept it, as a handler of logging does
-        ctypes.CDLL(None).fflush(None)  # what C has printed into its buffers
-        os.dup2(kept, 1)
-        os.close(kept)
+        if stdout is not sys.__stdout__:
+            stdout.flush()  # of those who kept it, as a handler of logging does
+            ctypes.CDLL(None).fflush(None)  # what C has printed into its buffers
+            os.dup2(kept, 1)
+            os.close(kept)
+            stdout.write(answer.getvalue())
+        else:
+            with os.fdopen(kept, "w", encoding=sys.stdout.encoding, errors=sys.stdout.errors) as out:
+                out.write(answer.getvalue())
 
 
 def _document(decision: Decision) -> dict[str, Any]:
