@@ -767,7 +767,7 @@ def _before_backward(_: Tensor) -> None:
         dq, dk, dv, _ = _grads(q, k, v, mask, bias, douts[0], None, scale, shift, [*needs, False])
         return dq, dk, dv, *grads[3:]
 
-    handle = torch._C._current_autograd_node().register_hook(exchange)
+    handle: Any = torch._C._current_autograd_node().register_hook(exchange)
     # It comes before the hooks of others, which are to see and change what it returns. The node calls them in the order
     # in which they were put in.
     hooks = handle.hooks_dict_ref()
