@@ -493,7 +493,7 @@ def _settings() -> list[tuple[Any, Callable[[Any], Any]]]:
         (torch.get_deterministic_debug_mode(), torch.set_deterministic_debug_mode),
         (torch.get_num_threads(), torch.set_num_threads),
         *(
-            (getattr(torch.backends.cudnn, name), functools.partial(setattr, torch.backends.cudnn, name))
+            (getattr(torch.backends.cudnn, name), getattr(torch._C, f"_set_cudnn_{name}"))
             for name in ("enabled", "benchmark", "deterministic")
         ),
         *(

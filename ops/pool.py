@@ -733,6 +733,7 @@ def _max_unpool(
     if (
         torch_validates(input) and are_plain(windows) and (output_size is None or are_plain((output_size,)))
         and all(type(values) is int or len(values) == rank for values in windows)
+        and not is_jit_tracing()  # torch 2.13 cannot trace its own
     ):  # fmt: skip
         y: Tensor | None = _torch_first(function, input, indices, kernel_size, stride, padding, output_size)
         if y is not None:
