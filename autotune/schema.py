@@ -90,7 +90,7 @@ def check(text: str) -> dict[str, Any]:
     if not _nests_within(entry, DEEPEST):
         raise ValueError("it is nested too deeply")
     if "origin" not in entry and "source" in entry:
-        entry["origin"] = entry.pop("source")  # its first name
+        entry["origin"] = entry.pop("source")  # as files spell it that were written before the field was renamed
     for name in REQUIRED:
         if name not in entry:
             raise ValueError(f"it has no {name}")

@@ -25,12 +25,12 @@ from ..autotune.device import DeviceSpec
 from ..autotune.resolve import Choice, resolve
 from . import pool_checks
 from ._dispatch import (
-    TORCH_ERRORS,
     are_plain,
     choose,
     is_empty,
     is_jit_tracing,
     measured,
+    rejections,
     runs_kernels,
     torch_validates,
 )
@@ -647,14 +647,13 @@ def _lp_pool(
 def _torch_first(function: Callable[..., Any], input: Tensor, *options: Any) -> Any:
     """What torch's function of that name returns; ``None`` where it raises, and for nothing pooled or to pool: there
     the validator has the word."""
-    if is_jit_tracing():  # torch.jit.trace does not survive an operator that failed, nor a question about sizes
-        return _TORCH[function.__name__](input, *options)
+    rejected = rejections()
     try:
         result = _TORCH[function.__name__](input, *options)
-    except TORCH_ERRORS:
+    except rejected:
         return None
     y = result[0] if type(result) is tuple else result
-    return result if y.numel() else None
+    return result if not rejected or y.numel() else None  # torch.jit.trace is asked for no size
 
 
 def _root(mean: Tensor, kernel_size: Sequence[int], norm_type: int | float) -> Tensor:

@@ -168,7 +168,7 @@ class AttentionPool(_Scored):
     def _projects_last(self, input: Tensor, attn_mask: Tensor | None) -> bool:
         """Does torch serve a batch for which it is faster to project what is pooled, and does nobody look at the
         projected sequence?"""
-        if self.score != "dot" or not torch_validates(input) or not input.is_cpu or not self._is_as_made():
+        if self.score != "dot" or not torch_validates(input) or not input.is_cpu:
             return False
         spared = input.numel() * (self.embed_dim - 2 * self.num_heads * self.num_queries)
         if spared < _MANY or input.dim() != 3 or input.dtype not in (torch.float32, torch.float64):
@@ -177,7 +177,7 @@ class AttentionPool(_Scored):
             return False
         if torch._C._is_any_autocast_enabled() or torch._C._is_tracing() or in_transform():
             return False
-        return _is_only_a_product(self.key, input) and _is_only_a_product(self.value, input)
+        return self._is_as_made() and _is_only_a_product(self.key, input) and _is_only_a_product(self.value, input)
 
     def _is_as_made(self) -> bool:
         """Are options and parameters such as the constructor makes? Others are for the function and its checks."""
