@@ -33,7 +33,7 @@ from ._dispatch import (
     torch_validates,
 )
 from ._layout import autocast
-from ._register import below_autograd, register
+from ._register import below_autograd, register, requires_grad, run_operator
 from .attention_checks import ALIGNMENTS, SCORES, AttentionArgs
 
 
@@ -442,7 +442,7 @@ def _attend(
     shift = None if not is_causal else k.shape[2] - q.shape[2] if bottom_right else 0
 
     tensors = (q, k, v) if bias is None else (q, k, v, bias)
-    saves = torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in (*tensors, scale))
+    saves = requires_grad((*tensors, scale))
     bounded = score == "cosine" and bias is None and not isinstance(scale, Tensor) and _is_bounded(scale, q.dtype)
     resolved = resolved_precision(q, precision, matmul_setting)
 
@@ -462,13 +462,8 @@ def _attend(
     call = (q, k, v, mask, bias, float(scale), shift)
     if backend == "torch":
         out, lse = _on_torch(call, group, wants_lse, dropout_p, saves)
-    elif torch.compiler.is_compiling():
-        out, lse, _ = OP(*call, bounded, wants_lse, saves, resolved, backend)
-    elif saves:
-        out, lse, _ = _Attention.apply(*call, bounded, wants_lse, saves, resolved, backend)
     else:
-        with below_autograd():
-            out, lse, _ = OP(*call, bounded, wants_lse, saves, resolved, backend)
+        out, lse, _ = run_operator(OP, (*call, bounded, wants_lse, saves, resolved, backend), saves)
     return _original_dims(out, args), None if lse is None or not wants_lse else _original_dims(lse, args)
 
 
@@ -866,12 +861,12 @@ def _fake_forward(
 
 
 class _Attention(torch.autograd.Function):
-    """``(out, lse, stats)`` of OP."""
+    """``(out, lse, stats)`` of OP, which saves the last for backward even if its caller did not ask for that."""
 
     @staticmethod
     def forward(ctx: Any, *call: Any) -> tuple[Tensor, ...]:
         with below_autograd():
-            out, lse, stats = OP(*call)
+            out, lse, stats = OP(*call[:9], True, *call[10:])
         ctx.save_for_backward(*call[:5], out, stats)
         ctx.options = (*call[5:8], call[10], call[11])
         ctx.has_lse = call[8]
@@ -890,20 +885,13 @@ class _Attention(torch.autograd.Function):
         return *(grad if need else None for grad, need in zip(grads, needs, strict=True)), *(None,) * 7
 
 
-def _autograd(*call: Any) -> tuple[Tensor, ...]:
-    if not torch.is_grad_enabled() or not any(isinstance(t, Tensor) and t.requires_grad for t in call[:5]):
-        with below_autograd():
-            return tuple(OP(*call))
-    return tuple(_Attention.apply(*call[:9], True, *call[10:]))
-
-
 _TENSORS = "Tensor query, Tensor key, Tensor value, Tensor? attn_mask, Tensor? bias"
 OP: Any = register(
     f"attention({_TENSORS}, float scale, SymInt? shift, bool bounded, bool wants_lse, bool saves, str precision, "
     "str backend) -> (Tensor, Tensor, Tensor)",
     implementation=_forward,
     fake=_fake_forward,
-    autograd=_autograd,
+    autograd=_Attention.apply,
 )
 
 
@@ -928,14 +916,10 @@ def _backward(
     return _or_nothing(query, dq, dk, dv, dbias)
 
 
-def _backward_autograd(*call: Any) -> tuple[Tensor, ...]:
+def _differentiable_backward(*call: Any) -> tuple[Tensor, ...]:
     """A first backward runs the kernels; one that is differentiated again runs the formula in torch's operators."""
-    if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in call[:9]):
-        query, key, value, mask, bias, _, _, dout, dlse, needs, scale, shift, *_ = call
-        grads = _grads(query, key, value, mask, bias, dout, dlse, scale, shift, needs)
-        return _or_nothing(query, *grads)
-    with below_autograd():
-        return tuple(OP_BACKWARD(*call))
+    query, key, value, mask, bias, _, _, dout, dlse, needs, scale, shift, *_ = call
+    return _or_nothing(query, *_grads(query, key, value, mask, bias, dout, dlse, scale, shift, needs))
 
 
 def _empty_grads(
@@ -969,7 +953,7 @@ OP_BACKWARD: Any = register(
     "SymInt? shift, bool bounded, str precision, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
     implementation=_backward,
     fake=_fake_backward,
-    autograd=_backward_autograd,
+    autograd=_differentiable_backward,
 )
 
 
@@ -980,12 +964,8 @@ def _normalized(t: Tensor, eps: float, backend: str) -> Tensor:
     """``t / max(|t|, eps)`` of the rows of [B, H, S, D]."""
     if backend == "torch":
         return _unit(t, eps)
-    if torch.compiler.is_compiling():
-        return OP_NORMALIZE(t, eps, backend)[0]
-    if torch.is_grad_enabled() and t.requires_grad:
-        return _Normalize.apply(t, eps, backend)[0]
-    with below_autograd():
-        return OP_NORMALIZE(t, eps, backend)[0]
+    unit: Tensor = run_operator(OP_NORMALIZE, (t, eps, backend), requires_grad((t,)))[0]
+    return unit
 
 
 def _unit(t: Tensor, eps: float) -> Tensor:
@@ -999,7 +979,7 @@ def _unit(t: Tensor, eps: float) -> Tensor:
             least, most = torch.aminmax(lengths.detach())
             if least.item() >= eps and eps >= _LEAST_SQUARED and most.item() < inf:
                 return t / lengths
-    if torch.is_grad_enabled() and t.requires_grad:
+    if requires_grad((t,)):
         differentiable: Tensor = _Unit.apply(t, eps)
         return differentiable
     return (t / _measured_lengths(t, eps)).to(t.dtype)
@@ -1101,18 +1081,11 @@ class _Normalize(torch.autograd.Function):
         return OP_NORMALIZE_BACKWARD(*ctx.saved_tensors, dout, *ctx.options), None, None
 
 
-def _normalize_autograd(input: Tensor, eps: float, backend: str) -> tuple[Tensor, Tensor]:
-    if torch.is_grad_enabled() and input.requires_grad:
-        return _Normalize.apply(input, eps, backend)
-    with below_autograd():
-        return OP_NORMALIZE(input, eps, backend)
-
-
 OP_NORMALIZE: Any = register(
     "attention_normalize(Tensor input, float eps, str backend) -> (Tensor, Tensor)",
     implementation=_normalize,
     fake=lambda input, eps, backend: _empty_units(input),
-    autograd=_normalize_autograd,
+    autograd=_Normalize.apply,
 )
 
 
@@ -1128,13 +1101,10 @@ def _normalize_backward(
     return dx.copy_(_unit_grad(input, dout, eps, _measured_lengths(input, eps)))
 
 
-def _normalize_backward_autograd(
+def _differentiable_normalize_backward(
     input: Tensor, out: Tensor, inverse: Tensor, dout: Tensor, eps: float, backend: str
 ) -> Tensor:  # fmt: skip
-    if torch.is_grad_enabled() and (input.requires_grad or dout.requires_grad):
-        return _unit_grad(input, dout, eps, _lengths(input, eps))
-    with below_autograd():
-        return OP_NORMALIZE_BACKWARD(input, out, inverse, dout, eps, backend)
+    return _unit_grad(input, dout, eps, _lengths(input, eps))
 
 
 OP_NORMALIZE_BACKWARD: Any = register(
@@ -1142,5 +1112,5 @@ OP_NORMALIZE_BACKWARD: Any = register(
     " -> Tensor",
     implementation=_normalize_backward,
     fake=lambda input, out, inverse, dout, eps, backend: _empty_rows(out, out.shape[3]),
-    autograd=_normalize_backward_autograd,
+    autograd=_differentiable_normalize_backward,
 )

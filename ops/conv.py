@@ -34,7 +34,7 @@ from ._dispatch import (
     torch_validates,
 )
 from ._layout import autocast, empty, has_unit_channels, is_channels_last, laid_out
-from ._register import below_autograd, register
+from ._register import below_autograd, register, requires_grad, run_operator
 from .conv_checks import ConvArgs, check_conv, check_conv_transpose
 
 # Activations whose derivative needs their input; for the others the output is enough, and nothing more is saved.
@@ -328,13 +328,7 @@ def _serve(
         batched, weight, bias, scale, residual, args.output_size, None, args.stride, args.padding, args.dilation,
         args.groups, activation, multiplied, "triton",
     )  # fmt: skip
-    if torch.compiler.is_compiling():
-        y = OPS[transposed](*call)
-    elif torch.is_grad_enabled() and any(t.requires_grad for t in present):
-        y = _Convolution.apply(transposed, *call)[0]
-    else:
-        with below_autograd():
-            y = OPS[transposed](*call)
+    y: Tensor = run_operator(OPS[transposed], call, requires_grad(present))
     return y if input.dim() == rank + 2 else y.squeeze(0)
 
 
@@ -778,14 +772,6 @@ def _differentiable_epilogue_grad(
     return g.to(dy.dtype), bias_grad
 
 
-def _epilogue_grad_autograd(*call: Any) -> tuple[Tensor, Tensor]:
-    """A first backward runs the kernel; one that is differentiated again runs the formula in torch's operators."""
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in call[:2]):
-        return _differentiable_epilogue_grad(*call)
-    with below_autograd():
-        return OP_EPILOGUE_GRAD(*call)
-
-
 def _fake_epilogue_grad(
     dy: Tensor, saved: Tensor | None, activation: str, need_bias: bool, channels_last: bool, backend: str
 ) -> Any:  # fmt: skip
@@ -797,28 +783,26 @@ def _bias_grad(g: Tensor, backend: str) -> Tensor:
         from ..kernels.conv import run_bias_grad
 
         return run_bias_grad(g)
+    return _differentiable_bias_grad(g)
+
+
+def _differentiable_bias_grad(g: Tensor, *_: Any) -> Tensor:
     return g.sum(_all_but_channels(g))
 
 
-def _bias_grad_autograd(g: Tensor, backend: str) -> Tensor:
-    if torch.is_grad_enabled() and g.requires_grad:
-        return g.sum(_all_but_channels(g))
-    with below_autograd():
-        return OP_BIAS_GRAD(g, backend)
-
-
+# A first backward runs the kernels; one that is differentiated again runs the formulas in torch's operators.
 OP_EPILOGUE_GRAD: Any = register(
     "conv_epilogue_grad(Tensor dy, Tensor? saved, str activation, bool need_bias, bool channels_last, str backend)"
     " -> (Tensor, Tensor)",
     implementation=_epilogue_grad,
     fake=_fake_epilogue_grad,
-    autograd=_epilogue_grad_autograd,
+    autograd=_differentiable_epilogue_grad,
 )
 OP_BIAS_GRAD: Any = register(
     "conv_bias_grad(Tensor g, str backend) -> Tensor",
     implementation=_bias_grad,
     fake=lambda g, backend: g.new_empty(g.shape[1]),
-    autograd=_bias_grad_autograd,
+    autograd=_differentiable_bias_grad,
 )
 
 

@@ -22,7 +22,7 @@ from ._dispatch import (
     torch_serves,
 )
 from ._layout import autocast, empty
-from ._register import below_autograd, register
+from ._register import register, requires_grad, run_operator
 from .conv_checks import ConvArgs, check_conv
 from .pool_checks import PoolArgs, check_max_pool, pool_output_size
 
@@ -74,7 +74,7 @@ def conv2d_max_pool2d(
         )  # fmt: skip
         return overridden
     geometry, window = (stride, padding, dilation, groups), (pool_kernel_size, pool_stride, pool_padding)
-    if torch_serves(input) or _needs_grad((input, weight, bias, scale)):
+    if torch_serves(input) or requires_grad((input, weight, bias, scale)):
         return _apart(input, weight, bias, geometry, activation, scale, precision, window)
     input, weight, bias, scale = autocast(input, weight, bias, scale)
     args = check_conv(
@@ -99,16 +99,8 @@ def conv2d_max_pool2d(
         batched, weight, bias, scale, args.output_size, args.stride, args.padding, args.dilation, args.groups,
         activation or "none", multiplied, sizes.kernel_size, sizes.stride, sizes.padding, "triton",
     )  # fmt: skip
-    if torch.compiler.is_compiling():
-        y = OP(*call)
-    else:
-        with below_autograd():
-            y = OP(*call)
+    y: Tensor = run_operator(OP, call, False)
     return y if input.dim() == 4 else y.squeeze(0).contiguous()  # of a single image torch pools to a contiguous one
-
-
-def _needs_grad(tensors: tuple[Any, ...]) -> bool:
-    return any(isinstance(t, Tensor) and pool._needs_grad(t) for t in tensors)
 
 
 def _apart(
@@ -224,14 +216,10 @@ def _autograd(
     dilation: Any, groups: int, activation: str, precision: str, pool_kernel_size: Any, pool_stride: Any,
     pool_padding: Any, backend: str,
 ) -> Tensor:  # fmt: skip
-    """With a gradient the two operators that have one."""
+    """The two operators that have a gradient."""
     geometry, window = (stride, padding, dilation, groups), (pool_kernel_size, pool_stride, pool_padding)
-    present = (t for t in (input, weight, bias, scale) if t is not None)
-    if torch.is_grad_enabled() and any(t.requires_grad for t in present):
-        z = conv.OP(input, weight, bias, scale, None, size, None, *geometry, activation, precision, backend)
-        return pool.OP_MAX(z, _pooled_size(size, *window), *window, [1, 1], backend)
-    with below_autograd():
-        return OP(input, weight, bias, scale, size, *geometry, activation, precision, *window, backend)
+    z = conv.OP(input, weight, bias, scale, None, size, None, *geometry, activation, precision, backend)
+    return pool.OP_MAX(z, _pooled_size(size, *window), *window, [1, 1], backend)
 
 
 OP: Any = register(

@@ -35,7 +35,7 @@ from ._dispatch import (
     torch_validates,
 )
 from ._layout import empty, is_channels_last, laid_out
-from ._register import below_autograd, register
+from ._register import below_autograd, register, requires_grad, run_operator
 from .pool_checks import Ints, PoolArgs, pool_output_size
 
 Size = int | Sequence[int]
@@ -640,7 +640,7 @@ def _lp_pool(
 
     return _serve(
         f"lp_pool{rank}d", rank, input, args.output_size, _windows(args), f"norm{norm_type:.0f}", 0,
-        OP_LP, (float(norm_type),), _needs_grad(input), composite,
+        OP_LP, (float(norm_type),), requires_grad((input,)), composite,
     )  # fmt: skip
 
 
@@ -666,22 +666,18 @@ def _serve_mean(
     composite: Callable[[], Tensor],
 ) -> Tensor:  # fmt: skip
     options = (include_pad, divisor)
-    return _serve(op, rank, input, size, windows, "mean", 0, OP_AVG, options, _needs_grad(input), composite)
+    return _serve(op, rank, input, size, windows, "mean", 0, OP_AVG, options, requires_grad((input,)), composite)
 
 
 def _serve_max(
     op: str, rank: int, input: Tensor, size: Ints, windows: Windows, return_indices: bool, composite: Callable[[], Any]
 ) -> Any:
-    needs_grad = _needs_grad(input)
+    needs_grad = requires_grad((input,))
     index_bytes = 8 if return_indices else 0
     if needs_grad and not return_indices:
         index_bytes = offset_dtype(input.shape[-rank:], size, windows[0]).itemsize
     operator = OP_MAX_WITH_INDICES if return_indices else OP_MAX
     return _serve(op, rank, input, size, windows, "max", index_bytes, operator, (), needs_grad, composite)
-
-
-def _needs_grad(input: Tensor) -> bool:
-    return input.requires_grad and torch.is_grad_enabled()
 
 
 def _serve(
@@ -706,14 +702,7 @@ def _serve(
     backend = choose(op, (input,), rule, choices, lambda: _limits(batch(), size, windows))
     if backend == "torch":
         return composite()
-    call = (batch(), size, *windows, *options, "triton")
-    if torch.compiler.is_compiling():
-        result = operator(*call)
-    elif needs_grad:
-        result = _FUNCTIONS[operator](*call)
-    else:
-        with below_autograd():
-            result = operator(*call)
+    result = run_operator(operator, (batch(), size, *windows, *options, "triton"), needs_grad)
     if input.dim() == rank + 2:
         return result
     return tuple(t.squeeze(0) for t in result) if isinstance(result, tuple) else result.squeeze(0)
@@ -738,14 +727,14 @@ def _max_unpool(
         if y is not None:
             return y
     args = pool_checks.check_max_unpool(rank, input, indices, kernel_size, stride, padding, output_size)
-    op = f"max_unpool{rank}d"
+    op, needs_grad = f"max_unpool{rank}d", requires_grad((input,))
     unbatched = input.dim() == rank + 1
     batched, places = (input.unsqueeze(0), indices.unsqueeze(0)) if unbatched else (input, indices)
 
     def choices(device: DeviceSpec) -> tuple[tuple[str, Choice], ...]:
         from ..kernels import pool
 
-        return _unpool_choices(batched, places, args, device, _needs_grad(input), pool)
+        return _unpool_choices(batched, places, args, device, needs_grad, pool)
 
     def limits() -> str | None:
         if places.dtype is not torch.int64 or (not torch.compiler.is_compiling() and places.device != input.device):
@@ -760,13 +749,7 @@ def _max_unpool(
     if choose(op, (input,), rule, choices, limits) == "torch":
         return _torch_unpool(input, indices, args.output_size, args.stride, args.padding)
     arguments = (batched, places, args.output_size, args.kernel_size, args.stride, args.padding, "triton")
-    if torch.compiler.is_compiling():
-        y = OP_UNPOOL(*arguments)
-    elif _needs_grad(input):
-        y = _MaxUnpool.apply(*arguments)
-    else:
-        with below_autograd():
-            y = OP_UNPOOL(*arguments)
+    y = run_operator(OP_UNPOOL, arguments, needs_grad)
     return y.squeeze(0) if unbatched else y
 
 
@@ -1235,7 +1218,7 @@ class _Gather(torch.autograd.Function):
 
 def _gather_autograd(input: Tensor, winners: Tensor, *options: Any) -> Tensor:
     """Without windows (after an unpooling) the places may be any, and repeat: then torch's operators add them up."""
-    if winners.dtype is torch.int64 and not options[0] and torch.is_grad_enabled() and input.requires_grad:
+    if winners.dtype is torch.int64 and not options[0]:
         return _differentiable_gather(input, winners, options[:4])
     y: Tensor = _Gather.apply(input, winners, *options)
     return y
@@ -1385,16 +1368,12 @@ def _lp_gradient(
     return spread(torch.where(flat, 0.0, dy * slope) / norm) * (norm * input ** (norm - 1))
 
 
-def _lp_backward_autograd(dy: Tensor, input: Tensor, output: Tensor, *options: Any) -> Tensor:
+def _differentiable_lp_backward(dy: Tensor, input: Tensor, output: Tensor, *options: Any) -> Tensor:
     """A first backward runs the kernel; one that is differentiated again runs the formula in our other operators."""
-    if torch.is_grad_enabled() and any(t.requires_grad for t in (dy, input, output)):
-        *windows, norm, backend = options
-        space, channels_last = input.shape[2:], is_channels_last(input)
-        spread = lambda g: OP_AVG_BACKWARD(g, space, channels_last, *windows, True, 0, backend)  # noqa: E731
-        return _lp_gradient(dy, input, output, windows[0], norm, spread)
-    with below_autograd():
-        dx: Tensor = OP_LP_BACKWARD(dy, input, output, *options)
-    return dx
+    *windows, norm, backend = options
+    space, channels_last = input.shape[2:], is_channels_last(input)
+    spread = lambda g: OP_AVG_BACKWARD(g, space, channels_last, *windows, True, 0, backend)  # noqa: E731
+    return _lp_gradient(dy, input, output, windows[0], norm, spread)
 
 
 class _LpPool(torch.autograd.Function):
@@ -1421,15 +1400,8 @@ OP_LP_BACKWARD: Any = register(
     f"lp_pool_backward(Tensor dy, Tensor input, Tensor output, {_WINDOWS}, float norm, str backend) -> Tensor",
     implementation=_lp_backward,
     fake=lambda dy, input, *_: empty(input, input.shape, is_channels_last(input)),
-    autograd=_lp_backward_autograd,
+    autograd=_differentiable_lp_backward,
 )
-# What records the gradient of each operator that a public function calls.
-_FUNCTIONS: dict[Any, Callable[..., Any]] = {
-    OP_MAX: lambda *call: _MaxPool.apply(OP_MAX_WITH_OFFSETS, *call)[0],
-    OP_MAX_WITH_INDICES: lambda *call: _MaxPool.apply(OP_MAX_WITH_INDICES, *call),
-    OP_AVG: _AvgPool.apply,
-    OP_LP: _LpPool.apply,
-}
 
 
 # --- operators: unpooling --------------------------------------------------------------------------------------------

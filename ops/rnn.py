@@ -30,7 +30,7 @@ from ._dispatch import (
     torch_validates,
 )
 from ._layout import autocast
-from ._register import below_autograd, register
+from ._register import below_autograd, register, requires_grad, run_operator
 
 
 def rnn(
@@ -257,7 +257,7 @@ def _recur(
     )
     h0, c0, *_ = (*states, None)
     tensors = [t for t in (input, w_ih, w_hh, b_ih, b_hh, h0, c0) if t is not None]
-    saves = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+    saves = requires_grad(tensors)
     multiplied = operator_precision(input, precision, rnn_setting)
     steps = input if not args.is_batched else input.transpose(0, 1) if batch_first else input
 
@@ -282,15 +282,11 @@ def _recur(
     call = (steps, w_ih, w_hh, b_ih, b_hh, h0, c0, cell, reverse, multiplied, saves, backend)
     if in_transform():
         out, h_n, c_n, _ = _formula(*call[:9])
-    elif traced:
-        out, h_n, c_n, _ = OP(*call)
-        # The operator's gradient reads its own result, and a graph does not notice that its caller changes that.
-        out = out.clone() if saves else out
-    elif saves:
-        out, h_n, c_n, _ = _Rnn.apply(*call)
     else:
-        with below_autograd():
-            out, h_n, c_n, _ = OP(*call)
+        out, h_n, c_n, _ = run_operator(OP, call, saves)
+        if traced and saves:
+            # The operator's gradient reads its own result, and a graph does not notice that its caller changes that.
+            out = out.clone()
     if not args.is_batched:
         return out.squeeze(1), h_n.squeeze(1), c_n.squeeze(1) if cell == "lstm" else None
     return out.transpose(0, 1) if batch_first else out, h_n, c_n
@@ -592,12 +588,12 @@ def _fake_forward(
 
 class _Rnn(torch.autograd.Function):
     """``(out, h_n, c_n, cells)`` of OP; the last two are empty where the cell has none. The cells are an output so that
-    a second derivative reaches them."""
+    a second derivative reaches them. OP saves them even if its caller did not ask for that."""
 
     @staticmethod
     def forward(ctx: Any, *call: Any) -> tuple[Tensor, ...]:
         with below_autograd():
-            out, h_n, c_n, cells = OP(*call)
+            out, h_n, c_n, cells = OP(*call[:10], True, call[11])
         ctx.save_for_backward(*call[:7], out, cells if call[7] == "lstm" else None)
         ctx.options = (*call[7:10], call[11])
         ctx.set_materialize_grads(False)
@@ -617,20 +613,12 @@ class _Rnn(torch.autograd.Function):
 _TENSORS = "Tensor input, Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh, Tensor h0, Tensor? c0"
 
 
-def _autograd(*call: Any) -> tuple[Tensor, ...]:
-    saves = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in call[:7])
-    if not saves:
-        with below_autograd():
-            return tuple(OP(*call))
-    return tuple(_Rnn.apply(*call[:10], True, call[11]))
-
-
 OP: Any = register(
     f"rnn({_TENSORS}, str cell, bool reverse, str precision, bool saves, str backend)"
     " -> (Tensor, Tensor, Tensor, Tensor)",
     implementation=_forward,
     fake=_fake_forward,
-    autograd=_autograd,
+    autograd=_Rnn.apply,
     composite=lambda *call: _formula(*call[:9]),
 )
 
@@ -773,12 +761,9 @@ def _rolled(t: Tensor, rows: int) -> Tensor:
     return t.roll(rows, 0) if rows else t
 
 
-def _backward_autograd(*call: Any) -> tuple[Tensor, ...]:
+def _differentiable_backward(*call: Any) -> tuple[Tensor, ...]:
     """A first backward runs the kernel; one that is differentiated again runs the formula in torch's operators."""
-    if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in call[:13]):
-        return _backward(*(*call[:-1], "torch"))
-    with below_autograd():
-        return tuple(OP_BACKWARD(*call))
+    return _backward(*(*call[:-1], "torch"))
 
 
 def _fake_backward(
@@ -797,6 +782,6 @@ OP_BACKWARD: Any = register(
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     implementation=_backward,
     fake=_fake_backward,
-    autograd=_backward_autograd,
-    composite=lambda *call: _backward(*(*call[:-1], "torch")),
+    autograd=_differentiable_backward,
+    composite=_differentiable_backward,
 )
