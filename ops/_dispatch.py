@@ -170,7 +170,7 @@ _LARGEST_SIZE = 2**31 - 1
 # --- what the kernels cover ------------------------------------------------------------------------------------------
 
 
-def _constant(fn: Callable[..., Any]) -> Callable[..., Any]:
+def constant(fn: Callable[..., Any]) -> Callable[..., Any]:
     """:func:`torch.compiler.assume_constant_result`, which would import the compiler: torch.compile calls the function
     instead of tracing it."""
     fn._dynamo_marked_constant = True  # type: ignore[attr-defined]
@@ -182,18 +182,18 @@ def _find_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
-@_constant  # before torch 2.13 a cache alone is traced through
+@constant  # before torch 2.13 a cache alone is traced through
 def _triton_installed() -> bool:
     return _find_triton()
 
 
-@_constant  # Dynamo cannot trace the question
+@constant  # Dynamo cannot trace the question
 def is_jit_tracing() -> bool:
     """Is torch.jit.trace running, which makes a constant of whatever Python asks of a size?"""
     return _is_tracing()
 
 
-@_constant  # torch 2.11 takes the answer for True in whatever it compiles
+@constant  # torch 2.11 takes the answer for True in whatever it compiles
 def is_exporting() -> bool:
     """Is torch.export tracing?"""
     return torch.compiler.is_exporting()
@@ -207,7 +207,7 @@ def in_transform() -> bool:
     return forward_ad._current_level >= 0 or _in_functorch()
 
 
-@_constant  # traced, the comparison with None would be True everywhere
+@constant  # traced, the comparison with None would be True everywhere
 def _in_functorch() -> bool:
     return peek_interpreter_stack() is not None
 
@@ -375,7 +375,7 @@ def rnn_setting() -> str:
     return _tf32_or_ieee(torch.backends.cudnn.rnn)
 
 
-@_constant  # a change of this one torch.compile notices
+@constant  # a change of this one torch.compile notices
 def matmul_setting() -> str:
     return _tf32_or_ieee(torch.backends.cuda.matmul)
 

@@ -49,6 +49,11 @@ def empty(like: torch.Tensor, shape: Sequence[int], channels_last: bool) -> torc
     return like.new_empty((n, *space, c)).movedim(-1, 1)
 
 
+def or_empty(t: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:
+    """What an operator returns in place of ``None``, since it returns tensors only: one without elements."""
+    return like.new_empty(0) if t is None else t
+
+
 def memory_format(channels_last: bool) -> torch.memory_format:
     return torch.channels_last if channels_last else torch.contiguous_format
 

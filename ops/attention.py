@@ -21,6 +21,7 @@ from . import attention_checks
 from ._checks import PRECISIONS
 from ._dispatch import (
     choose,
+    constant,
     in_transform,
     is_empty,
     is_jit_tracing,
@@ -32,7 +33,7 @@ from ._dispatch import (
     torch_serves,
     torch_validates,
 )
-from ._layout import autocast
+from ._layout import autocast, or_empty
 from ._register import below_autograd, register, requires_grad, run_operator
 from .attention_checks import ALIGNMENTS, SCORES, AttentionArgs
 
@@ -508,7 +509,11 @@ def _is_bounded(scale: float, dtype: torch.dtype) -> bool:
 # --- the choice of backend -------------------------------------------------------------------------------------------
 
 
-MAX_HEAD = 256  # numbers a head, as kernels/attention.py has it: Dynamo must not trace into the kernels
+@constant  # Dynamo must not trace into the kernels
+def _max_head() -> int:
+    from ..kernels.attention import MAX_HEAD
+
+    return MAX_HEAD
 
 
 def _limits(
@@ -516,8 +521,8 @@ def _limits(
 ) -> str | None:  # fmt: skip
     if dropout_p:
         return f"dropout_p={dropout_p:g}"
-    if head > MAX_HEAD:
-        return f"a head dimension of {head}: no kernel has more than {MAX_HEAD}"
+    if head > _max_head():
+        return f"a head dimension of {head}: no kernel has more than {_max_head()}"
     if torch.compiler.is_compiling():
         return None
     if mask is not None and not is_plain(mask):
@@ -913,13 +918,14 @@ def _backward(
         for grad, result in zip((dq, dk, dv, dbias), grads, strict=True):
             if grad is not None:
                 grad.copy_(result)
-    return _or_nothing(query, dq, dk, dv, dbias)
+    return tuple(or_empty(grad, query) for grad in (dq, dk, dv, dbias))
 
 
 def _differentiable_backward(*call: Any) -> tuple[Tensor, ...]:
     """A first backward runs the kernels; one that is differentiated again runs the formula in torch's operators."""
     query, key, value, mask, bias, _, _, dout, dlse, needs, scale, shift, *_ = call
-    return _or_nothing(query, *_grads(query, key, value, mask, bias, dout, dlse, scale, shift, needs))
+    grads = _grads(query, key, value, mask, bias, dout, dlse, scale, shift, needs)
+    return tuple(or_empty(grad, query) for grad in grads)
 
 
 def _empty_grads(
@@ -936,16 +942,11 @@ def _empty_grads(
     )
 
 
-def _or_nothing(like: Tensor, *grads: Tensor | None) -> tuple[Tensor, ...]:
-    """An operator returns tensors only: an empty one in place of ``None``."""
-    return tuple(like.new_empty(0) if grad is None else grad for grad in grads)
-
-
 def _fake_backward(
     query: Tensor, key: Tensor, value: Tensor, attn_mask: Any, bias: Tensor | None, out: Any, stats: Any, dout: Any,
     dlse: Any, needs: list[bool], *_: Any,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    return _or_nothing(query, *_empty_grads(query, key, value, bias, needs))
+    return tuple(or_empty(grad, query) for grad in _empty_grads(query, key, value, bias, needs))
 
 
 OP_BACKWARD: Any = register(

@@ -33,15 +33,12 @@ from ._dispatch import (
     runs_kernels,
     torch_validates,
 )
-from ._layout import autocast, empty, has_unit_channels, is_channels_last, laid_out
+from ._layout import autocast, empty, has_unit_channels, is_channels_last, laid_out, or_empty
 from ._register import below_autograd, register, requires_grad, run_operator
 from .conv_checks import ConvArgs, check_conv, check_conv_transpose
 
 # Activations whose derivative needs their input; for the others the output is enough, and nothing more is saved.
 SAVES_INPUT = ("silu", "gelu", "gelu_tanh", "hardsigmoid", "hardswish")
-# What the direct kernels take: channels of a group, filters of a group, and steps between windows, rows times columns.
-DIRECT_CHANNELS = (1, 2, 4, 8)
-DIRECT_BLOCK, DIRECT_PRODUCTS = 16, 256
 Size = int | Sequence[int]
 
 
@@ -546,12 +543,13 @@ def _activation_backward(grad: Tensor, saved: Tensor, activation: str) -> Tensor
 
 
 def _is_direct(weight_shape: Sequence[int], stride: Sequence[int], groups: int) -> bool:
-    """Do few channels meet in a group, so that they are multiplied one by one and not as matrices?"""
+    """Do few channels meet in a group, so that the kernels multiply them one by one and not as matrices?"""
+    from ..kernels.conv_direct import CHANNELS, MAX_BLOCK, MAX_PRODUCTS
+
     filters, channels = weight_shape[0] // groups, weight_shape[1]
-    few = channels in DIRECT_CHANNELS and filters in DIRECT_CHANNELS
     block, products = math.prod(stride[-2:]), math.prod(weight_shape[2:][-2:]) * filters
-    fits = math.prod(stride) == 1 or (block <= DIRECT_BLOCK and products <= DIRECT_PRODUCTS)
-    return groups > 1 and few and fits
+    fits = math.prod(stride) == 1 or (block <= MAX_BLOCK and products <= MAX_PRODUCTS)
+    return groups > 1 and channels in CHANNELS and filters in CHANNELS and fits
 
 
 def module_of(weight_shape: Sequence[int], stride: Sequence[int], groups: int) -> Any:
@@ -662,11 +660,12 @@ class _Convolution(torch.autograd.Function):
         need_input, need_weight, need_bias, need_scale, need_residual = ctx.needs_input_grad[1:6]
 
         # dz comes only from a second derivative, which reaches the activation's input through it.
-        # The dense kernels want g channels last, and what reads it may as well write it so; the direct ones read both.
+        # The dense kernels want g channels last, and what reads it may as well write it so; the direct ones and torch
+        # read both layouts.
         g, bias_grad = dy, None
-        dense = not _is_direct(weight.shape, geometry[0], groups)
+        dense = runs_kernels(backend, input) and not _is_direct(weight.shape, geometry[0], groups)
         relays = dense and (need_input or need_weight) and dy is not None and not has_unit_channels(dy)
-        if dy is not None and (activation != "none" or (relays and runs_kernels(backend, dy))):
+        if dy is not None and (activation != "none" or relays):
             channels_last = dense or is_channels_last(saved)
             g, bias_grad = OP_EPILOGUE_GRAD(
                 dy, saved, activation, need_bias and dz is None, channels_last, backend
@@ -755,7 +754,7 @@ def _epilogue_grad(
         from ..kernels.conv import run_epilogue_grad
 
         g, bias_grad = run_epilogue_grad(dy, saved, activation, need_bias=need_bias, is_channels_last=channels_last)
-        return g, dy.new_empty(0) if bias_grad is None else bias_grad
+        return g, or_empty(bias_grad, dy)
     g, bias_grad = _differentiable_epilogue_grad(dy, saved, activation, need_bias)
     # A new tensor also where nothing changes: an operator's outputs must not alias its inputs.
     return empty(g, g.shape, channels_last).copy_(g), bias_grad

@@ -29,7 +29,7 @@ from ._dispatch import (
     torch_serves,
     torch_validates,
 )
-from ._layout import autocast
+from ._layout import autocast, or_empty
 from ._register import below_autograd, register, requires_grad, run_operator
 
 
@@ -545,7 +545,7 @@ def _forward(
         result = torch_layer(cell, input, w_ih, w_hh, b_ih, b_hh, h0, c0, reverse, False)
         assert result is not None
         out, h_n, c_n = result
-        return out.contiguous(), h_n, _or_empty(c_n, input), input.new_empty(0)
+        return out.contiguous(), h_n, or_empty(c_n, input), input.new_empty(0)
     from ..kernels.rnn import run_forward
 
     bias, b_n = _input_bias(cell, b_ih, b_hh, w_hh.shape[-1])
@@ -553,12 +553,7 @@ def _forward(
     out, h_n, c_n, cells = run_forward(
         _problem(cell, input, w_hh, precision, saves), x, w_hh, b_n, h0, c0, reverse=reverse
     )
-    return out, h_n, _or_empty(c_n, input), _or_empty(cells, input)
-
-
-def _or_empty(t: Tensor | None, like: Tensor) -> Tensor:
-    """An operator returns a tensor in any case."""
-    return like.new_empty(0) if t is None else t
+    return out, h_n, or_empty(c_n, input), or_empty(cells, input)
 
 
 def _input_bias(
@@ -726,7 +721,7 @@ def _backward(
         dgates, dh0, dc0 = _gate_grads(
             gates, w_hh, out, before, cells, cells_before, dout, dhn, dcn, dcells, cell, reverse
         )  # fmt: skip
-    return *_products(dgates, input, before, w_ih, needs, cell), dh0, _or_empty(dc0, input)
+    return *_products(dgates, input, before, w_ih, needs, cell), dh0, or_empty(dc0, input)
 
 
 def _products(
