@@ -114,6 +114,110 @@ def attended(options: dict[str, Any], dtype: torch.dtype, device: str = "cpu") -
     return [q, k, v, mask, bias]
 
 
+def direct_calls() -> dict[str, tuple[Any, ...]]:
+    """One legal call of each operator."""
+    x, w, g, y = (torch.randn(shape) for shape in ((1, 2, 4, 4), (2, 2, 2, 2), (1, 2, 3, 3), (1, 2, 3, 3)))
+    places = torch.arange(9).view(1, 1, 3, 3).repeat(1, 2, 1, 1)
+    geometry, window = ([1, 1], [0, 0], [1, 1], 1), ([2, 2], [1, 1], [0, 0], [1, 1])
+    size, space, activated = [3, 3], [4, 4], ("silu", "ieee", "auto")
+    q, k, v, out, dout = (torch.randn(1, 1, 3, 4) for _ in range(5))
+    stats, inverse = torch.randn(2, 1, 1, 3), torch.rand(1, 1, 3)
+    steps, w_ih, w_hh, h0, hidden, dhidden = (
+        torch.randn(shape) for shape in ((3, 2, 5), (1, 4, 5), (1, 4, 4), (1, 2, 4), (3, 2, 4), (3, 2, 4))
+    )
+    layer = (steps, w_ih, w_hh, None, None, h0, None)
+    return {
+        "conv": (x, w, None, None, None, size, None, *geometry, *activated),
+        "conv_saving_input": (x, w, None, None, None, size, None, *geometry, *activated),
+        "conv_transpose": (g, w, None, None, None, space, None, *geometry, *activated),
+        "conv_transpose_saving_input": (g, w, None, None, None, space, None, *geometry, *activated),
+        "conv_epilogue_grad": (g, y, "silu", True, False, "auto"),
+        "conv_bias_grad": (g, "auto"),
+        "conv_weight_grad": (x, g, [2, 2], False, *geometry, "ieee", "auto"),
+        "conv2d_max_pool2d": (x, w, None, None, size, *geometry, "relu", "ieee", *window[:3], "auto"),
+        "max_pool": (x, size, *window, "auto"),
+        "max_pool_with_offsets": (x, size, *window, "auto"),
+        "max_pool_with_indices": (x, size, *window, "auto"),
+        "max_pool_backward": (g, places, space, False, *window, "auto"),
+        "pool_gather": (x, places, *window, "auto"),
+        "avg_pool": (x, size, *window, True, 0, "auto"),
+        "avg_pool_backward": (g, space, False, *window, True, 0, "auto"),
+        "lp_pool": (x, size, *window, 2.0, "auto"),
+        "lp_pool_backward": (g, x, y, *window, 2.0, "auto"),
+        "max_unpool": (g, places, space, *window[:3], "auto"),
+        "attention": (q, k, v, None, None, 0.5, None, False, False, False, "ieee", "auto"),
+        "attention_backward": (
+            q, k, v, None, None, out, stats, dout, None, [True, True, True, False], 0.5, None, False, "ieee", "auto",
+        ),
+        "attention_normalize": (q, 1e-6, "auto"),
+        "attention_normalize_backward": (q, out, inverse, dout, 1e-6, "auto"),
+        "rnn": (*layer, "tanh", False, "default", False, "auto"),
+        "rnn_backward": (
+            *layer, hidden, None, dhidden, None, None, None, [True, True, True, False, False], "tanh", False, "default",
+            "auto",
+        ),
+    }  # fmt: skip
+
+
+DIRECT = direct_calls()
+
+
+@pytest.mark.torch
+class TestAutogradKey:
+    """What an operator's key for autograd runs when the operator is called without our public function."""
+
+    @pytest.fixture
+    def entered(self, monkeypatch):
+        """Names of our autograd Functions whose forward has run."""
+        names: list[str] = []
+
+        def recording(kind: Any) -> Any:
+            forward = kind.forward
+
+            def record(*args: Any) -> Any:
+                names.append(kind.__name__)
+                return forward(*args)
+
+            return staticmethod(record)
+
+        for kind in torch.autograd.Function.__subclasses__():
+            if kind.__module__.startswith("tritune.ops."):
+                monkeypatch.setattr(kind, "forward", recording(kind))
+        return names
+
+    @pytest.mark.parametrize("name", DIRECT)
+    def test_a_function_is_entered_only_for_a_gradient(self, name, entered):
+        op = getattr(ops, name)
+        without = op(*DIRECT[name])
+        leaves = [
+            t.clone().requires_grad_() if isinstance(t, torch.Tensor) and t.is_floating_point() else t
+            for t in DIRECT[name]
+        ]
+        with torch.no_grad():
+            op(*leaves)
+        assert entered == []
+
+        with_gradient = op(*leaves)
+        first, expected = (t[0] if isinstance(t, (tuple, list)) else t for t in (with_gradient, without))
+        assert first.requires_grad and not expected.requires_grad
+        torch.testing.assert_close(first.detach(), expected)
+        entered.clear()
+        inputs = [t for t in leaves if isinstance(t, torch.Tensor) and t.requires_grad]
+        torch.autograd.grad(first.sum(), inputs, allow_unused=True)
+        assert entered == []
+
+    def test_functions_are_seen(self, entered):
+        x = torch.randn(1, 2, 4, 4, requires_grad=True)
+        ops.avg_pool(x, *DIRECT["avg_pool"][1:])
+        assert entered == ["_AvgPool"]
+
+    def test_every_operator_is_called(self):
+        """None takes a list of tensors, into which the key would not look."""
+        names = [name for name in torch._C._dispatch_get_all_op_names() if name.startswith("tritune::")]
+        assert {name.removeprefix("tritune::") for name in names} == set(DIRECT)
+        assert not [name for name in DIRECT if "Tensor[]" in str(getattr(ops, name).default._schema)]
+
+
 @pytest.mark.torch
 class TestOperators:
     """Called directly, an operator is opaque to autograd: what runs below it is not recorded, with kernels or not. So
