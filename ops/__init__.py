@@ -1,4 +1,10 @@
-"""Operators: validation, schemas, autograd, dispatch and the torch fallback. Kernels are imported where they run."""
+"""Operators: validation, schemas, autograd, dispatch and the torch fallback. Kernels are imported where they run.
+
+Of each family ``<family>.py`` holds the public functions and the way from their arguments to a call, with the choice of
+backend; ``<family>_operators.py`` the registered operators with their implementations, fakes and autograd Functions;
+``<family>_torch.py`` what torch's operators compute instead, the fallback and yardstick; ``<family>_checks.py`` the
+validators. Files that begin with an underscore are shared by the families.
+"""
 
 from ._dispatch import Decision, UnsupportedError, record, use_backend
 from ._explain import explain

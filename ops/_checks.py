@@ -12,6 +12,7 @@ Messages are built by the functions named ``_text_...``, called only once someth
 """
 
 import operator
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -30,6 +31,7 @@ ACTIVATIONS = (
     "tanh",
 )
 PRECISIONS = ("ieee", "tf32", "tf32x3")
+Size = int | Sequence[int]  # one number for all dimensions of space, or one for each
 
 # -- argument types: what torch's parser of Python arguments accepts ---------------------------------------------------
 

@@ -1,45 +1,34 @@
-"""Convolution and transposed convolution with a fused epilogue: functions, operators, autograd, torch implementation.
-
-Three operators close under differentiation, in any number of dimensions, so every derivative of any order is made of
-them: the convolution ``y = conv(x, w)``, its transpose ``x = conv_transpose(y, w)`` and the weight gradient
-``w = conv_weight_grad(x, y)``. Each is linear in both arguments, and its gradients are the other two.
-"""
+"""Convolution and transposed convolution with a fused epilogue: public functions, and the choice of backend."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import gelu, hardsigmoid, hardswish, leaky_relu, pad, relu6, silu
+from torch.nn.functional import pad
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from ..autotune.device import DeviceSpec
 from ..autotune.resolve import Choice, resolve
-from ._checks import PRECISIONS
+from ._checks import Size
 from ._dispatch import (
     are_plain,
     choose,
     conv_setting,
-    is_empty,
-    is_jit_tracing,
     measured,
     operator_precision,
     rejections,
     resolved_precision,
-    runs_kernels,
     torch_validates,
 )
-from ._layout import autocast, empty, has_unit_channels, is_channels_last, laid_out, or_empty
-from ._register import below_autograd, register, requires_grad, run_operator
+from ._layout import autocast, has_unit_channels, is_channels_last
+from ._register import requires_grad, run_operator
 from .conv_checks import ConvArgs, check_conv, check_conv_transpose
-
-# Activations whose derivative needs their input; for the others the output is enough, and nothing more is saved.
-SAVES_INPUT = ("silu", "gelu", "gelu_tanh", "hardsigmoid", "hardswish")
-Size = int | Sequence[int]
+from .conv_operators import OPS, is_direct, module_of, result_is_channels_last, weight_grad_module_of
+from .conv_torch import by_torch, composite
 
 
 def conv1d(
@@ -59,7 +48,7 @@ def conv1d(
         >>> tritune.conv1d(x, w, padding=3, groups=64, activation="silu")[..., :100].shape  # causal
         torch.Size([2, 64, 100])
     """
-    return _convolve(
+    return convolve(
         conv1d, False, 1, input, weight, bias, (stride, padding, dilation, groups), activation, residual, scale,
         precision,
     )  # fmt: skip
@@ -109,7 +98,7 @@ def conv2d(
         >>> tritune.conv2d(x, w, padding=1, activation="relu").shape
         torch.Size([8, 64, 32, 32])
     """
-    return _convolve(
+    return convolve(
         conv2d, False, 2, input, weight, bias, (stride, padding, dilation, groups), activation, residual, scale,
         precision,
     )  # fmt: skip
@@ -131,7 +120,7 @@ def conv3d(
         >>> tritune.conv3d(x, w, padding="same").shape
         torch.Size([1, 16, 5, 16, 16])
     """
-    return _convolve(
+    return convolve(
         conv3d, False, 3, input, weight, bias, (stride, padding, dilation, groups), activation, residual, scale,
         precision,
     )  # fmt: skip
@@ -152,7 +141,7 @@ def conv_transpose1d(
         >>> tritune.conv_transpose1d(torch.randn(2, 8, 10), torch.randn(8, 4, 4), stride=2, padding=1).shape
         torch.Size([2, 4, 20])
     """
-    return _convolve(
+    return convolve(
         conv_transpose1d, True, 1, input, weight, bias, (stride, padding, output_padding, groups, dilation),
         activation, residual, scale, precision,
     )  # fmt: skip
@@ -191,7 +180,7 @@ def conv_transpose2d(
         >>> tritune.conv_transpose2d(x, w, stride=2, activation="relu").shape
         torch.Size([2, 4, 16, 16])
     """
-    return _convolve(
+    return convolve(
         conv_transpose2d, True, 2, input, weight, bias, (stride, padding, output_padding, groups, dilation),
         activation, residual, scale, precision,
     )  # fmt: skip
@@ -212,13 +201,16 @@ def conv_transpose3d(
         >>> tritune.conv_transpose3d(torch.randn(1, 8, 2, 4, 4), torch.randn(8, 4, 2, 2, 2), stride=2).shape
         torch.Size([1, 4, 4, 8, 8])
     """
-    return _convolve(
+    return convolve(
         conv_transpose3d, True, 3, input, weight, bias, (stride, padding, output_padding, groups, dilation),
         activation, residual, scale, precision,
     )  # fmt: skip
 
 
-def _convolve(
+# --- from arguments to a call ----------------------------------------------------------------------------------------
+
+
+def convolve(
     function: Callable[..., Tensor], transposed: bool, rank: int, input: Tensor, weight: Tensor, bias: Tensor | None,
     geometry: tuple[Any, ...], activation: str | None, residual: Tensor | None, scale: Tensor | None,
     precision: str | None,
@@ -236,7 +228,7 @@ def _convolve(
     ):  # fmt: skip
         rejected = rejections()
         try:
-            y = _by_torch(transposed, rank, input, weight, bias, geometry, activation, residual, scale, precision)
+            y = by_torch(transposed, rank, input, weight, bias, geometry, activation, residual, scale, precision)
             if y is not None:
                 return y
         except rejected:
@@ -255,42 +247,6 @@ def _pads_by_a_word(geometry: tuple[Any, ...]) -> bool:
     return type(geometry[1]) is str and are_plain((geometry[0], *geometry[2:]))
 
 
-def _by_torch(
-    transposed: bool, rank: int, input: Tensor, weight: Tensor, bias: Tensor | None, geometry: tuple[Any, ...],
-    activation: str | None, residual: Tensor | None, scale: Tensor | None, precision: str | None,
-) -> Tensor | None:  # fmt: skip
-    """torch's convolution with the epilogue; ``None`` for an empty result, and where torch accepts what our validator
-    rejects."""
-    if bias is not None and bias.dtype is not weight.dtype:
-        return None
-    y: Tensor = _TORCH[transposed][rank - 1](input, weight, bias if scale is None else None, *geometry)
-    if is_empty(y) or (precision is not None and precision not in PRECISIONS):
-        return None
-    if scale is not None or residual is not None:
-        if not _fits_epilogue(y, rank, residual, scale):
-            return None
-        y = _epilogue(y, scale, None if scale is None else bias, residual, rank)
-    if activation is None:
-        return y
-    functions = _ACTIVATIONS.get(activation)
-    if functions is None:
-        return None
-    return functions[not y.requires_grad and not is_jit_tracing()](y)
-
-
-def _fits_epilogue(y: Tensor, rank: int, residual: Tensor | None, scale: Tensor | None) -> bool:
-    """Have residual and scale just the dtype, device and shape that the epilogue of a result ``y`` asks for? In
-    torch.jit.trace, which would make sizes constants by comparing them, the number of dimensions has to do."""
-    channels, is_traced = y.shape[-rank - 1], is_jit_tracing()
-    return all(
-        t is None
-        or (
-            t.dim() == len(shape) and (is_traced or t.shape == shape) and t.dtype is y.dtype and t.device == y.device
-        )
-        for t, shape in ((residual, y.shape), (scale, (channels,)))
-    )  # fmt: skip
-
-
 def _serve(
     transposed: bool, args: ConvArgs, operands: tuple[Any, ...], activation: str | None, precision: str | None
 ) -> Tensor:
@@ -300,7 +256,7 @@ def _serve(
     present = [t for t in operands if t is not None]
 
     def problem() -> Any:
-        return _problem(_batched(input, rank), weight, args, transposed, precision)
+        return conv_problem(_batched(input, rank), weight, args, transposed, precision)
 
     backend = choose(
         f"conv_transpose{rank}d" if transposed else f"conv{rank}d",
@@ -309,15 +265,15 @@ def _serve(
         lambda device: _kernel_choices(
             problem(), device, (_batched(input, rank), *operands[1:]), activation, transposed
         ),
-        lambda: _limits(_batched(input, rank), weight, args),
+        lambda: limits(_batched(input, rank), weight, args),
     )  # fmt: skip
     activation = activation or "none"
     if backend == "torch":
-        return _composite(input, weight, bias, scale, residual, args, transposed, activation)
+        return composite(input, weight, bias, scale, residual, args, transposed, activation)
 
     batched = _batched(input, rank)
     if args.pad_extra is not None:
-        batched = _pad(batched, args.pad_extra)
+        batched = pad_around(batched, args.pad_extra)
     if residual is not None and residual.dim() == rank + 1:
         residual = residual.unsqueeze(0)
     multiplied = operator_precision(input, precision, conv_setting)
@@ -333,7 +289,7 @@ def _batched(input: Tensor, rank: int) -> Tensor:
     return input if input.dim() == rank + 2 else input.unsqueeze(0)
 
 
-def _pad(input: Tensor, extra: tuple[int, ...]) -> Tensor:
+def pad_around(input: Tensor, extra: tuple[int, ...]) -> Tensor:
     """Zeros around ``input``, whose layout stays: :func:`F.pad` alone loses it in one dimension of space."""
     if is_channels_last(input):
         return pad(input.movedim(1, -1), (0, 0, *extra)).movedim(-1, 1)
@@ -343,7 +299,7 @@ def _pad(input: Tensor, extra: tuple[int, ...]) -> Tensor:
 # --- the choice of backend -------------------------------------------------------------------------------------------
 
 
-def _limits(input: Tensor, weight: Tensor, args: ConvArgs) -> str | None:
+def limits(input: Tensor, weight: Tensor, args: ConvArgs) -> str | None:
     """What the kernels leave to torch beyond dtypes and devices."""
     if weight.numel() == 0:
         return "weight is empty"
@@ -355,7 +311,7 @@ def _limits(input: Tensor, weight: Tensor, args: ConvArgs) -> str | None:
     return None
 
 
-def _problem(input: Tensor, weight: Tensor, args: ConvArgs, transposed: bool, precision: str | None) -> Any:
+def conv_problem(input: Tensor, weight: Tensor, args: ConvArgs, transposed: bool, precision: str | None) -> Any:
     from ..kernels import conv
 
     geometry = conv.Geometry.of(args.stride, args.padding, args.dilation, args.groups)
@@ -366,13 +322,8 @@ def _problem(input: Tensor, weight: Tensor, args: ConvArgs, transposed: bool, pr
     if transposed:
         x_shape, output = (n, weight.shape[1] * args.groups, *args.output_size), tuple(space)
     resolved = resolved_precision(input, precision, conv_setting)
-    channels_last = _result_is_channels_last(input, weight)
+    channels_last = result_is_channels_last(input, weight)
     return conv.problem_of(x_shape, weight.shape, output, geometry, input.dtype, resolved, channels_last)
-
-
-def _result_is_channels_last(input: Tensor, weight: Tensor) -> bool:
-    """torch's rule. In one dimension it looks at the weights alone."""
-    return is_channels_last(weight) or (input.dim() > 3 and is_channels_last(input))
 
 
 def _weight_shape(problem: Any) -> tuple[int, ...]:
@@ -409,7 +360,7 @@ def _kernel_choices(
         channels, pixels = problem.C * groups, problem.image_pixels
     has_saved = activation not in (None, "none")
     unit_channels = problem.channels_last or channels == 1 or pixels == problem.N
-    relays = not _is_direct(*kind) and not unit_channels and (need_input or need_weight)
+    relays = not is_direct(*kind) and not unit_channels and (need_input or need_weight)
     backward: list[tuple[Any, Any]] = []
     if has_saved or relays or need_bias:
         writes_g = has_saved or relays
@@ -448,425 +399,3 @@ def _auto_rule(
     if problem.channels_last and memory_us >= compute_us and theirs >= 1.25 * ours:
         return True, f"not measured; fusing {passes} passes saves {1 - ours / theirs:.0%} of torch's bytes"
     return False, "not measured, and counted traffic does not promise a win: `tritune tune` can"
-
-
-# --- torch's implementation: fallback and yardstick ------------------------------------------------------------------
-
-_TORCH: dict[bool, tuple[Any, ...]] = {
-    False: (torch.conv1d, torch.conv2d, torch.conv3d),
-    True: (torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d),
-}
-
-
-def activate(z: Tensor, activation: str) -> Tensor:
-    """The activation by torch's own operators."""
-    return z if activation == "none" else _ACTIVATIONS[activation][0](z)
-
-
-_TANH_GELU = partial(gelu, approximate="tanh")
-# Each returns a new tensor; the second, where torch has one, writes over its argument, which has to be nobody else's.
-_ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = {
-    "relu": (torch.relu, torch.relu_),
-    "relu6": (relu6, partial(relu6, inplace=True)),
-    "leaky_relu": (leaky_relu, partial(leaky_relu, inplace=True)),
-    "silu": (silu, partial(silu, inplace=True)),
-    "gelu": (gelu, gelu),
-    "gelu_tanh": (_TANH_GELU, _TANH_GELU),
-    "hardswish": (hardswish, partial(hardswish, inplace=True)),
-    "hardsigmoid": (hardsigmoid, partial(hardsigmoid, inplace=True)),
-    "sigmoid": (torch.sigmoid, torch.sigmoid_),
-    "tanh": (torch.tanh, torch.tanh_),
-}
-
-
-def _per_channel(t: Tensor, rank: int) -> Tensor:
-    """[K] as [K, 1, ...], to meet [N, K, *space]."""
-    return t.view(-1, *(1 for _ in range(rank)))
-
-
-def _epilogue(z: Tensor, scale: Tensor | None, bias: Tensor | None, residual: Tensor | None, rank: int) -> Tensor:
-    if scale is not None:
-        z = z * _per_channel(scale, rank)
-    if bias is not None:
-        z = z + _per_channel(bias, rank)
-    return z if residual is None else z + residual
-
-
-def _composite(
-    input: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None, residual: Tensor | None,
-    args: ConvArgs, transposed: bool, activation: str,
-) -> Tensor:  # fmt: skip
-    rank = len(args.stride)
-    function, fused_bias = _TORCH[transposed][rank - 1], bias if scale is None else None
-    if transposed:
-        z = function(
-            input, weight, fused_bias, args.stride, args.padding, args.output_padding, args.groups, args.dilation
-        )  # fmt: skip
-    else:
-        padding = args.padding if args.mode is None else args.mode
-        z = function(input, weight, fused_bias, args.stride, padding, args.dilation, args.groups)
-    if (scale is not None or residual is not None) and weight.shape[1]:  # no input channels, no output channels
-        z = _epilogue(z, scale, None if scale is None else bias, residual, rank)
-    return activate(z, activation)
-
-
-def _activation_backward(grad: Tensor, saved: Tensor, activation: str) -> Tensor:
-    """Gradient at the input of the activation from its output, or from its input for SAVES_INPUT; differentiable
-    itself. As the kernels' function of the same name: where the activation is flat the gradient is left out."""
-    if activation == "relu":
-        return torch.where(saved <= 0, 0.0, grad)
-    if activation == "relu6":
-        return torch.where((saved > 0) & (saved < 6), grad, 0.0)
-    if activation == "leaky_relu":
-        return torch.where(saved > 0, grad, grad * 0.01)
-    if activation == "sigmoid":
-        return grad * (saved * (1 - saved))
-    if activation == "tanh":
-        return grad * (1 - saved * saved)
-    if activation == "silu":
-        sigmoid = torch.sigmoid(saved)
-        return grad * (sigmoid * (1 + saved * (1 - sigmoid)))
-    if activation == "gelu":
-        cdf = 0.5 * (1 + torch.erf(saved * 0.7071067811865476))
-        return grad * (cdf + saved * 0.3989422804014327 * torch.exp(-0.5 * saved * saved))
-    if activation == "gelu_tanh":
-        t = torch.tanh(0.7978845608028654 * (saved + 0.044715 * saved**3))
-        inner = 0.7978845608028654 * (1 + 0.134145 * saved * saved)
-        return grad * (0.5 * (1 + t) + 0.5 * saved * (1 - t * t) * inner)
-    if activation == "hardsigmoid":
-        return torch.where((saved > -3) & (saved < 3), grad / 6, 0.0)
-    inner = torch.where(saved >= 3, grad, grad * (saved / 3 + 0.5))
-    return torch.where(saved <= -3, 0.0, inner)  # hardswish
-
-
-# --- operators -------------------------------------------------------------------------------------------------------
-
-
-def _is_direct(weight_shape: Sequence[int], stride: Sequence[int], groups: int) -> bool:
-    """Do few channels meet in a group, so that the kernels multiply them one by one and not as matrices?"""
-    from ..kernels.conv_direct import CHANNELS, MAX_BLOCK, MAX_PRODUCTS
-
-    filters, channels = weight_shape[0] // groups, weight_shape[1]
-    block, products = math.prod(stride[-2:]), math.prod(weight_shape[2:][-2:]) * filters
-    fits = math.prod(stride) == 1 or (block <= MAX_BLOCK and products <= MAX_PRODUCTS)
-    return groups > 1 and channels in CHANNELS and filters in CHANNELS and fits
-
-
-def module_of(weight_shape: Sequence[int], stride: Sequence[int], groups: int) -> Any:
-    """The kernels of the convolution and of its transpose."""
-    from ..kernels import conv, conv_direct
-
-    return conv_direct if _is_direct(weight_shape, stride, groups) else conv
-
-
-def weight_grad_module_of(weight_shape: Sequence[int], stride: Sequence[int], groups: int) -> Any:
-    """Those of the weight gradient, where groups of several channels are merged into matrices."""
-    from ..kernels import conv
-
-    return module_of(weight_shape, stride, groups) if weight_shape[1] == 1 else conv
-
-
-def _forward(
-    transposed: bool, input: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None,
-    residual: Tensor | None, size: list[int], channels_last: bool | None, stride: list[int], padding: list[int],
-    dilation: list[int], groups: int, activation: str, precision: str, backend: str, *, save_input: bool,
-) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    if channels_last is None:
-        channels_last = _result_is_channels_last(input, weight)
-    if runs_kernels(backend, input):
-        from ..kernels import conv
-
-        geometry = conv.Geometry.of(stride, padding, dilation, groups)
-        precision = resolved_precision(input, precision, conv_setting)
-        module = module_of(weight.shape, stride, groups)
-        run = module.run_transpose if transposed else module.run_forward
-        return run(
-            input, weight, size, geometry, precision=precision, is_channels_last=channels_last, bias=bias, scale=scale,
-            residual=residual, activation=activation, save_input=save_input,
-        )  # fmt: skip
-    z = _torch_convolution(transposed, input, weight, size, stride, padding, dilation, groups)
-    z = laid_out(_epilogue(z, scale, bias, residual, len(size)), channels_last)
-    return activate(z, activation), z if save_input else None
-
-
-def _torch_convolution(
-    transposed: bool, input: Tensor, weight: Tensor, size: list[int], stride: list[int], padding: list[int],
-    dilation: list[int], groups: int,
-) -> Tensor:  # fmt: skip
-    """The convolution, or its transpose, with a result of just that size."""
-    extra = [0] * len(size)
-    if transposed:
-        inverse = _image_size(input.shape[2:], weight.shape[2:], stride, padding, dilation)
-        extra = [wanted - least for wanted, least in zip(size, inverse, strict=True)]
-    z = torch.ops.aten.convolution(
-        input, weight, None, stride, padding, dilation, transposed, extra, groups
-    )  # fmt: skip
-    # Where a transposed convolution padded its output, its gradient looks past the last window.
-    for dim, wanted in enumerate(size, 2):
-        z = z.narrow(dim, 0, wanted)
-    return z
-
-
-def _image_size(
-    output: Sequence[int], window: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
-) -> list[int]:
-    """The smallest image of which a convolution has that output."""
-    return [
-        (size - 1) * step - 2 * pad + dil * (taps - 1) + 1
-        for size, taps, step, pad, dil in zip(output, window, stride, padding, dilation, strict=True)
-    ]
-
-
-def _fake_forward(
-    transposed: bool, input: Tensor, weight: Tensor, bias: Any, scale: Any, residual: Any, size: Sequence[int],
-    channels_last: bool | None, stride: Any, padding: Any, dilation: Any, groups: int, *rest: Any,
-) -> Tensor:  # fmt: skip
-    if channels_last is None:
-        channels_last = _result_is_channels_last(input, weight)
-    channels = weight.shape[1] * groups if transposed else weight.shape[0]
-    return empty(input, (input.shape[0], channels, *size), channels_last)
-
-
-class _Convolution(torch.autograd.Function):
-    """Returns the output and, for SAVES_INPUT, the activation's input: saved for backward, and an output so that a
-    second derivative reaches it."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, transposed: bool, input: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None,
-        residual: Tensor | None, *options: Any,
-    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-        activation = options[6]
-        call = (input, weight, bias, scale, residual, *options)
-        z = None
-        with below_autograd():
-            if activation in SAVES_INPUT:
-                y, z = OPS_SAVING_INPUT[transposed](*call)
-            else:
-                y = OPS[transposed](*call)
-        saved = None if activation == "none" else y if z is None else z
-        ctx.save_for_backward(input, weight, scale, saved)
-        ctx.transposed, ctx.options = transposed, options
-        ctx.set_materialize_grads(False)
-        return y, z
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor | None, dz: Tensor | None = None) -> tuple[Tensor | None, ...]:
-        if dy is None and dz is None:
-            return (None,) * 15
-        input, weight, scale, saved = ctx.saved_tensors
-        transposed, (size, _, *geometry, activation, precision, backend) = ctx.transposed, ctx.options
-        groups = geometry[-1]
-        need_input, need_weight, need_bias, need_scale, need_residual = ctx.needs_input_grad[1:6]
-
-        # dz comes only from a second derivative, which reaches the activation's input through it.
-        # The dense kernels want g channels last, and what reads it may as well write it so; the direct ones and torch
-        # read both layouts.
-        g, bias_grad = dy, None
-        dense = runs_kernels(backend, input) and not _is_direct(weight.shape, geometry[0], groups)
-        relays = dense and (need_input or need_weight) and dy is not None and not has_unit_channels(dy)
-        if dy is not None and (activation != "none" or relays):
-            channels_last = dense or is_channels_last(saved)
-            g, bias_grad = OP_EPILOGUE_GRAD(
-                dy, saved, activation, need_bias and dz is None, channels_last, backend
-            )  # fmt: skip
-        if dz is not None:
-            g, bias_grad = dz if g is None else g + dz, None
-        if need_bias and bias_grad is None:
-            bias_grad = OP_BIAS_GRAD(g, backend)
-
-        plain = (None, None, None)  # no bias, scale or residual
-        options = (*geometry, "none", precision, backend)
-        input_grad = weight_grad = scale_grad = None
-        scaled = g
-        if scale is not None and (need_input or need_weight):
-            assert g is not None
-            scaled = g * _per_channel(scale, len(size))
-        if need_input:
-            space, channels_last = input.shape[2:], is_channels_last(input)
-            input_grad = OPS[not transposed](scaled, weight, *plain, space, channels_last, *options)
-        if need_weight:
-            image, output = (scaled, input) if transposed else (input, scaled)
-            weight_grad = OP_WEIGHT_GRAD(
-                image, output, weight.shape[2:], is_channels_last(weight), *geometry, precision, backend
-            )  # fmt: skip
-        if need_scale:
-            assert g is not None
-            assert scale is not None
-            # The convolution again: sum(w * dw) would be the same number, but cancels where the activation saturates.
-            bare = OPS[transposed](input, weight, *plain, size, None, *options)
-            wide = torch.promote_types(g.dtype, torch.float32)
-            scale_grad = (g.to(wide) * bare).sum(_all_but_channels(g), dtype=torch.float64).to(scale.dtype)
-        return (
-            None, input_grad, weight_grad, bias_grad if need_bias else None, scale_grad, g if need_residual else None,
-            *(None,) * 9,
-        )  # fmt: skip
-
-
-def _all_but_channels(t: Tensor) -> list[int]:
-    return [0, *range(2, t.dim())]
-
-
-def _saving_input_autograd(transposed: bool, *call: Any) -> tuple[Tensor, Tensor]:
-    *head, activation, precision, backend = call
-    z = OPS[transposed](*head, "none", precision, backend)
-    return activate(z, activation), z
-
-
-_GEOMETRY = "SymInt[] stride, SymInt[] padding, SymInt[] dilation, SymInt groups"
-
-
-def _register_convolution(name: str, transposed: bool) -> tuple[Any, Any]:
-    """The operator and the one that also returns the activation's input. ``size`` is the result's in space; its layout
-    is torch's where ``channels_last`` is not given."""
-    call = (
-        "Tensor input, Tensor weight, Tensor? bias, Tensor? scale, Tensor? residual, SymInt[] size, "
-        f"bool? channels_last, {_GEOMETRY}, str activation, str precision, str backend"
-    )
-    op = register(
-        f"{name}({call}) -> Tensor",
-        implementation=lambda *call: _forward(transposed, *call, save_input=False)[0],
-        fake=lambda *call: _fake_forward(transposed, *call),
-        autograd=lambda *call: _Convolution.apply(transposed, *call)[0],
-    )
-    saving_input = register(
-        f"{name}_saving_input({call}) -> (Tensor, Tensor)",
-        implementation=lambda *call: _forward(transposed, *call, save_input=True),
-        fake=lambda *call: (_fake_forward(transposed, *call), _fake_forward(transposed, *call)),
-        autograd=lambda *call: _saving_input_autograd(transposed, *call),
-    )
-    return op, saving_input
-
-
-OP, OP_SAVING_INPUT = _register_convolution("conv", False)
-OP_TRANSPOSE, OP_TRANSPOSE_SAVING_INPUT = _register_convolution("conv_transpose", True)
-OPS: dict[bool, Any] = {False: OP, True: OP_TRANSPOSE}
-OPS_SAVING_INPUT: dict[bool, Any] = {False: OP_SAVING_INPUT, True: OP_TRANSPOSE_SAVING_INPUT}
-
-
-# Gradient at the activation's input, and of the bias.
-
-
-def _epilogue_grad(
-    dy: Tensor, saved: Tensor | None, activation: str, need_bias: bool, channels_last: bool, backend: str
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    if runs_kernels(backend, dy):
-        from ..kernels.conv import run_epilogue_grad
-
-        g, bias_grad = run_epilogue_grad(dy, saved, activation, need_bias=need_bias, is_channels_last=channels_last)
-        return g, or_empty(bias_grad, dy)
-    g, bias_grad = _differentiable_epilogue_grad(dy, saved, activation, need_bias)
-    # A new tensor also where nothing changes: an operator's outputs must not alias its inputs.
-    return empty(g, g.shape, channels_last).copy_(g), bias_grad
-
-
-def _differentiable_epilogue_grad(
-    dy: Tensor, saved: Tensor | None, activation: str, need_bias: bool, *_: Any
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    wide = torch.promote_types(dy.dtype, torch.float32)
-    g = dy.to(wide)
-    if saved is not None:
-        g = _activation_backward(g, saved.to(wide), activation)
-    bias_grad = g.sum(_all_but_channels(g)).to(dy.dtype) if need_bias else dy.new_empty(0)
-    return g.to(dy.dtype), bias_grad
-
-
-def _fake_epilogue_grad(
-    dy: Tensor, saved: Tensor | None, activation: str, need_bias: bool, channels_last: bool, backend: str
-) -> Any:  # fmt: skip
-    return empty(dy, dy.shape, channels_last), dy.new_empty(dy.shape[1] if need_bias else 0)
-
-
-def _bias_grad(g: Tensor, backend: str) -> Tensor:
-    if runs_kernels(backend, g):
-        from ..kernels.conv import run_bias_grad
-
-        return run_bias_grad(g)
-    return _differentiable_bias_grad(g)
-
-
-def _differentiable_bias_grad(g: Tensor, *_: Any) -> Tensor:
-    return g.sum(_all_but_channels(g))
-
-
-# A first backward runs the kernels; one that is differentiated again runs the formulas in torch's operators.
-OP_EPILOGUE_GRAD: Any = register(
-    "conv_epilogue_grad(Tensor dy, Tensor? saved, str activation, bool need_bias, bool channels_last, str backend)"
-    " -> (Tensor, Tensor)",
-    implementation=_epilogue_grad,
-    fake=_fake_epilogue_grad,
-    autograd=_differentiable_epilogue_grad,
-)
-OP_BIAS_GRAD: Any = register(
-    "conv_bias_grad(Tensor g, str backend) -> Tensor",
-    implementation=_bias_grad,
-    fake=lambda g, backend: g.new_empty(g.shape[1]),
-    autograd=_differentiable_bias_grad,
-)
-
-
-# Weight gradient: linear in the input and in g, and so are its own gradients, a transpose and a convolution.
-
-
-def _weight_grad(
-    input: Tensor, g: Tensor, window: list[int], channels_last: bool,
-    stride: list[int], padding: list[int], dilation: list[int], groups: int, precision: str, backend: str,
-) -> Tensor:  # fmt: skip
-    shape = (g.shape[1], input.shape[1] // groups, *window)
-    if runs_kernels(backend, input):
-        from ..kernels import conv
-
-        geometry = conv.Geometry.of(stride, padding, dilation, groups)
-        precision = resolved_precision(input, precision, conv_setting)
-        return weight_grad_module_of(shape, stride, groups).run_weight_grad(
-            input, g, shape, geometry, precision=precision, is_channels_last=channels_last
-        )
-    # The same sums are the weight gradient of a transposed convolution from g to input. torch takes that view only
-    # where the image goes on after the last window by a stride or more, as after a padded output.
-    least = _image_size(g.shape[2:], window, stride, padding, dilation)
-    extra = [size - smallest for size, smallest in zip(input.shape[2:], least, strict=True)]
-    transposed = any(more >= step for more, step in zip(extra, stride, strict=True))
-    image, output = (g, input) if transposed else (input, g)
-    like = g.new_empty(1).expand(shape)
-    grad = torch.ops.aten.convolution_backward(
-        output, image, like, None, stride, padding, dilation, transposed,
-        extra if transposed else [0] * len(extra), groups, [False, True, False],
-    )[1]  # fmt: skip
-    return laid_out(grad, channels_last)
-
-
-def _fake_weight_grad(
-    input: Tensor, g: Tensor, window: Sequence[int], channels_last: bool,
-    stride: Any, padding: Any, dilation: Any, groups: int, precision: str, backend: str,
-) -> Tensor:  # fmt: skip
-    return empty(input, (g.shape[1], input.shape[1] // groups, *window), channels_last)
-
-
-class _WeightGrad(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, input: Tensor, g: Tensor, *options: Any) -> Tensor:
-        ctx.save_for_backward(input, g)
-        ctx.options = options
-        with below_autograd():
-            return OP_WEIGHT_GRAD(input, g, *options)
-
-    @staticmethod
-    def backward(ctx: Any, ddw: Tensor) -> tuple[Tensor | None, ...]:
-        input, g = ctx.saved_tensors
-        _, _, *geometry, precision, backend = ctx.options
-        plain, options = (None, None, None), (*geometry, "none", precision, backend)
-        input_grad = g_grad = None
-        if ctx.needs_input_grad[0]:
-            input_grad = OP_TRANSPOSE(g, ddw, *plain, input.shape[2:], is_channels_last(input), *options)
-        if ctx.needs_input_grad[1]:
-            g_grad = OP(input, ddw, *plain, g.shape[2:], is_channels_last(g), *options)
-        return input_grad, g_grad, *(None,) * 8
-
-
-OP_WEIGHT_GRAD: Any = register(
-    f"conv_weight_grad(Tensor input, Tensor g, SymInt[] window, bool channels_last, {_GEOMETRY}, "
-    "str precision, str backend) -> Tensor",
-    implementation=_weight_grad,
-    fake=_fake_weight_grad,
-    autograd=_WeightGrad.apply,
-)

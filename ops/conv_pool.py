@@ -1,8 +1,7 @@
-"""Convolution and max pooling in one kernel, for inference: function, operator, torch implementation."""
+"""Convolution and max pooling in one kernel, for inference: public function, and the choice of backend."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,22 +11,14 @@ from torch.overrides import handle_torch_function, has_torch_function_variadic
 from ..autotune.device import DeviceSpec
 from ..autotune.resolve import Choice, resolve
 from . import conv, pool
-from ._dispatch import (
-    choose,
-    conv_setting,
-    measured,
-    operator_precision,
-    resolved_precision,
-    runs_kernels,
-    torch_serves,
-)
-from ._layout import autocast, empty
-from ._register import register, requires_grad, run_operator
+from ._checks import Size
+from ._dispatch import choose, conv_setting, measured, operator_precision, torch_serves
+from ._layout import autocast
+from ._register import requires_grad, run_operator
 from .conv_checks import ConvArgs, check_conv
-from .pool_checks import PoolArgs, check_max_pool, pool_output_size
-
-Size = int | Sequence[int]
-Pair = tuple[int, int]
+from .conv_operators import result_is_channels_last
+from .conv_pool_operators import OP, pool_window
+from .pool_checks import PoolArgs, check_max_pool
 
 
 def conv2d_max_pool2d(
@@ -87,13 +78,13 @@ def conv2d_max_pool2d(
         [t for t in (input, weight, bias, scale) if t is not None],
         lambda device: _auto_rule(batched, weight, args, sizes, precision, device),
         lambda device: (_choice(_problem(batched, weight, args, sizes, precision), device),),
-        lambda: conv._limits(batched, weight, args),
+        lambda: conv.limits(batched, weight, args),
     )
     if backend == "torch":
         return _apart(input, weight, bias, geometry, activation, scale, precision, window)
 
     if args.pad_extra is not None:
-        batched = conv._pad(batched, args.pad_extra)
+        batched = conv.pad_around(batched, args.pad_extra)
     multiplied = operator_precision(input, precision, conv_setting)
     call = (
         batched, weight, bias, scale, args.output_size, args.stride, args.padding, args.dilation, args.groups,
@@ -103,15 +94,18 @@ def conv2d_max_pool2d(
     return y if input.dim() == 4 else y.squeeze(0).contiguous()  # of a single image torch pools to a contiguous one
 
 
+# --- from arguments to a call ----------------------------------------------------------------------------------------
+
+
 def _apart(
     input: Tensor, weight: Tensor, bias: Tensor | None, geometry: tuple[Any, ...], activation: str | None,
     scale: Tensor | None, precision: str | None, window: tuple[Any, Any, Any],
 ) -> Tensor:  # fmt: skip
     """The two calls, each of which checks its arguments and chooses for itself."""
-    y = conv._convolve(
+    y = conv.convolve(
         conv.conv2d, False, 2, input, weight, bias, geometry, activation, None, scale, precision
     )  # fmt: skip
-    pooled: Tensor = pool._max_pool(pool.max_pool2d, 2, y, *window, 1, False, False)
+    pooled: Tensor = pool.max_pool(pool.max_pool2d, 2, y, *window, 1, False, False)
     return pooled
 
 
@@ -125,17 +119,11 @@ def _convolved(input: Tensor, weight: Tensor, args: ConvArgs) -> Tensor:
 # --- the choice of backend -------------------------------------------------------------------------------------------
 
 
-def _window(kernel_size: Any, stride: Any, padding: Any) -> Any:
-    from ..kernels.conv_pool import PoolWindow
-
-    return PoolWindow(*kernel_size, *stride, *padding)
-
-
 def _problem(input: Tensor, weight: Tensor, args: ConvArgs, window: PoolArgs, precision: str | None) -> Any:
     from ..kernels.conv_pool import conv_pool_problem
 
-    one = conv._problem(input, weight, args, False, precision)._replace(channels_last=True)
-    return conv_pool_problem(one, _window(window.kernel_size, window.stride, window.padding), window.output_size)
+    one = conv.conv_problem(input, weight, args, False, precision)._replace(channels_last=True)
+    return conv_pool_problem(one, pool_window(window.kernel_size, window.stride, window.padding), window.output_size)
 
 
 def _choice(problem: Any, device: DeviceSpec) -> tuple[str, Choice]:
@@ -163,70 +151,10 @@ def _auto_rule(
     fused_us = max(problem.minimal_bytes() * bytes_us, again * products_us / 0.6)
     pooling_us = (problem.minimal_bytes() - one.minimal_bytes() + 2 * between) * bytes_us
     apart_us = max(one.minimal_bytes() * bytes_us, products_us) + pooling_us
-    reads_in_place = conv._result_is_channels_last(input, weight) and input.shape[1] == one.C * one.geometry.groups
+    reads_in_place = result_is_channels_last(input, weight) and input.shape[1] == one.C * one.geometry.groups
     if reads_in_place and fused_us < apart_us:
         return True, (
             f"not measured; {again:.2f} times the products at 60 % of their rate, {fused_us:.1f} us, take less than "
             f"two kernels at their limits, {apart_us:.1f} us"
         )
     return False, "not measured, and counted traffic does not promise a win: conv2d, then max_pool2d"
-
-
-# --- operator --------------------------------------------------------------------------------------------------------
-
-
-def _pooled_size(size: Sequence[int], kernel_size: Any, stride: Any, padding: Any) -> Pair:
-    return tuple(pool_output_size(*sizes, 1, False) for sizes in zip(size, kernel_size, stride, padding, strict=True))  # type: ignore[return-value]
-
-
-def _forward(
-    input: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None, size: list[int],
-    stride: list[int], padding: list[int], dilation: list[int], groups: int, activation: str, precision: str,
-    pool_kernel_size: list[int], pool_stride: list[int], pool_padding: list[int], backend: str,
-) -> Tensor:  # fmt: skip
-    window = (pool_kernel_size, pool_stride, pool_padding)
-    if runs_kernels(backend, input):
-        from ..kernels import conv as kernels
-        from ..kernels.conv_pool import run
-
-        return run(
-            input, weight, size, kernels.Geometry.of(stride, padding, dilation, groups), _window(*window),
-            _pooled_size(size, *window), precision=resolved_precision(input, precision, conv_setting), bias=bias,
-            scale=scale, activation=activation, is_channels_last=conv._result_is_channels_last(input, weight),
-        )  # fmt: skip
-    z, _ = conv._forward(
-        False, input, weight, bias, scale, None, size, None, stride, padding, dilation, groups, activation, precision,
-        backend, save_input=False,
-    )  # fmt: skip
-    return pool._max_forward(z, list(_pooled_size(size, *window)), *window, [1, 1], backend, index_dtype=None)[0]
-
-
-def _fake(
-    input: Tensor, weight: Tensor, bias: Any, scale: Any, size: Any, stride: Any, padding: Any, dilation: Any,
-    groups: int, activation: str, precision: str, pool_kernel_size: Any, pool_stride: Any, pool_padding: Any,
-    backend: str,
-) -> Tensor:  # fmt: skip
-    output = _pooled_size(size, pool_kernel_size, pool_stride, pool_padding)
-    shape = (input.shape[0], weight.shape[0], *output)
-    return empty(input, shape, conv._result_is_channels_last(input, weight))
-
-
-def _autograd(
-    input: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None, size: Any, stride: Any, padding: Any,
-    dilation: Any, groups: int, activation: str, precision: str, pool_kernel_size: Any, pool_stride: Any,
-    pool_padding: Any, backend: str,
-) -> Tensor:  # fmt: skip
-    """The two operators that have a gradient."""
-    geometry, window = (stride, padding, dilation, groups), (pool_kernel_size, pool_stride, pool_padding)
-    z = conv.OP(input, weight, bias, scale, None, size, None, *geometry, activation, precision, backend)
-    return pool.OP_MAX(z, _pooled_size(size, *window), *window, [1, 1], backend)
-
-
-OP: Any = register(
-    "conv2d_max_pool2d(Tensor input, Tensor weight, Tensor? bias, Tensor? scale, SymInt[2] size, SymInt[2] stride, "
-    "SymInt[2] padding, SymInt[2] dilation, SymInt groups, str activation, str precision, SymInt[2] pool_kernel_size, "
-    "SymInt[2] pool_stride, SymInt[2] pool_padding, str backend) -> Tensor",
-    implementation=_forward,
-    fake=_fake,
-    autograd=_autograd,
-)

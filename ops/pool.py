@@ -1,13 +1,4 @@
-"""Pooling of 1, 2 and 3 dimensions: public functions, operators, autograd, torch implementation.
-
-All windows are one kind to the operators: fixed ones have a kernel size, stride, padding and dilation, adaptive ones
-have none of them (empty lists), only the size of the result. Each operator's gradient is another of them:
-
-    max_pool        -> max_pool_backward, whose gradient is pool_gather (x at the winners' places), and so on
-    avg_pool        -> avg_pool_backward, whose gradient is avg_pool
-    lp_pool         -> lp_pool_backward, whose gradient is made of the two above
-    max_unpool      -> pool_gather
-"""
+"""Pooling of 1, 2 and 3 dimensions: public functions, and the choice of backend."""
 
 from __future__ import annotations
 
@@ -17,29 +8,41 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_unary, has_torch_function_variadic
 
 from ..autotune.device import DeviceSpec
 from ..autotune.resolve import Choice, resolve
 from . import pool_checks
-from ._dispatch import (
-    are_plain,
-    choose,
-    is_empty,
-    is_jit_tracing,
-    measured,
-    rejections,
-    runs_kernels,
-    torch_validates,
+from ._checks import Size
+from ._dispatch import are_plain, choose, is_empty, is_jit_tracing, measured, torch_validates
+from ._layout import empty, is_channels_last
+from ._register import requires_grad, run_operator
+from .pool_checks import Ints, PoolArgs
+from .pool_operators import (
+    ADAPTIVE,
+    OP_AVG,
+    OP_LP,
+    OP_MAX,
+    OP_MAX_WITH_INDICES,
+    OP_UNPOOL,
+    Windows,
+    kernel_window,
+    offset_dtype,
 )
-from ._layout import empty, is_channels_last, laid_out
-from ._register import below_autograd, register, requires_grad, run_operator
-from .pool_checks import Ints, PoolArgs, pool_output_size
+from .pool_torch import (
+    TORCH_FUNCTIONS,
+    lacks_a_kernel,
+    lp_root,
+    max_of_padded,
+    torch_adaptive,
+    torch_avg,
+    torch_first,
+    torch_unpool,
+)
 
-Size = int | Sequence[int]
 FUSED_NORMS = (1, 2)
+
 
 # What torch does in an order that changes from run to run on a GPU: the backward of these, and the forward of the last.
 NONDETERMINISTIC = (
@@ -64,7 +67,7 @@ def max_pool1d(
         >>> tritune.max_pool1d(torch.randn(2, 16, 100), 4).shape
         torch.Size([2, 16, 25])
     """
-    return _max_pool(max_pool1d, 1, input, kernel_size, stride, padding, dilation, ceil_mode, return_indices)
+    return max_pool(max_pool1d, 1, input, kernel_size, stride, padding, dilation, ceil_mode, return_indices)
 
 
 def max_pool2d(
@@ -95,7 +98,7 @@ def max_pool2d(
         >>> tritune.max_pool2d(torch.randn(8, 64, 112, 112), 3, stride=2, padding=1).shape
         torch.Size([8, 64, 56, 56])
     """
-    return _max_pool(max_pool2d, 2, input, kernel_size, stride, padding, dilation, ceil_mode, return_indices)
+    return max_pool(max_pool2d, 2, input, kernel_size, stride, padding, dilation, ceil_mode, return_indices)
 
 
 def max_pool3d(
@@ -112,7 +115,7 @@ def max_pool3d(
         >>> tritune.max_pool3d(torch.randn(1, 8, 4, 16, 16), (1, 2, 2)).shape
         torch.Size([1, 8, 4, 8, 8])
     """
-    return _max_pool(max_pool3d, 3, input, kernel_size, stride, padding, dilation, ceil_mode, return_indices)
+    return max_pool(max_pool3d, 3, input, kernel_size, stride, padding, dilation, ceil_mode, return_indices)
 
 
 # --- mean over fixed windows -----------------------------------------------------------------------------------------
@@ -376,11 +379,11 @@ def global_avg_pool(input: Tensor, keepdim: bool = True) -> Tensor:
         return overridden
     pool_checks.check_global_pool("avg", input, keepdim)
     rank = input.dim() - 2
-    composite = partial(_torch_adaptive("avg", rank), input, 1)
+    composite = partial(torch_adaptive("avg", rank), input, 1)
     if torch_validates(input):
         y = composite()
     else:
-        y = _serve_mean("global_avg_pool", rank, input, (1,) * rank, _ADAPTIVE, True, 0, composite)
+        y = _serve_mean("global_avg_pool", rank, input, (1,) * rank, ADAPTIVE, True, 0, composite)
     return y if keepdim else y.flatten(1)
 
 
@@ -404,12 +407,12 @@ def global_max_pool(input: Tensor, keepdim: bool = True) -> Tensor:
         return overridden
     pool_checks.check_global_pool("max", input, keepdim)
     rank = input.dim() - 2
-    composite = partial(_torch_adaptive("max", rank), input, 1)
+    composite = partial(torch_adaptive("max", rank), input, 1)
     y: Tensor
     if torch_validates(input):
         y = composite()
     else:
-        y = _serve_max("global_max_pool", rank, input, (1,) * rank, _ADAPTIVE, False, composite)
+        y = _serve_max("global_max_pool", rank, input, (1,) * rank, ADAPTIVE, False, composite)
     return y if keepdim else y.flatten(1)
 
 
@@ -487,15 +490,12 @@ def max_unpool3d(
 
 # --- from arguments to a call ----------------------------------------------------------------------------------------
 
-Windows = tuple[Ints, Ints, Ints, Ints]  # kernel_size, stride, padding, dilation
-_ADAPTIVE: Windows = ((), (), (), ())
-
 
 def _windows(args: PoolArgs) -> Windows:
     return args.kernel_size, args.stride, args.padding, args.dilation
 
 
-def _max_pool(
+def max_pool(
     function: Callable[..., Any], rank: int, input: Tensor, kernel_size: Any, stride: Any, padding: Any, dilation: Any,
     ceil_mode: bool, return_indices: bool,
 ) -> Any:  # fmt: skip
@@ -508,7 +508,7 @@ def _max_pool(
         and are_plain((padding,))
         and (dilation == 1 or padding == 0 or is_jit_tracing())  # else a window may lie wholly in the padding
     ):  # fmt: skip
-        y = _torch_first(function, input, kernel_size, stride, padding, dilation, ceil_mode, return_indices)
+        y = torch_first(function, input, kernel_size, stride, padding, dilation, ceil_mode, return_indices)
         if y is not None:
             return y
     args = pool_checks.check_max_pool(
@@ -523,11 +523,11 @@ def _serve_max_pool(rank: int, input: Tensor, args: PoolArgs, return_indices: bo
     def composite() -> Any:
         if args.has_empty_window:
             batched = input if input.dim() == rank + 2 else input.unsqueeze(0)
-            pair = _max_of_padded(batched, args.output_size, *windows)
+            pair = max_of_padded(batched, args.output_size, *windows)
             y, indices = pair if input.dim() == rank + 2 else (t.squeeze(0) for t in pair)
             # The indices only of a compiled call, whose sizes may turn out to have no such window.
             return (y, indices) if return_indices else y
-        return _TORCH[f"max_pool{rank}d"](input, *windows, args.ceil_mode, return_indices)
+        return TORCH_FUNCTIONS[f"max_pool{rank}d"](input, *windows, args.ceil_mode, return_indices)
 
     return _serve_max(f"max_pool{rank}d", rank, input, args.output_size, windows, return_indices, composite)
 
@@ -538,13 +538,13 @@ def _adaptive_max_pool(
     if has_torch_function_unary(input):
         return handle_torch_function(function, (input,), input, output_size, return_indices)
     if torch_validates(input) and are_plain((output_size,)):
-        y = _torch_first(function, input, output_size, return_indices)
+        y = torch_first(function, input, output_size, return_indices)
         if y is not None:
             return y
     size = pool_checks.check_adaptive_pool(rank, "max", input, output_size, return_indices)
     return _serve_max(
-        f"adaptive_max_pool{rank}d", rank, input, size, _ADAPTIVE, return_indices,
-        lambda: _torch_adaptive("max", rank)(input, size, return_indices),
+        f"adaptive_max_pool{rank}d", rank, input, size, ADAPTIVE, return_indices,
+        lambda: torch_adaptive("max", rank)(input, size, return_indices),
     )  # fmt: skip
 
 
@@ -561,9 +561,9 @@ def _avg_pool(
     if (
         torch_validates(input) and are_plain((kernel_size, kernel_size if stride is None else stride), 1)
         and are_plain((padding,)) and (divisor_override is None or type(divisor_override) is int)
-        and not (rank == 3 and _lacks_a_kernel(input))
+        and not (rank == 3 and lacks_a_kernel(input))
     ):  # fmt: skip
-        y = _torch_first(function, input, kernel_size, stride, padding, ceil_mode, count_include_pad, *divisor)
+        y = torch_first(function, input, kernel_size, stride, padding, ceil_mode, count_include_pad, *divisor)
         if y is not None:
             return y
     args = pool_checks.check_avg_pool(
@@ -576,7 +576,7 @@ def _serve_avg_pool(rank: int, input: Tensor, args: PoolArgs, include_pad: bool,
     call = (args.kernel_size, args.stride, args.padding, args.ceil_mode, include_pad, divisor)
     return _serve_mean(
         f"avg_pool{rank}d", rank, input, args.output_size, _windows(args), include_pad, divisor,
-        lambda: _torch_avg(input, *call),
+        lambda: torch_avg(input, *call),
     )  # fmt: skip
 
 
@@ -588,13 +588,13 @@ def _adaptive_avg_pool(function: Callable[..., Tensor], rank: int, input: Tensor
         torch_validates(input) and are_plain((output_size,)) and rank < input.dim() <= rank + 2
         and not is_empty(input)
     ):  # fmt: skip
-        y = _torch_first(function, input, output_size)
+        y = torch_first(function, input, output_size)
         if y is not None:
             return y
     size = pool_checks.check_adaptive_pool(rank, "avg", input, output_size)
     return _serve_mean(
-        f"adaptive_avg_pool{rank}d", rank, input, size, _ADAPTIVE, True, 0,
-        lambda: _torch_adaptive("avg", rank)(input, size),
+        f"adaptive_avg_pool{rank}d", rank, input, size, ADAPTIVE, True, 0,
+        lambda: torch_adaptive("avg", rank)(input, size),
     )  # fmt: skip
 
 
@@ -610,9 +610,9 @@ def _lp_pool(
     if (
         torch_validates(input) and are_plain((kernel_size, kernel_size if stride is None else stride), 1)
         and type(norm_type) in (int, float) and 0 < abs(norm_type) < math.inf
-        and not (rank == 3 and _lacks_a_kernel(input))
+        and not (rank == 3 and lacks_a_kernel(input))
     ):  # fmt: skip
-        y = _torch_first(function, input, norm_type, kernel_size, stride, ceil_mode)
+        y = torch_first(function, input, norm_type, kernel_size, stride, ceil_mode)
         if y is not None:
             return y
     args = pool_checks.check_lp_pool(rank, input, norm_type, kernel_size, stride, ceil_mode)
@@ -623,12 +623,12 @@ def _lp_pool(
     if input.device.type == "cuda" and torch.is_autocast_enabled("cuda") and input.dtype.itemsize == 2:
         input = input.float()  # powers are in fp32 there, and so is what becomes of them
     # In three dimensions torch's kernel for the CPU has no 16-bit types: in float32 from the powers on, rounded once.
-    is_widened = rank == 3 and _lacks_a_kernel(input)
+    is_widened = rank == 3 and lacks_a_kernel(input)
     wide = input.float() if is_widened else input
     dtype = wide.dtype if is_widened and torch.is_autocast_enabled("cpu") else input.dtype
 
     def root_of(mean: Tensor) -> Tensor:
-        root = _root(mean, args.kernel_size, norm_type)
+        root = lp_root(mean, args.kernel_size, norm_type)
         return root.to(dtype) if is_widened else root
 
     if norm_type not in FUSED_NORMS:
@@ -636,29 +636,12 @@ def _lp_pool(
 
     def composite() -> Tensor:
         window = (args.kernel_size, args.stride, args.padding)
-        return root_of(_torch_avg(wide.pow(norm_type), *window, args.ceil_mode, True, 0))
+        return root_of(torch_avg(wide.pow(norm_type), *window, args.ceil_mode, True, 0))
 
     return _serve(
         f"lp_pool{rank}d", rank, input, args.output_size, _windows(args), f"norm{norm_type:.0f}", 0,
         OP_LP, (float(norm_type),), requires_grad((input,)), composite,
     )  # fmt: skip
-
-
-def _torch_first(function: Callable[..., Any], input: Tensor, *options: Any) -> Any:
-    """What torch's function of that name returns; ``None`` where it raises, and for nothing pooled or to pool: there
-    the validator has the word."""
-    rejected = rejections()
-    try:
-        result = _TORCH[function.__name__](input, *options)
-    except rejected:
-        return None
-    y = result[0] if type(result) is tuple else result
-    return result if not rejected or y.numel() else None  # torch.jit.trace is asked for no size
-
-
-def _root(mean: Tensor, kernel_size: Sequence[int], norm_type: int | float) -> Tensor:
-    """A power average from the mean of the powers, as torch has it: its derivative where the mean is 0 is 0."""
-    return (torch.sign(mean) * F.relu(torch.abs(mean))).mul(math.prod(kernel_size)).pow(1.0 / norm_type)
 
 
 def _serve_mean(
@@ -723,7 +706,7 @@ def _max_unpool(
         and all(type(values) is int or len(values) == rank for values in windows)
         and not is_jit_tracing()  # torch 2.13 cannot trace its own
     ):  # fmt: skip
-        y: Tensor | None = _torch_first(function, input, indices, kernel_size, stride, padding, output_size)
+        y: Tensor | None = torch_first(function, input, indices, kernel_size, stride, padding, output_size)
         if y is not None:
             return y
     args = pool_checks.check_max_unpool(rank, input, indices, kernel_size, stride, padding, output_size)
@@ -747,13 +730,14 @@ def _max_unpool(
         return measured(choices(device)) or _deterministic(op) or (False, _NO_PROMISE)
 
     if choose(op, (input,), rule, choices, limits) == "torch":
-        return _torch_unpool(input, indices, args.output_size, args.stride, args.padding)
+        return torch_unpool(input, indices, args.output_size, args.stride, args.padding)
     arguments = (batched, places, args.output_size, args.kernel_size, args.stride, args.padding, "triton")
     y = run_operator(OP_UNPOOL, arguments, needs_grad)
     return y.squeeze(0) if unbatched else y
 
 
 # --- the choice of backend -------------------------------------------------------------------------------------------
+
 
 _NO_PROMISE = "not measured, and counted traffic does not promise a win: `tritune tune` can"
 
@@ -768,34 +752,6 @@ def _limits(input: Tensor, size: Ints, windows: Windows) -> str | None:
     if not windows[1] and any(a * b >= 2**31 for a, b in zip(space, size, strict=True)):
         return "output_size times the input's size is 2**31 or more"
     return None
-
-
-def largest_window(size: int, outs: int) -> int:
-    """Taps of the largest adaptive window along one dimension."""
-    return -(-(size + outs - math.gcd(size, outs)) // max(1, outs))
-
-
-def offset_dtype(space: Sequence[int], size: Sequence[int], kernel_size: Sequence[int]) -> torch.dtype:
-    """The narrowest integer that holds every tap of a window and one more. Of an adaptive one, whose sizes may be
-    symbols, by a simple bound of its taps."""
-    taps = math.prod(
-        kernel_size or [(full + 2 * outs - 2) // outs if outs else 1 for full, outs in zip(space, size, strict=True)]
-    )
-    return torch.uint8 if taps <= 254 else torch.int16 if taps <= 2**15 - 1 else torch.int32
-
-
-def kernel_window(space: Sequence[int], size: Sequence[int], windows: Sequence[Sequence[int]]) -> Any:
-    """The windows as the kernels take them."""
-    from ..kernels.pool import Window
-
-    kernel_size, stride, padding, dilation = windows
-    if not stride:
-        kernel_size = [largest_window(full, outs) for full, outs in zip(space, size, strict=True)]
-        beside = all(full == taps * outs for full, taps, outs in zip(space, kernel_size, size, strict=True))
-        if beside and math.prod(size) > 1 and max(kernel_size) <= 8:
-            # Windows of one size beside each other; only small ones, so that few binaries are made.
-            stride, padding = kernel_size, [0] * len(kernel_size)
-    return Window.of(kernel_size, stride, padding, dilation or [1] * len(stride))
 
 
 def _problem(
@@ -835,7 +791,7 @@ def _unpool_choices(
     kernels = [(pool.UNPOOL.name, resolve(pool.UNPOOL, problem, device))]
     if needs_grad:
         layout = "nhwc" if is_channels_last(indices) and y.shape[1] > 1 else "strided"
-        places = kernel_window(args.output_size, input.shape[2:], _ADAPTIVE)
+        places = kernel_window(args.output_size, input.shape[2:], ADAPTIVE)
         problem = pool.problem_of(y, input.shape[2:], places, "max", index_bytes=8, layout=layout)
         kernels.append((pool.GATHER.name, resolve(pool.GATHER, problem, device)))
     return tuple(kernels)
@@ -865,583 +821,3 @@ def _auto_rule(
     if theirs >= 7 / 6 * ours:
         return True, f"not measured; small offsets save {1 - ours / theirs:.0%} of torch's bytes"
     return False, _NO_PROMISE
-
-
-# --- torch's implementation: fallback and yardstick ------------------------------------------------------------------
-
-
-# torch's own, as they are when this is imported: people put ours in their place.
-_TORCH: dict[str, Callable[..., Any]] = {
-    f"{kind}{rank}d": getattr(F, f"{kind}{rank}d")
-    for kind in ("max_pool", "avg_pool", "adaptive_max_pool", "adaptive_avg_pool", "lp_pool", "max_unpool")
-    for rank in (1, 2, 3)
-}
-
-
-def _torch_adaptive(kind: str, rank: int) -> Callable[..., Any]:
-    return _TORCH[f"adaptive_{kind}_pool{rank}d"]
-
-
-def _has_ceil_mode(
-    space: Sequence[int], size: Sequence[int], kernel_size: Sequence[int], stride: Sequence[int],
-    padding: Sequence[int], dilation: Sequence[int],
-) -> bool:  # fmt: skip
-    """Is the result larger than without ``ceil_mode``?"""
-    sizes = zip(space, kernel_size, stride, padding, dilation, strict=True)
-    return list(size) != [pool_output_size(full, k, s, p, d, False) for full, k, s, p, d in sizes]
-
-
-def _max_of_padded(
-    input: Tensor, size: Sequence[int], kernel_size: Ints, stride: Ints, padding: Ints, dilation: Ints
-) -> tuple[Tensor, Tensor]:
-    """Pooling of a copy padded by hand: the same values, and defined where a window sees only padding (torch 2.13
-    writes outside its buffers there). A winner in the padding only ties with taps of -inf; then the first tap in the
-    image wins, and where there is none the index says nothing."""
-    rank = len(size)
-    space = input.shape[2:]
-    behind = [
-        max(0, (outs - 1) * step + (taps - 1) * dil + 1 - pad - full)
-        for full, outs, taps, step, pad, dil in zip(space, size, kernel_size, stride, padding, dilation, strict=True)
-    ]
-    lowest = float("-inf") if input.is_floating_point() else torch.iinfo(input.dtype).min
-    sides = [side for pair in zip(reversed(padding), reversed(behind), strict=True) for side in pair]
-    padded = F.pad(input, sides, value=lowest)
-    y, flat = _TORCH[f"max_pool{rank}d"](padded, kernel_size, stride, 0, dilation, return_indices=True)
-    for dim, outs in enumerate(size, 2):
-        y, flat = y.narrow(dim, 0, outs), flat.narrow(dim, 0, outs)
-    winners = torch.zeros_like(flat)
-    for dim, place in enumerate(_coordinates(flat, padded.shape[2:])):
-        start, first, _ = _taps(dim, rank, space, size, (kernel_size, stride, padding, dilation), flat.device)
-        place = place - padding[dim]
-        place = torch.where((place >= 0) & (place < space[dim]), place, start + first * dilation[dim])
-        winners = winners * space[dim] + place
-    return y, winners
-
-
-def _coordinates(flat: Tensor, space: Sequence[int]) -> list[Tensor]:
-    """Flat places in planes of that size, as one coordinate for each dimension."""
-    places = []
-    for size in reversed(space):
-        places.append(flat % size)
-        flat = flat // size
-    return places[::-1]
-
-
-def _taps(
-    dim: int, rank: int, space: Sequence[int], size: Sequence[int], windows: Sequence[Sequence[int]], device:
-    torch.device,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Along one dimension: where each window starts, its first tap inside the image, and whether it has one; shaped to
-    be broadcast over the result."""
-    shape = [-1, *(1 for _ in range(rank - 1 - dim))]
-    outputs = torch.arange(size[dim], device=device)
-    if not windows[1]:
-        start = outputs * space[dim] // size[dim]
-        return (
-            start.view(shape),
-            torch.zeros_like(start).view(shape),
-            torch.ones_like(start, dtype=torch.bool).view(shape),
-        )
-    taps, stride, padding, dilation = (values[dim] for values in windows)
-    start = outputs * stride - padding
-    place = start[:, None] + torch.arange(taps, device=device) * dilation
-    inside = (place >= 0) & (place < space[dim])
-    return start.view(shape), inside.int().argmax(1).view(shape), inside.any(1).view(shape)
-
-
-def _offsets_of(winners: Tensor, space: Sequence[int], windows: Sequence[Sequence[int]], dtype: torch.dtype) -> Tensor:
-    """Places in the image as taps of their windows; NONE where a window sees only padding."""
-    size = winners.shape[2:]
-    kernel_size, stride, _, dilation = windows
-    taps = kernel_size or [largest_window(full, outs) for full, outs in zip(space, size, strict=True)]
-    offsets, seen = torch.zeros_like(winners), torch.ones_like(winners, dtype=torch.bool)
-    for dim, place in enumerate(_coordinates(winners, space)):
-        start, _, sees = _taps(dim, len(size), space, size, windows, winners.device)
-        offsets = offsets * taps[dim] + (place - start) // (dilation[dim] if stride else 1)
-        seen = seen & sees
-    return torch.where(seen, offsets, 255 if dtype is torch.uint8 else -1).to(dtype)
-
-
-def _places(winners: Tensor, space: Sequence[int], windows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor | None]:
-    """The winners as places in the image, and where there is one at all."""
-    if winners.dtype is torch.int64:
-        return winners, None
-    size = winners.shape[2:]
-    kernel_size, stride, _, dilation = windows
-    taps = kernel_size or [largest_window(full, outs) for full, outs in zip(space, size, strict=True)]
-    valid = winners != (255 if winners.dtype is torch.uint8 else -1)
-    flat = torch.zeros_like(winners, dtype=torch.int64)
-    for dim, tap in enumerate(_coordinates(torch.where(valid, winners, 0).long(), taps)):
-        start, _, _ = _taps(dim, len(size), space, size, windows, winners.device)
-        flat = flat * space[dim] + start + tap * (dilation[dim] if stride else 1)
-    return torch.where(valid, flat, 0), valid
-
-
-def _lacks_a_kernel(t: Tensor) -> bool:
-    """Are these 16-bit numbers on the CPU, for which torch has no kernel that averages in three dimensions?"""
-    return t.device.type == "cpu" and t.dtype in (torch.float16, torch.bfloat16)
-
-
-def _torch_avg(
-    input: Tensor, kernel_size: Any, stride: Any, padding: Any, ceil_mode: bool, include_pad: bool, divisor: int
-) -> Tensor:  # fmt: skip
-    """torch's function, batched or not; in three dimensions its CPU kernel has no 16-bit types, which autocast widens
-    for good."""
-    rank = len(kernel_size)
-    if rank == 1:
-        y: Tensor = _TORCH["avg_pool1d"](input, kernel_size, stride, padding, ceil_mode, include_pad)
-        return y if divisor == 0 else y * (kernel_size[0] / divisor)
-    function: Callable[..., Tensor] = _TORCH[f"avg_pool{rank}d"]
-    call = (kernel_size, stride, padding, ceil_mode, include_pad, divisor or None)
-    if rank == 3 and _lacks_a_kernel(input):
-        y = function(input.float(), *call)
-        return y if torch.is_autocast_enabled("cpu") else y.to(input.dtype)
-    return function(input, *call)
-
-
-def _torch_mean(
-    input: Tensor, size: Sequence[int], windows: Sequence[Sequence[int]], include_pad: bool, divisor: int
-) -> Tensor:  # fmt: skip
-    rank = len(size)
-    if not windows[1]:
-        y: Tensor = _torch_adaptive("avg", rank)(input, size)
-        return y
-    kernel_size, stride, padding, _ = windows
-    ceil_mode = _has_ceil_mode(input.shape[2:], size, kernel_size, stride, padding, [1] * rank)
-    return _torch_avg(input, kernel_size, stride, padding, ceil_mode, include_pad, divisor).to(input.dtype)
-
-
-def _torch_mean_backward(
-    dy: Tensor, space: Sequence[int], windows: Sequence[Sequence[int]], include_pad: bool, divisor: int
-) -> Tensor:  # fmt: skip
-    """torch's own kernels know two and three dimensions, and look at the shape of x alone."""
-    rank, size = len(space), dy.shape[2:]
-    if rank == 1:
-        flat = [[0 if place == 2 else 1, *values] if values else [] for place, values in enumerate(windows)]
-        return _torch_mean_backward(dy.unsqueeze(2), (1, *space), flat, include_pad, divisor).squeeze(2)
-    like = dy.new_empty(1).expand(*dy.shape[:2], *space)
-    if rank == 3 and _lacks_a_kernel(dy):
-        return _torch_mean_backward(dy.float(), space, windows, include_pad, divisor).to(dy.dtype)
-    if not windows[1]:
-        dx: Tensor = getattr(torch.ops.aten, f"_adaptive_avg_pool{rank}d_backward")(dy, like)
-        return dx
-    kernel_size, stride, padding, _ = windows
-    ceil_mode = _has_ceil_mode(space, size, kernel_size, stride, padding, [1] * rank)
-    function: Callable[..., Tensor] = getattr(torch.ops.aten, f"avg_pool{rank}d_backward")
-    return function(dy, like, kernel_size, stride, padding, ceil_mode, include_pad, divisor or None)
-
-
-def _torch_unpool(input: Tensor, indices: Tensor, size: Any, stride: Any, padding: Any) -> Tensor:
-    """Batched or not."""
-    aten: Any = torch.ops.aten
-    y: Tensor
-    if len(size) == 1:
-        y = aten.max_unpool2d(input.unsqueeze(-2), indices.unsqueeze(-2), [1, *size]).squeeze(-2)
-    elif len(size) == 2:
-        y = aten.max_unpool2d(input, indices, size)
-    else:
-        y = aten.max_unpool3d(input, indices, size, stride, padding)
-    return y
-
-
-# --- operators: maximum ----------------------------------------------------------------------------------------------
-
-
-def _max_forward(
-    input: Tensor, size: list[int], kernel_size: list[int], stride: list[int], padding: list[int], dilation: list[int],
-    backend: str, *, index_dtype: torch.dtype | None,
-) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """y and, with an index dtype (int64 for places in the image, else for taps), the winners."""
-    space, channels_last, windows = input.shape[2:], is_channels_last(input), (kernel_size, stride, padding, dilation)
-    if runs_kernels(backend, input):
-        from ..kernels.pool import run_forward
-
-        y = empty(input, (*input.shape[:2], *size), channels_last)
-        index = None if index_dtype is None else torch.empty_like(y, dtype=index_dtype)
-        if y.numel():
-            window = kernel_window(space, size, windows)
-            run_forward(input, y, index, window, "max", is_channels_last=channels_last)
-        return y, index
-    sees = [_taps(dim, len(size), space, size, windows, input.device)[2].all() for dim in range(len(size))]
-    if not stride:
-        y, winners = _torch_adaptive("max", len(size))(input, size, return_indices=True)
-    elif all(sees):
-        ceil_mode = _has_ceil_mode(space, size, *windows)
-        y, winners = getattr(F, f"max_pool{len(size)}d")(input, *windows, ceil_mode, return_indices=True)
-    else:
-        y, winners = _max_of_padded(input, size, *(tuple(values) for values in windows))
-    y = laid_out(y, channels_last)
-    if index_dtype is None:
-        return y, None
-    if index_dtype is not torch.int64:
-        winners = _offsets_of(winners, space, windows, index_dtype)
-    return y, laid_out(winners, channels_last)
-
-
-def _fake_forward(input: Tensor, size: Sequence[int], *rest: Any) -> Tensor:
-    return empty(input, (*input.shape[:2], *size), is_channels_last(input))
-
-
-def _fake_pair(index_dtype: torch.dtype | None, input: Tensor, size: Any, kernel_size: Any, *rest: Any) -> Any:
-    y = _fake_forward(input, size)
-    return y, torch.empty_like(y, dtype=index_dtype or offset_dtype(input.shape[2:], size, kernel_size))
-
-
-class _MaxPool(torch.autograd.Function):
-    """``(y, winners)`` of OP_MAX_WITH_OFFSETS or OP_MAX_WITH_INDICES; the winners have no gradient."""
-
-    @staticmethod
-    def forward(ctx: Any, op: Any, input: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
-        with below_autograd():
-            y, winners = op(input, *options)
-        ctx.mark_non_differentiable(winners)
-        ctx.save_for_backward(winners)
-        ctx.geometry = (input.shape[2:], is_channels_last(input), *options[1:])
-        ctx.set_materialize_grads(False)
-        return y, winners
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
-        (winners,) = ctx.saved_tensors
-        dx = None if dy is None else OP_MAX_BACKWARD(dy, winners, *ctx.geometry)
-        return None, dx, *(None,) * 6
-
-
-_WINDOWS = "SymInt[] kernel_size, SymInt[] stride, SymInt[] padding, SymInt[] dilation"
-_MAX_CALL = f"Tensor input, SymInt[] size, {_WINDOWS}, str backend"
-OP_MAX: Any = register(
-    f"max_pool({_MAX_CALL}) -> Tensor",
-    implementation=lambda *call: _max_forward(*call, index_dtype=None)[0],
-    fake=_fake_forward,
-    autograd=lambda *call: _MaxPool.apply(OP_MAX_WITH_OFFSETS, *call)[0],
-)
-OP_MAX_WITH_OFFSETS: Any = register(
-    f"max_pool_with_offsets({_MAX_CALL}) -> (Tensor, Tensor)",
-    implementation=lambda *call: _max_forward(*call, index_dtype=offset_dtype(call[0].shape[2:], call[1], call[2])),
-    fake=lambda *call: _fake_pair(None, *call),
-    autograd=lambda *call: _MaxPool.apply(OP_MAX_WITH_OFFSETS, *call),
-)
-OP_MAX_WITH_INDICES: Any = register(
-    f"max_pool_with_indices({_MAX_CALL}) -> (Tensor, Tensor)",
-    implementation=lambda *call: _max_forward(*call, index_dtype=torch.int64),
-    fake=lambda *call: _fake_pair(torch.int64, *call),
-    autograd=lambda *call: _MaxPool.apply(OP_MAX_WITH_INDICES, *call),
-)
-
-
-def _max_backward(
-    dy: Tensor, winners: Tensor, space: list[int], channels_last: bool, kernel_size: list[int], stride: list[int],
-    padding: list[int], dilation: list[int], backend: str,
-) -> Tensor:  # fmt: skip
-    windows = (kernel_size, stride, padding, dilation)
-    if dy.numel() == 0:
-        return empty(dy, (*dy.shape[:2], *space), channels_last).zero_()
-    if runs_kernels(backend, dy):
-        from ..kernels.pool import run_backward
-
-        dx = empty(dy, (*dy.shape[:2], *space), channels_last)
-        window = kernel_window(space, dy.shape[2:], windows)
-        run_backward(dy, winners, None, None, dx, window, "max", is_channels_last=channels_last)
-        return dx
-    flat, valid = _places(winners, space, windows)
-    source = dy.to(torch.promote_types(dy.dtype, torch.float32))
-    if valid is not None:
-        source = source * valid
-    dx = source.new_zeros(*dy.shape[:2], math.prod(space)).scatter_add_(2, flat.flatten(2), source.flatten(2))
-    return laid_out(dx.to(dy.dtype).unflatten(2, space), channels_last)
-
-
-def _fake_backward(dy: Tensor, winners: Tensor, space: Sequence[int], channels_last: bool, *rest: Any) -> Tensor:
-    return empty(dy, (*dy.shape[:2], *space), channels_last)
-
-
-class _MaxPoolBackward(torch.autograd.Function):
-    """Linear in dy, so its own gradient picks what the winners' places hold."""
-
-    @staticmethod
-    def forward(ctx: Any, dy: Tensor, winners: Tensor, *options: Any) -> Tensor:
-        ctx.save_for_backward(winners)
-        ctx.windows = options[2:]
-        with below_autograd():
-            return OP_MAX_BACKWARD(dy, winners, *options)
-
-    @staticmethod
-    def backward(ctx: Any, ddx: Tensor) -> tuple[Tensor | None, ...]:
-        (winners,) = ctx.saved_tensors
-        return OP_GATHER(ddx, winners, *ctx.windows), *(None,) * 8
-
-
-OP_MAX_BACKWARD: Any = register(
-    f"max_pool_backward(Tensor dy, Tensor winners, SymInt[] space, bool channels_last, {_WINDOWS}, str backend)"
-    " -> Tensor",
-    implementation=_max_backward,
-    fake=_fake_backward,
-    autograd=_MaxPoolBackward.apply,
-)
-
-
-def _gather(
-    input: Tensor, winners: Tensor, kernel_size: list[int], stride: list[int], padding: list[int], dilation: list[int],
-    backend: str,
-) -> Tensor:  # fmt: skip
-    windows, channels_last = (kernel_size, stride, padding, dilation), is_channels_last(winners)
-    if runs_kernels(backend, input):
-        from ..kernels.pool import run_gather
-
-        y = empty(input, winners.shape, channels_last)
-        if y.numel():
-            window = kernel_window(input.shape[2:], winners.shape[2:], windows)
-            run_gather(input, winners, y, window, is_channels_last=channels_last)
-        return y
-    return laid_out(_differentiable_gather(input, winners, windows), channels_last)
-
-
-def _differentiable_gather(input: Tensor, winners: Tensor, windows: Sequence[Sequence[int]]) -> Tensor:
-    flat, valid = _places(winners, input.shape[2:], windows)
-    picked = input.flatten(2).gather(2, flat.flatten(2)).view(winners.shape)
-    return picked if valid is None else picked * valid
-
-
-class _Gather(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, input: Tensor, winners: Tensor, *options: Any) -> Tensor:
-        ctx.save_for_backward(winners)
-        ctx.options = (input.shape[2:], is_channels_last(input), *options)
-        with below_autograd():
-            return OP_GATHER(input, winners, *options)
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        (winners,) = ctx.saved_tensors
-        return OP_MAX_BACKWARD(dy, winners, *ctx.options), *(None,) * 6
-
-
-def _gather_autograd(input: Tensor, winners: Tensor, *options: Any) -> Tensor:
-    """Without windows (after an unpooling) the places may be any, and repeat: then torch's operators add them up."""
-    if winners.dtype is torch.int64 and not options[0]:
-        return _differentiable_gather(input, winners, options[:4])
-    y: Tensor = _Gather.apply(input, winners, *options)
-    return y
-
-
-OP_GATHER: Any = register(
-    f"pool_gather(Tensor input, Tensor winners, {_WINDOWS}, str backend) -> Tensor",
-    implementation=_gather,
-    fake=lambda input, winners, *_: empty(input, winners.shape, is_channels_last(winners)),
-    autograd=_gather_autograd,
-)
-
-
-# --- operators: mean -------------------------------------------------------------------------------------------------
-
-
-def _mean_forward(
-    input: Tensor, size: list[int], kernel_size: list[int], stride: list[int], padding: list[int], dilation: list[int],
-    include_pad: bool, divisor: int, backend: str,
-) -> Tensor:  # fmt: skip
-    windows, channels_last = (kernel_size, stride, padding, dilation), is_channels_last(input)
-    if not runs_kernels(backend, input):
-        return laid_out(_torch_mean(input, size, windows, include_pad, divisor), channels_last)
-    from ..kernels.pool import run_forward
-
-    y = empty(input, (*input.shape[:2], *size), channels_last)
-    if y.numel():
-        window = kernel_window(input.shape[2:], size, windows)
-        run_forward(
-            input, y, None, window, "mean", include_pad=include_pad, divisor=divisor, is_channels_last=channels_last
-        )
-    return y
-
-
-def _mean_backward(
-    dy: Tensor, space: list[int], channels_last: bool, kernel_size: list[int], stride: list[int], padding: list[int],
-    dilation: list[int], include_pad: bool, divisor: int, backend: str,
-) -> Tensor:  # fmt: skip
-    windows = (kernel_size, stride, padding, dilation)
-    if dy.numel() == 0:
-        return empty(dy, (*dy.shape[:2], *space), channels_last).zero_()
-    if not runs_kernels(backend, dy):
-        return laid_out(_torch_mean_backward(dy, space, windows, include_pad, divisor), channels_last)
-    from ..kernels.pool import run_backward
-
-    dx = empty(dy, (*dy.shape[:2], *space), channels_last)
-    window = kernel_window(space, dy.shape[2:], windows)
-    run_backward(
-        dy, None, None, None, dx, window, "mean", include_pad=include_pad, divisor=divisor,
-        is_channels_last=channels_last,
-    )  # fmt: skip
-    return dx
-
-
-class _AvgPool(torch.autograd.Function):
-    """Linear, and so is its gradient: each is the other's."""
-
-    @staticmethod
-    def forward(ctx: Any, input: Tensor, size: Any, *options: Any) -> Tensor:
-        ctx.options = (input.shape[2:], is_channels_last(input), *options)
-        with below_autograd():
-            return OP_AVG(input, size, *options)
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        return OP_AVG_BACKWARD(dy, *ctx.options), *(None,) * 8
-
-
-class _AvgPoolBackward(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, dy: Tensor, space: Any, channels_last: bool, *options: Any) -> Tensor:
-        ctx.options = (dy.shape[2:], *options)
-        with below_autograd():
-            return OP_AVG_BACKWARD(dy, space, channels_last, *options)
-
-    @staticmethod
-    def backward(ctx: Any, ddx: Tensor) -> tuple[Tensor | None, ...]:
-        return OP_AVG(ddx, *ctx.options), *(None,) * 9
-
-
-OP_AVG: Any = register(
-    f"avg_pool(Tensor input, SymInt[] size, {_WINDOWS}, bool include_pad, SymInt divisor, str backend) -> Tensor",
-    implementation=_mean_forward,
-    fake=_fake_forward,
-    autograd=_AvgPool.apply,
-)
-OP_AVG_BACKWARD: Any = register(
-    f"avg_pool_backward(Tensor dy, SymInt[] space, bool channels_last, {_WINDOWS}, bool include_pad, SymInt divisor, "
-    "str backend) -> Tensor",
-    implementation=_mean_backward,
-    fake=lambda dy, space, channels_last, *_: empty(dy, (*dy.shape[:2], *space), channels_last),
-    autograd=_AvgPoolBackward.apply,
-)
-
-
-# --- operators: norms ------------------------------------------------------------------------------------------------
-
-
-def _lp_forward(
-    input: Tensor, size: list[int], kernel_size: list[int], stride: list[int], padding: list[int], dilation: list[int],
-    norm: float, backend: str,
-) -> Tensor:  # fmt: skip
-    windows, channels_last = (kernel_size, stride, padding, dilation), is_channels_last(input)
-    if not runs_kernels(backend, input):
-        wide = input.to(torch.promote_types(input.dtype, torch.float32))
-        y = _root(_torch_mean(wide.pow(norm), size, windows, True, 0), kernel_size, norm)
-        return laid_out(y.to(input.dtype), channels_last)
-    from ..kernels.pool import run_forward
-
-    y = empty(input, (*input.shape[:2], *size), channels_last)
-    if y.numel():
-        window = kernel_window(input.shape[2:], size, windows)
-        run_forward(input, y, None, window, f"norm{norm:.0f}", is_channels_last=channels_last)
-    return y
-
-
-def _lp_backward(
-    dy: Tensor, input: Tensor, output: Tensor, kernel_size: list[int], stride: list[int], padding: list[int],
-    dilation: list[int], norm: float, backend: str,
-) -> Tensor:  # fmt: skip
-    windows, channels_last = (kernel_size, stride, padding, dilation), is_channels_last(input)
-    if not runs_kernels(backend, dy):
-        wide = torch.promote_types(dy.dtype, torch.float32)
-        spread = lambda g: _torch_mean_backward(g, input.shape[2:], windows, True, 0)  # noqa: E731
-        dx = _lp_gradient(dy.to(wide), input.to(wide), output.to(wide), kernel_size, norm, spread)
-        return laid_out(dx.to(dy.dtype), channels_last)
-    from ..kernels.pool import run_backward
-
-    dx = empty(input, input.shape, channels_last)
-    if dx.numel():
-        window = kernel_window(input.shape[2:], dy.shape[2:], windows)
-        saved = output if is_channels_last(output) == channels_last else laid_out(output, channels_last)
-        factor = input if norm == 2 else None
-        run_backward(dy, None, saved, factor, dx, window, f"norm{norm:.0f}", is_channels_last=channels_last)
-    return dx
-
-
-def _lp_gradient(
-    dy: Tensor, input: Tensor, output: Tensor, kernel_size: Sequence[int], norm: float, spread: Callable[[Tensor],
-    Tensor],
-) -> Tensor:  # fmt: skip
-    """``sum over windows of dy * y^(1-p) * K / (divisor p), times p x^(p-1)``; ``spread`` is the gradient of a mean.
-    The factors are torch's, so that what overflows is NaN where torch's is. A sum that is NaN has no gradient for p = 1
-    alone, as in torch."""
-    flat = (output == 0) | (output.isnan() if norm == 1 else False)
-    slope = torch.where(flat, 1.0, output) ** (1 - norm) * math.prod(kernel_size)
-    return spread(torch.where(flat, 0.0, dy * slope) / norm) * (norm * input ** (norm - 1))
-
-
-def _differentiable_lp_backward(dy: Tensor, input: Tensor, output: Tensor, *options: Any) -> Tensor:
-    """A first backward runs the kernel; one that is differentiated again runs the formula in our other operators."""
-    *windows, norm, backend = options
-    space, channels_last = input.shape[2:], is_channels_last(input)
-    spread = lambda g: OP_AVG_BACKWARD(g, space, channels_last, *windows, True, 0, backend)  # noqa: E731
-    return _lp_gradient(dy, input, output, windows[0], norm, spread)
-
-
-class _LpPool(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, input: Tensor, size: Any, *options: Any) -> Tensor:
-        with below_autograd():
-            y: Tensor = OP_LP(input, size, *options)
-        ctx.save_for_backward(input, y)
-        ctx.options = options
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        return OP_LP_BACKWARD(dy, *ctx.saved_tensors, *ctx.options), *(None,) * 7
-
-
-OP_LP: Any = register(
-    f"lp_pool(Tensor input, SymInt[] size, {_WINDOWS}, float norm, str backend) -> Tensor",
-    implementation=_lp_forward,
-    fake=_fake_forward,
-    autograd=_LpPool.apply,
-)
-OP_LP_BACKWARD: Any = register(
-    f"lp_pool_backward(Tensor dy, Tensor input, Tensor output, {_WINDOWS}, float norm, str backend) -> Tensor",
-    implementation=_lp_backward,
-    fake=lambda dy, input, *_: empty(input, input.shape, is_channels_last(input)),
-    autograd=_differentiable_lp_backward,
-)
-
-
-# --- operators: unpooling --------------------------------------------------------------------------------------------
-
-
-def _unpool(
-    input: Tensor, indices: Tensor, size: list[int], kernel_size: list[int], stride: list[int], padding: list[int],
-    backend: str,
-) -> Tensor:  # fmt: skip
-    channels_last = is_channels_last(input)
-    if runs_kernels(backend, input):
-        from ..kernels.pool import run_unpool
-
-        y = empty(input, (*input.shape[:2], *size), channels_last)
-        if input.numel() == 0 or y.numel() == 0:
-            return y.zero_()
-        window = kernel_window(size, input.shape[2:], (kernel_size, stride, padding, []))
-        run_unpool(input, indices, y, window, is_channels_last=channels_last)
-        return y
-    return laid_out(_torch_unpool(input, indices, size, stride, padding), channels_last)
-
-
-class _MaxUnpool(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, input: Tensor, indices: Tensor, *options: Any) -> Tensor:
-        ctx.save_for_backward(indices)
-        ctx.backend = options[-1]
-        with below_autograd():
-            return OP_UNPOOL(input, indices, *options)
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        (indices,) = ctx.saved_tensors
-        return OP_GATHER(dy, indices, *_ADAPTIVE, ctx.backend), *(None,) * 6
-
-
-OP_UNPOOL: Any = register(
-    "max_unpool(Tensor input, Tensor indices, SymInt[] size, SymInt[] kernel_size, SymInt[] stride, SymInt[] padding, "
-    "str backend) -> Tensor",
-    implementation=_unpool,
-    fake=lambda input, indices, size, *_: empty(input, (*input.shape[:2], *size), is_channels_last(input)),
-    autograd=_MaxUnpool.apply,
-)

@@ -1,4 +1,4 @@
-"""Recurrence over a sequence: Elman, GRU and LSTM. Public functions, operators, autograd, torch implementation."""
+"""Recurrence over a sequence, Elman, GRU and LSTM: public functions, and the choice of backend."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
-from torch import _VF, Tensor
+from torch import Tensor
 from torch._C import _is_any_autocast_enabled
-from torch.nn.functional import linear, pad
+from torch.nn.functional import linear
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from ..autotune.device import DeviceSpec, detect
@@ -23,14 +23,14 @@ from ._dispatch import (
     measured,
     operator_precision,
     rejections,
-    resolved_precision,
     rnn_setting,
-    runs_kernels,
     torch_serves,
     torch_validates,
 )
-from ._layout import autocast, or_empty
-from ._register import below_autograd, register, requires_grad, run_operator
+from ._layout import autocast
+from ._register import requires_grad, run_operator
+from .rnn_operators import OP, rnn_problem
+from .rnn_torch import formula, torch_layer
 
 
 def rnn(
@@ -236,6 +236,9 @@ def _torch_step(
     return hidden, *elman_head(hidden, W_ho, b_o, W_yh)
 
 
+# --- from arguments to a call ----------------------------------------------------------------------------------------
+
+
 def _recur(
     op: str, cell: str, input: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None, b_hh: Tensor | None,
     h0: Tensor | None, c0: Tensor | None = None, reverse: bool = False, batch_first: bool = False,
@@ -262,7 +265,7 @@ def _recur(
     steps = input if not args.is_batched else input.transpose(0, 1) if batch_first else input
 
     def problem() -> Any:
-        return _problem(cell, steps, w_hh, multiplied, saves)
+        return rnn_problem(cell, steps, w_hh, multiplied, saves)
 
     backend = choose(
         op, tensors, lambda device: _auto_rule(problem(), device), lambda device: _kernel_choices(problem(), device),
@@ -281,7 +284,7 @@ def _recur(
     h0, c0 = _initial(cell, steps, w_hh, h0, c0, steps.shape[1])
     call = (steps, w_ih, w_hh, b_ih, b_hh, h0, c0, cell, reverse, multiplied, saves, backend)
     if in_transform():
-        out, h_n, c_n, _ = _formula(*call[:9])
+        out, h_n, c_n, _ = formula(*call[:9])
     else:
         out, h_n, c_n, _ = run_operator(OP, call, saves)
         if traced and saves:
@@ -290,23 +293,6 @@ def _recur(
     if not args.is_batched:
         return out.squeeze(1), h_n.squeeze(1), c_n.squeeze(1) if cell == "lstm" else None
     return out.transpose(0, 1) if batch_first else out, h_n, c_n
-
-
-# --- where torch's own layer is called as it is ----------------------------------------------------------------------
-
-
-def calls_torch(input: Any) -> bool:
-    """May torch's own layer be called on this input at once? Not under autocast, which torch follows for some cells
-    only. In a transform that has no formula for torch's layer it raises, and ours follows."""
-    return torch_validates(input) and not _is_any_autocast_enabled()
-
-
-def is_traced_as_torch(count: int) -> bool:
-    """May a graph of so many steps hold torch's own layer? In an exported program that is one operator, for a fixed
-    number of steps. In a compiled one torch has no layer, only its steps written out: minutes of compilation for some
-    hundred of them, anew for every other number, and none at all for an LSTM with gradients. There our operator stands.
-    """
-    return is_exporting() and _is_static(count)
 
 
 def sequence_layer(
@@ -332,19 +318,8 @@ def sequence_layer(
         return _packed_layer(cell, input, batch_sizes, batch, w_ih, w_hh, b_ih, b_hh, h0, c0, w_hr)
     steps = input.transpose(0, 1) if batch_first else input
     h0, c0 = _initial(cell, steps, w_hh, h0, c0, steps.shape[1])
-    out, h_n, c_n, _ = _formula(steps, w_ih, w_hh, b_ih, b_hh, h0, c0, cell, False, w_hr)
+    out, h_n, c_n, _ = formula(steps, w_ih, w_hh, b_ih, b_hh, h0, c0, cell, False, w_hr)
     return out.transpose(0, 1) if batch_first else out, h_n, c_n
-
-
-def _initial(
-    cell: str, input: Tensor, w_hh: Tensor, h0: Tensor | None, c0: Tensor | None, batch: int
-) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """The given states or zeros. With projections h is shorter than c."""
-    directions, rows, size = w_hh.shape
-    h0 = input.new_zeros(directions, batch, size) if h0 is None else h0
-    if c0 is None and cell == "lstm":
-        c0 = input.new_zeros(directions, batch, rows // 4)
-    return h0, c0
 
 
 def _packed_layer(
@@ -372,11 +347,39 @@ def _packed_layer(
         if torch.compiler.is_compiling() and w_hr is None and not in_transform():
             out, _, _, cells = OP(*call, DEFAULT_PRECISION, True, "torch")
         else:
-            out, _, _, cells = _formula(*call, None if w_hr is None else w_hr[d : d + 1])  # type: ignore[call-arg]
+            out, _, _, cells = formula(*call, None if w_hr is None else w_hr[d : d + 1])  # type: ignore[call-arg]
         outs.append(out[row_walked, row_sequence])
         h_ns.append(out[last, sequence])
         c_ns.append(cells[last, sequence] if cell == "lstm" else None)
     return torch.cat(outs, -1), torch.stack(h_ns), torch.stack(c_ns) if cell == "lstm" else None  # type: ignore[arg-type]
+
+
+def _initial(
+    cell: str, input: Tensor, w_hh: Tensor, h0: Tensor | None, c0: Tensor | None, batch: int
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """The given states or zeros. With projections h is shorter than c."""
+    directions, rows, size = w_hh.shape
+    h0 = input.new_zeros(directions, batch, size) if h0 is None else h0
+    if c0 is None and cell == "lstm":
+        c0 = input.new_zeros(directions, batch, rows // 4)
+    return h0, c0
+
+
+# --- where torch's own layer is called as it is ----------------------------------------------------------------------
+
+
+def calls_torch(input: Any) -> bool:
+    """May torch's own layer be called on this input at once? Not under autocast, which torch follows for some cells
+    only. In a transform that has no formula for torch's layer it raises, and ours follows."""
+    return torch_validates(input) and not _is_any_autocast_enabled()
+
+
+def is_traced_as_torch(count: int) -> bool:
+    """May a graph of so many steps hold torch's own layer? In an exported program that is one operator, for a fixed
+    number of steps. In a compiled one torch has no layer, only its steps written out: minutes of compilation for some
+    hundred of them, anew for every other number, and none at all for an LSTM with gradients. There our operator stands.
+    """
+    return is_exporting() and _is_static(count)
 
 
 # --- the choice of backend -------------------------------------------------------------------------------------------
@@ -398,16 +401,6 @@ def _limits(problem_of: Callable[[], Any], where: torch.device) -> str | None:
     return f"hidden_size={problem.H} in {problem.dtype}: one multiprocessor of {device.slug} cannot hold the weights"
 
 
-def _problem(cell: str, input: Tensor, w_hh: Tensor, precision: str, saves: bool) -> Any:
-    """``input`` is [T, B, I], or [T, I] for one sequence; ``w_hh`` may have its directions stacked."""
-    from ..kernels.rnn import RnnProblem
-
-    directions = w_hh.shape[0] if w_hh.dim() == 3 else 1
-    batch = input.shape[1] if input.dim() == 3 else 1
-    mode = resolved_precision(input, precision, rnn_setting) if input.dtype is torch.float32 else "16"
-    return RnnProblem(cell, input.shape[0], batch, w_hh.shape[-1], directions, input.dtype, mode, saves)
-
-
 def _kernel_choices(problem: Any, device: DeviceSpec) -> tuple[tuple[str, Choice], ...]:
     from ..kernels import rnn
 
@@ -419,364 +412,3 @@ def _auto_rule(problem: Any, device: DeviceSpec) -> tuple[bool, str]:
     """Only measurements speak for the kernels: time here is latency, which counted bytes say nothing of."""
     unknown = (False, "not measured, and the time of a step cannot be counted in bytes: `tritune tune` can")
     return measured(_kernel_choices(problem, device)) or unknown
-
-
-# --- torch's implementations -----------------------------------------------------------------------------------------
-
-
-TORCH_LAYERS: dict[str, Callable[..., Any]] = {
-    "tanh": _VF.rnn_tanh,
-    "relu": _VF.rnn_relu,
-    "gru": _VF.gru,
-    "lstm": _VF.lstm,
-}
-
-
-def torch_layer(
-    cell: str, input: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None, b_hh: Tensor | None, h0: Tensor | None,
-    c0: Tensor | None, reverse: bool, batch_first: bool,
-) -> tuple[Tensor, Tensor, Tensor | None] | None:  # fmt: skip
-    """torch's own layer, on the arguments of :func:`rnn` as they are.
-
-    ``None`` for arguments that the validator rejects and torch would not: it looks at the sizes of its products only,
-    broadcasts biases and states, and computes with integers and complex numbers. On others torch itself may raise.
-    """
-    sizes, dtype = input.shape, input.dtype
-    is_batched = len(sizes) == 3
-    if b_ih is None and b_hh is not None:
-        b_ih = torch.zeros_like(b_hh)
-    elif b_hh is None and b_ih is not None:
-        b_hh = torch.zeros_like(b_ih)
-    directions = 1
-    parameters: list[Any] = [w_ih, w_hh] if b_ih is None else [w_ih, w_hh, b_ih, b_hh]
-    if w_ih.dim() == 3:
-        directions = w_ih.shape[0]
-        by_direction = zip(*(parameter.unbind() for parameter in parameters), strict=True)
-        parameters = [parameter for of_one in by_direction for parameter in of_one]
-        if not 1 <= directions <= (1 if reverse else 2):
-            return None
-    rows, hidden_size = parameters[1].shape
-    if (
-        rows != rnn_checks.GATES[cell] * hidden_size or parameters[0].shape != (rows, sizes[-1])
-        or not input.is_floating_point()
-        or (b_ih is not None and (parameters[2].shape != (rows,) or parameters[3].shape != (rows,)))
-    ):  # fmt: skip
-        return None
-    if not is_batched:
-        batch_first = False
-        input = input.unsqueeze(1)
-        h0 = None if h0 is None else h0.unsqueeze(1)
-        c0 = None if c0 is None else c0.unsqueeze(1)
-    state = (directions, sizes[0 if batch_first else 1] if is_batched else 1, hidden_size)
-    if h0 is None or (c0 is None and cell == "lstm"):
-        zeros = input.new_zeros(state)
-        h0, c0 = zeros if h0 is None else h0, zeros if c0 is None else c0
-    if h0.shape != state or h0.dtype is not dtype:
-        return None
-    if cell == "lstm" and (c0.shape != state or c0.dtype is not dtype):  # type: ignore[union-attr]
-        return None
-    if reverse:
-        input = input.flip(1 if batch_first else 0)
-    # In training mode wherever there may be gradients: cuDNN has no backward otherwise. A trace is checked without.
-    is_training = torch.is_grad_enabled() or torch._C._is_tracing()
-    options = (parameters, b_ih is not None, 1, 0.0, is_training, directions == 2, batch_first)
-    if cell == "lstm":
-        out, h_n, c_n = TORCH_LAYERS["lstm"](input, (h0, c0), *options)
-    else:
-        (out, h_n), c_n = TORCH_LAYERS[cell](input, h0, *options), None
-    if reverse:
-        out = out.flip(1 if batch_first else 0)
-    if not is_batched:
-        return out.squeeze(1), h_n.squeeze(1), None if c_n is None else c_n.squeeze(1)
-    return out, h_n, c_n
-
-
-def _steps(count: int, d: int, reverse: bool) -> range:
-    """The order in which a direction walks the sequence."""
-    return range(count - 1, -1, -1) if reverse or d == 1 else range(count)
-
-
-def _formula(
-    input: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None, b_hh: Tensor | None, h0: Tensor, c0: Tensor | None,
-    cell: str, reverse: bool, w_hr: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """The definition, step by step, for every transform: ``(out, h_n, c_n, cells)``. ``w_hr``: LSTM's projections."""
-    count = input.shape[0]
-    directions: list[list[Tensor]] = []
-    for d in range(w_ih.shape[0]):
-        x = linear(input, w_ih[d], None if b_ih is None else b_ih[d])
-        h, c = h0[d], None if c0 is None else c0[d]
-        outs: list[Any] = [None] * count
-        cells: list[Any] = [None] * count
-        for t in _steps(count, d, reverse):
-            a = linear(h, w_hh[d], None if b_hh is None else b_hh[d])
-            if cell == "gru":
-                x_r, x_z, x_n = x[t].chunk(3, -1)
-                h_r, h_z, h_n = a.chunk(3, -1)
-                n = torch.tanh(x_n + torch.sigmoid(x_r + h_r) * h_n)
-                h = n + torch.sigmoid(x_z + h_z) * (h - n)
-            elif cell == "lstm":
-                assert c is not None
-                i, f, g, o = (x[t] + a).chunk(4, -1)
-                c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
-                h = torch.sigmoid(o) * torch.tanh(c)
-                h = h if w_hr is None else linear(h, w_hr[d])
-            else:
-                h = torch.relu(x[t] + a) if cell == "relu" else torch.tanh(x[t] + a)
-            outs[t], cells[t] = h, c
-        directions.append([torch.stack(outs), h, *([c, torch.stack(cells)] if c is not None else [])])
-    parts = list(zip(*directions, strict=True))
-    out, h_n = torch.cat(parts[0], -1), torch.stack(parts[1])
-    if cell == "lstm":
-        return out, h_n, torch.stack(parts[2]), torch.cat(parts[3], -1)
-    return out, h_n, out.new_empty(0), out.new_empty(0)
-
-
-# --- operators -------------------------------------------------------------------------------------------------------
-
-
-def _forward(
-    input: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None, b_hh: Tensor | None, h0: Tensor, c0: Tensor | None,
-    cell: str, reverse: bool, precision: str, saves: bool, backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    if not runs_kernels(backend, input):
-        if cell == "lstm" and saves:
-            return _formula(input, w_ih, w_hh, b_ih, b_hh, h0, c0, cell, reverse)
-        result = torch_layer(cell, input, w_ih, w_hh, b_ih, b_hh, h0, c0, reverse, False)
-        assert result is not None
-        out, h_n, c_n = result
-        return out.contiguous(), h_n, or_empty(c_n, input), input.new_empty(0)
-    from ..kernels.rnn import run_forward
-
-    bias, b_n = _input_bias(cell, b_ih, b_hh, w_hh.shape[-1])
-    x = linear(input, w_ih.flatten(0, 1), None if bias is None else bias.flatten())
-    out, h_n, c_n, cells = run_forward(
-        _problem(cell, input, w_hh, precision, saves), x, w_hh, b_n, h0, c0, reverse=reverse
-    )
-    return out, h_n, or_empty(c_n, input), or_empty(cells, input)
-
-
-def _input_bias(
-    cell: str, b_ih: Tensor | None, b_hh: Tensor | None, hidden_size: int
-) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
-    """What can be added before the recurrence, and what of the GRU's hidden bias cannot."""
-    if b_hh is None:
-        return b_ih, None
-    early, b_n = b_hh, None
-    if cell == "gru":
-        b_n = b_hh[:, 2 * hidden_size :]
-        early = pad(b_hh[:, : 2 * hidden_size], (0, hidden_size))
-    return early if b_ih is None else b_ih + early, b_n
-
-
-def _fake_forward(
-    input: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Any, b_hh: Any, h0: Tensor, c0: Tensor | None,
-    cell: str, reverse: bool, precision: str, saves: bool, backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    directions, _, hidden_size = w_hh.shape
-    out = input.new_empty(*input.shape[:2], directions * hidden_size)
-    state = input.new_empty(directions, input.shape[1], hidden_size)
-    if cell == "lstm":
-        return out, state, torch.empty_like(state), torch.empty_like(out) if saves else input.new_empty(0)
-    return out, state, input.new_empty(0), input.new_empty(0)
-
-
-class _Rnn(torch.autograd.Function):
-    """``(out, h_n, c_n, cells)`` of OP; the last two are empty where the cell has none. The cells are an output so that
-    a second derivative reaches them. OP saves them even if its caller did not ask for that."""
-
-    @staticmethod
-    def forward(ctx: Any, *call: Any) -> tuple[Tensor, ...]:
-        with below_autograd():
-            out, h_n, c_n, cells = OP(*call[:10], True, call[11])
-        ctx.save_for_backward(*call[:7], out, cells if call[7] == "lstm" else None)
-        ctx.options = (*call[7:10], call[11])
-        ctx.set_materialize_grads(False)
-        return out, h_n, c_n, cells
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        tensors = ctx.saved_tensors
-        if ctx.options[0] != "lstm":
-            grads = (*grads[:2], None, None)
-        needs = list(ctx.needs_input_grad[:5])
-        results = OP_BACKWARD(*tensors, *grads, needs, *ctx.options)
-        wanted = ctx.needs_input_grad
-        return *(grad if want else None for grad, want in zip(results, wanted[:7], strict=True)), *(None,) * 5
-
-
-_TENSORS = "Tensor input, Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh, Tensor h0, Tensor? c0"
-
-
-OP: Any = register(
-    f"rnn({_TENSORS}, str cell, bool reverse, str precision, bool saves, str backend)"
-    " -> (Tensor, Tensor, Tensor, Tensor)",
-    implementation=_forward,
-    fake=_fake_forward,
-    autograd=_Rnn.apply,
-    composite=lambda *call: _formula(*call[:9]),
-)
-
-
-# Backward. What is around the reverse loop are products over all steps, in torch's operators; the loop itself is the
-# kernel, or the same formula in torch's operators where there is none and where it is differentiated again.
-
-
-def _previous(states: Tensor, first: Tensor, reverse: bool) -> Tensor:
-    """The state before each step: [T, B, D * H] and [D, B, H] to [T, B, D, H]."""
-    directions = first.shape[0]
-    by_direction = states.unflatten(-1, (directions, -1)).unbind(2)
-    shifted = [
-        torch.cat([one[1:], first[d : d + 1]]) if reverse or d == 1 else torch.cat([first[d : d + 1], one[:-1]])
-        for d, one in enumerate(by_direction)
-    ]
-    return torch.stack(shifted, 2) if directions > 1 else shifted[0].unsqueeze(2)
-
-
-def _gate_inputs(
-    input: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None, b_hh: Tensor | None, before: Tensor, cell: str
-) -> Tensor:
-    """[T, B, D, 4, H]: what the gates' functions are applied to, recomputed for all steps at once."""
-    hidden_size = w_hh.shape[-1]
-    per_direction = []
-    for d in range(w_ih.shape[0]):
-        b_x, b_h = (None if b is None else b[d] for b in (b_ih, b_hh))
-        if cell == "lstm":
-            both = b_h if b_x is None else b_x if b_h is None else b_x + b_h
-            x = linear(input, w_ih[d], both)
-            a = torch.addmm(x.flatten(0, 1), before[:, :, d].flatten(0, 1), w_hh[d].t()).view_as(x)
-        else:
-            x_rz, x_n = linear(input, w_ih[d], b_x).split((2 * hidden_size, hidden_size), -1)
-            h_rz, h_n = linear(before[:, :, d], w_hh[d], b_h).split((2 * hidden_size, hidden_size), -1)
-            a = torch.cat([x_n, x_rz + h_rz, h_n], -1)
-        per_direction.append(a.unflatten(-1, (4, hidden_size)))
-    return torch.stack(per_direction, 2) if len(per_direction) > 1 else per_direction[0].unsqueeze(2)
-
-
-def _gate_grads(
-    gates: Tensor | None, w_hh: Tensor, out: Tensor, before: Tensor, cells: Tensor | None, cells_before: Tensor | None,
-    dout: Tensor | None, dhn: Tensor | None, dcn: Tensor | None, dcells: Tensor | None, cell: str, reverse: bool,
-) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
-    """The reverse loop in torch's operators: gradients of the gate inputs, of h0 and of c0."""
-    count = out.shape[0]
-    per_direction, dh0, dc0 = [], [], []
-    directions = w_hh.shape[0]
-    for d in range(directions):
-        h_t, dout_d, c_t, dcells_d = (
-            None if t is None else t.unflatten(-1, (directions, -1))[:, :, d] for t in (out, dout, cells, dcells)
-        )
-        dh = torch.zeros_like(before[0, :, d]) if dhn is None else dhn[d]
-        dc = None if cells is None else torch.zeros_like(dh) if dcn is None else dcn[d]
-        slots: list[Any] = [None] * count
-        for t in reversed(_steps(count, d, reverse)):
-            dh = dh if dout_d is None else dh + dout_d[t]
-            if gates is None:
-                assert h_t is not None
-                da = dh * (1 - h_t[t] * h_t[t]) if cell == "tanh" else torch.where(h_t[t] <= 0, 0.0, dh)
-                dh, slots[t] = da @ w_hh[d], da.unsqueeze(1)
-                continue
-            a = gates[t, :, d].unbind(1)
-            if cell == "gru":
-                r, z = torch.sigmoid(a[1]), torch.sigmoid(a[2])
-                n = torch.tanh(a[0] + r * a[3])
-                dn = dh * (1 - z) * (1 - n * n)
-                dr, dz = dn * a[3] * r * (1 - r), dh * (before[t, :, d] - n) * z * (1 - z)
-                slots[t] = torch.stack([dn, dr, dz, dn * r], 1)
-                dh = dh * z + torch.cat([dr, dz, dn * r], 1) @ w_hh[d]
-            else:
-                assert c_t is not None
-                assert cells_before is not None
-                assert dc is not None
-                i, f, g, o = torch.sigmoid(a[0]), torch.sigmoid(a[1]), torch.tanh(a[2]), torch.sigmoid(a[3])
-                tanh_c = torch.tanh(c_t[t])
-                dc = dc + dh * o * (1 - tanh_c * tanh_c)
-                dc = dc if dcells_d is None else dc + dcells_d[t]
-                inner = [dc * g * i * (1 - i), dc * cells_before[t, :, d] * f * (1 - f), dc * i * (1 - g * g)]
-                slots[t] = torch.stack([*inner, dh * tanh_c * o * (1 - o)], 1)
-                dc, dh = dc * f, slots[t].flatten(1) @ w_hh[d]
-        per_direction.append(torch.stack(slots))
-        dh0.append(dh)
-        dc0.append(dc)
-    return torch.stack(per_direction, 2), torch.stack(dh0), None if cells is None else torch.stack(dc0)  # type: ignore[arg-type]
-
-
-def _backward(
-    input: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None, b_hh: Tensor | None, h0: Tensor, c0: Tensor | None,
-    out: Tensor, cells: Tensor | None, dout: Tensor | None, dhn: Tensor | None, dcn: Tensor | None,
-    dcells: Tensor | None, needs: list[bool], cell: str, reverse: bool, precision: str, backend: str,
-) -> tuple[Tensor, ...]:  # fmt: skip
-    before = _previous(out, h0, reverse)
-    gated = cell in ("gru", "lstm")
-    gates = _gate_inputs(input, w_ih, w_hh, b_ih, b_hh, before, cell) if gated else None
-    if runs_kernels(backend, input):
-        from ..kernels.rnn import run_backward
-
-        dgates = out.new_empty(*out.shape[:2], w_hh.shape[0], 1, w_hh.shape[-1]) if gates is None else gates
-        problem = _problem(cell, input, w_hh, precision, True)
-        dh0, dc0 = run_backward(
-            problem, dgates, w_hh, h0, c0, out, cells, dout, dhn, dcn, dcells, reverse=reverse
-        )  # fmt: skip
-    else:
-        cells_before = None if cells is None or c0 is None else _previous(cells, c0, reverse)
-        dgates, dh0, dc0 = _gate_grads(
-            gates, w_hh, out, before, cells, cells_before, dout, dhn, dcn, dcells, cell, reverse
-        )  # fmt: skip
-    return *_products(dgates, input, before, w_ih, needs, cell), dh0, or_empty(dc0, input)
-
-
-def _products(
-    dgates: Tensor, input: Tensor, before: Tensor, w_ih: Tensor, needs: list[bool], cell: str
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of input, w_ih, w_hh, b_ih, b_hh: one product or sum each a direction; empty where not needed."""
-    need_input, need_w_ih, need_w_hh, need_b_ih, need_b_hh = needs
-    wide = torch.promote_types(input.dtype, torch.float32)
-    # The GRU's slots are n, r, z, hidden n; the rows of its weights are r, z, n.
-    turn = before.shape[-1] if cell == "gru" else 0
-    x = input.flatten(0, 1)
-    dx, dw_ih, dw_hh, db_ih, db_hh = ([] for _ in range(5))
-    for d in range(w_ih.shape[0]):
-        slots = dgates[:, :, d].flatten(0, 1)
-        to_input, to_hidden = (slots[:, :3], slots[:, 1:]) if turn else (slots, slots)
-        to_input, to_hidden = to_input.flatten(1), to_hidden.flatten(1)
-        if need_input:
-            dx.append(to_input @ _rolled(w_ih[d], turn))
-        if need_w_ih:
-            dw_ih.append(_rolled(to_input.t() @ x, -turn))
-        if need_w_hh:
-            dw_hh.append(to_hidden.t() @ before[:, :, d].flatten(0, 1))
-        if need_b_ih:
-            db_ih.append(_rolled(to_input.sum(0, dtype=wide).to(input.dtype), -turn))
-        if need_b_hh:
-            db_hh.append(to_hidden.sum(0, dtype=wide).to(input.dtype))
-    grads = (torch.stack(one) if one else input.new_empty(0) for one in (dw_ih, dw_hh, db_ih, db_hh))
-    return sum(dx[1:], dx[0]).view_as(input) if dx else input.new_empty(0), *grads  # type: ignore[return-value]
-
-
-def _rolled(t: Tensor, rows: int) -> Tensor:
-    return t.roll(rows, 0) if rows else t
-
-
-def _differentiable_backward(*call: Any) -> tuple[Tensor, ...]:
-    """A first backward runs the kernel; one that is differentiated again runs the formula in torch's operators."""
-    return _backward(*(*call[:-1], "torch"))
-
-
-def _fake_backward(
-    input: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Any, b_hh: Any, h0: Tensor, c0: Tensor | None, out: Tensor,
-    cells: Any, dout: Any, dhn: Any, dcn: Any, dcells: Any, needs: list[bool], *_: Any,
-) -> tuple[Tensor, ...]:  # fmt: skip
-    rows = w_ih.shape[:2]
-    shapes = (input.shape, w_ih.shape, w_hh.shape, rows, rows)
-    grads = (input.new_empty(shape if need else 0) for shape, need in zip(shapes, needs, strict=True))
-    return *grads, input.new_empty(h0.shape), input.new_empty(0 if c0 is None else c0.shape)
-
-
-OP_BACKWARD: Any = register(
-    f"rnn_backward({_TENSORS}, Tensor out, Tensor? cells, Tensor? dout, Tensor? dhn, Tensor? dcn, Tensor? dcells, "
-    "bool[] needs, str cell, bool reverse, str precision, str backend)"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    implementation=_backward,
-    fake=_fake_backward,
-    autograd=_differentiable_backward,
-    composite=_differentiable_backward,
-)

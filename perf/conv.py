@@ -16,7 +16,8 @@ from ..autotune.config import Config
 from ..autotune.cost import cdiv
 from ..autotune.device import DeviceSpec
 from ..ops import conv1d, conv2d, conv3d, conv_transpose1d, conv_transpose2d, conv_transpose3d
-from ..ops.conv import activate, module_of, weight_grad_module_of
+from ..ops.conv_operators import module_of, weight_grad_module_of
+from ..ops.conv_torch import activate
 from .case import (
     ALL_LAYERS,
     DTYPES,

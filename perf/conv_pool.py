@@ -15,7 +15,7 @@ from ..autotune.config import Config
 from ..autotune.cost import cdiv
 from ..autotune.device import DeviceSpec
 from ..ops import conv2d_max_pool2d
-from ..ops.conv import activate
+from ..ops.conv_torch import activate
 from . import conv, pool
 from .case import (
     ALL_LAYERS,

@@ -15,7 +15,7 @@ from ..autotune.config import Config
 from ..autotune.device import DeviceSpec
 from ..autotune.resolve import resolve
 from ..ops._layout import empty
-from ..ops.pool import kernel_window, offset_dtype
+from ..ops.pool_operators import kernel_window, offset_dtype
 from .case import ALL_LAYERS, DTYPES, IMAGES, PRECISIONS, Case, Kernel, Layers, Operator, Shape, random_tensors
 
 

@@ -23,10 +23,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import tritune
-from tritune.perf import check as measured
 from tritune.perf.case import DTYPES
+from tritune.perf.check import EPSILON as EPSILON_BY_NAME
 
-EPSILON = {torch.float64: 1e-14, **{DTYPES[name]: epsilon for name, epsilon in measured.EPSILON.items()}}
+EPSILON = {torch.float64: 1e-14, **{DTYPES[name]: epsilon for name, epsilon in EPSILON_BY_NAME.items()}}
 TORCH_SAMPLES = 16  # draws of a case's inputs that torch's error is taken from, at most
 MAX_INTERPRETED_DOTS = 2000  # about 0.8 ms each
 

@@ -731,7 +731,7 @@ class TestCompiles:
     def test_changing_sizes_compile_once(self, c, k, groups, rank):
         """N, D, H and W are run-time values: none of them, 1 and multiples of 16 included, makes another binary."""
         from tritune.kernels import conv
-        from tritune.ops.conv import module_of, weight_grad_module_of
+        from tritune.ops.conv_operators import module_of, weight_grad_module_of
 
         shape = (k * groups, c)
         module, weight_grad = module_of(shape, (1,), groups), weight_grad_module_of(shape, (1,), groups).WEIGHT_GRAD

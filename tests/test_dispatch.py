@@ -28,12 +28,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import tritune
 from tritune.autotune.variables import WORDS
-from tritune.ops import _dispatch
+from tritune.ops import _dispatch, conv_operators, conv_pool_operators, rnn_operators
 from tritune.ops import _layout as ops_layout
-from tritune.ops import conv as ops_conv
-from tritune.ops import conv_pool as ops_conv_pool
-
-ops_rnn = importlib.import_module("tritune.ops.rnn")  # its name in tritune.ops is a function's
 
 
 @pytest.mark.torch
@@ -364,7 +360,7 @@ class TestExplain:
                 with FakeTensorMode(), _dispatch.record() as decisions, torch.no_grad():
                     x = torch.empty(shape, device="cuda")
                     # Recording a gradient of a fake CUDA tensor ends the process in a CPU build of torch.
-                    monkeypatch.setattr(ops_pool, "_needs_grad", lambda _: True)
+                    monkeypatch.setattr(ops_pool, "requires_grad", lambda _: True)
                     more = (torch.empty(shape, device="cuda", dtype=torch.int64),) if "unpool" in op else ()
                     getattr(tritune, op)(x, *more, *args)
             finally:
@@ -488,7 +484,7 @@ def test_explains_what_runs(case, layout, monkeypatch):
 
 def _convolve(transposed: bool, x: torch.Tensor, groups: int) -> Any:
     weight, size = x.new_empty(8, 8 // groups, 3, 3), [8, 8] if transposed else [4, 4]
-    return ops_conv._forward(
+    return conv_operators.forward(
         transposed, x, weight, None, None, None, size, None, [1, 1], [0, 0], [1, 1], groups, "none", "default",
         "triton", save_input=False,
     )  # fmt: skip
@@ -496,13 +492,13 @@ def _convolve(transposed: bool, x: torch.Tensor, groups: int) -> Any:
 
 def _conv_weight_grad(x: torch.Tensor, groups: int) -> Any:
     g = x.new_empty(2, 8, 4, 4)
-    return ops_conv._weight_grad(
+    return conv_operators._weight_grad(
         x, g, [3, 3], True, [1, 1], [0, 0], [1, 1], groups, "default", "triton"
     )  # fmt: skip
 
 
 def _convolve_and_pool(x: torch.Tensor) -> Any:
-    return ops_conv_pool._forward(
+    return conv_pool_operators._forward(
         x, x.new_empty(4, 8, 3, 3), None, None, [4, 4], [1, 1], [0, 0], [1, 1], 1, "relu", "default", [2, 2], [2, 2],
         [0, 0], "triton",
     )  # fmt: skip
@@ -511,9 +507,9 @@ def _convolve_and_pool(x: torch.Tensor) -> Any:
 def _recur(x: torch.Tensor, *, backward: bool) -> Any:
     operands = (x.new_empty(5, 2, 8), x.new_empty(1, 16, 8), x.new_empty(1, 16, 16), None, None, x.new_empty(1, 2, 16))
     if not backward:
-        return ops_rnn._forward(*operands, None, "tanh", False, "default", True, "triton")
+        return rnn_operators._forward(*operands, None, "tanh", False, "default", True, "triton")
     out = x.new_empty(5, 2, 16)
-    return ops_rnn._backward(
+    return rnn_operators._backward(
         *operands, None, out, None, out, None, None, None, [True] * 5, "tanh", False, "default", "triton"
     )  # fmt: skip
 
@@ -585,7 +581,7 @@ class TestPrecision:
 
         monkeypatch.setattr(kernels, function, run)
         # Slices of fake CUDA tensors need a torch that was built for CUDA.
-        monkeypatch.setattr(ops_rnn, "_previous", lambda states, first, reverse: states.unsqueeze(2))
+        monkeypatch.setattr(rnn_operators, "_previous", lambda states, first, reverse: states.unsqueeze(2))
         own, other = torch.backends.cudnn.conv, torch.backends.cudnn.rnn
         if module == "rnn":
             own, other = other, own

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
 import tritune
-from tritune.ops import conv as conv_ops
+from tritune.ops import conv_operators
 
 ACTIVATED = {"activation": "relu"}
 OPERATORS = sorted(
@@ -190,7 +190,7 @@ def _all(result: Any) -> tuple[torch.Tensor, ...]:
 def test_graph_is_ours_on_the_kernels(name: str) -> None:
     """Nothing runs here: what is exported for the kernels is traced on fake tensors."""
     row = TABLE[name]
-    assert conv_ops.OP is torch.ops.tritune.conv.default
+    assert conv_operators.OP is torch.ops.tritune.conv.default
     with tritune.use_backend("triton"):
         operators = [op for op in exported(row.ours, operands(row, grad=False)) if op.startswith("tritune.")]
     assert operators and all(op.startswith(f"tritune.{row.kernels}") for op in operators)

@@ -33,7 +33,7 @@ import tritune  # noqa: E402
 from tritune import kernels  # noqa: E402
 from tritune.autotune.config import Config, Tunable  # noqa: E402
 from tritune.kernels._launch import Launch, readable  # noqa: E402
-from tritune.ops.rnn import OP as rnn_operator  # noqa: E402
+from tritune.ops.rnn_operators import OP as rnn_operator  # noqa: E402
 from tritune.perf import traffic  # noqa: E402
 
 pytestmark = pytest.mark.interpret

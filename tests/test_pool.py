@@ -451,7 +451,7 @@ class TestBranches:
         torch.testing.assert_close(y.cpu(), GLOBAL[op](views[view]))
 
     def test_offset_width_follows_the_window(self):
-        from tritune.ops.pool import offset_dtype
+        from tritune.ops.pool_operators import offset_dtype
 
         widths = [offset_dtype((200, 200), (9, 9), (k, k)) for k in (15, 16, 181, 182)]
         assert widths == [torch.uint8, torch.int16, torch.int16, torch.int32]
@@ -500,7 +500,7 @@ class TestLarge:
 def test_changing_sizes_compile_once(windows, layout):
     """In NCHW a change of the width may: rows have another alignment and their bands another size."""
     from tritune.kernels import pool
-    from tritune.ops.pool import kernel_window
+    from tritune.ops.pool_operators import kernel_window
 
     binaries: dict[str, set[str]] = {}
     sizes = ((1, 1, 16), (2, 7, 16), (16, 32, 16), (1, 16, 16), (64, 64, 16))

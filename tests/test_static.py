@@ -31,7 +31,7 @@ from tritune.autotune.device import TARGETS, named  # noqa: E402
 from tritune.autotune.resolve import ranked, resolve  # noqa: E402
 from tritune.kernels import attention, conv, conv_pool, pool, registered, rnn  # noqa: E402
 from tritune.kernels._launch import Launch  # noqa: E402
-from tritune.ops.conv import module_of, weight_grad_module_of  # noqa: E402
+from tritune.ops.conv_operators import module_of, weight_grad_module_of  # noqa: E402
 from tritune.perf import compilers, families, static, tune_worker  # noqa: E402
 from tritune.perf import conv as conv_layers  # noqa: E402
 from tritune.perf.case import ALL_LAYERS, Kernel  # noqa: E402

@@ -12,7 +12,7 @@ from tritune.autotune.device import named  # noqa: E402
 from tritune.autotune.resolve import ranked  # noqa: E402
 from tritune.kernels import attention, conv, conv_pool, pool, registered, rnn  # noqa: E402
 from tritune.kernels._launch import Launch  # noqa: E402
-from tritune.ops.pool import kernel_window  # noqa: E402
+from tritune.ops.pool_operators import kernel_window  # noqa: E402
 from tritune.perf import traffic  # noqa: E402
 from tritune.perf.families import TRAFFIC  # noqa: E402
 

@@ -12,8 +12,8 @@ from torch.nn.modules.module import _has_any_global_hook
 from ..ops import attention, attention_pool
 from ..ops._checks import PRECISIONS
 from ..ops._dispatch import in_transform, is_plain, torch_validates
-from ..ops.attention import pool_and_project
 from ..ops.attention_checks import ALIGNMENTS, SCORES, check_eps, check_scale
+from ..ops.attention_torch import pool_and_project
 from ._of_torch import Scriptable
 
 # What is shown of a module only where it is otherwise.

@@ -11,8 +11,9 @@ from torch.nn.utils.rnn import PackedSequence
 
 from ..ops import elman_step, rnn
 from ..ops._dispatch import in_transform, is_exporting, torch_serves
-from ..ops.rnn import TORCH_LAYERS, calls_torch, elman_head, is_traced_as_torch, require_torch, sequence_layer
+from ..ops.rnn import calls_torch, elman_head, is_traced_as_torch, require_torch, sequence_layer
 from ..ops.rnn_checks import check_dtypes, check_input_dims, check_nonlinearity, check_state_dims
+from ..ops.rnn_torch import TORCH_LAYERS
 from ._of_torch import Quantizable, Scriptable
 
 

@@ -1,0 +1,501 @@
+"""Attention in torch's operators: the fallback of the kernels, and their yardstick."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import wraps
+from math import inf
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._C import _is_any_autocast_enabled
+from torch.nn import Linear
+from torch.nn.functional import scaled_dot_product_attention as _sdpa
+from torch.utils.checkpoint import CheckpointError
+
+from ._dispatch import in_transform, is_empty, is_jit_tracing, is_plain
+from ._register import requires_grad
+from .attention_checks import ALIGNMENTS, SCORES
+
+# --- what torch's own attention takes as it is -----------------------------------------------------------------------
+
+
+def is_torchs(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, dropout_p: float, is_causal: bool,
+    scale: float | None, enable_gqa: bool,
+) -> bool:  # fmt: skip
+    """Does torch's attention compute what we do, if it accepts the call? See ``docs/differences.md``."""
+    if attn_mask is not None and (is_causal or attn_mask.dim() < 2):
+        return False
+    if scale is not None and is_causal and not scale > 0:
+        return False
+    if dropout_p != 0.0 and not 0.0 <= dropout_p <= 1.0:
+        return False
+    if enable_gqa and query.dim() < 3:
+        return False
+    if is_jit_tracing():
+        return True
+    return key.shape[-2] == value.shape[-2] and not (enable_gqa and 0 in (key.shape[-3], value.shape[-3]))
+
+
+def has_rows(query: Tensor) -> bool:
+    """Do the rows of the query lie apart in memory? torch's kernel for the CPU cannot read rows that overlap."""
+    if query.is_contiguous() or torch.compiler.is_compiling() or is_jit_tracing():
+        return True
+    return not 0 < query.stride(-2) < query.shape[-1]
+
+
+def torch_attention(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, dropout_p: float, is_causal: bool,
+    scale: float | None, enable_gqa: bool,
+) -> Tensor:  # fmt: skip
+    """torch's function with all its arguments in one row."""
+    return _sdpa(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+
+
+def by_torch(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, bias: Tensor | None, score: str,
+    scale: Any, is_causal: bool, causal_alignment: str, enable_gqa: bool, eps: float,
+) -> Tensor | None:  # fmt: skip
+    """:func:`attention` by one call of torch's. ``None`` where that computes something else, or accepts what our
+    validator rejects."""
+    if score not in SCORES or causal_alignment not in ALIGNMENTS or not eps > 0:
+        return None
+    if attn_mask is not None and attn_mask.dtype is not torch.bool:
+        return None
+    if bias is not None and bias.dtype is not query.dtype and bias.dtype is not torch.float32:
+        return None
+    learned = None
+    if scale is None:
+        scale = 1.0 if score == "cosine" else None
+    elif isinstance(scale, Tensor):
+        if not _is_scale_of(scale, query):
+            return None
+        learned, scale = scale, 1.0
+    elif type(scale) is not float and type(scale) is not int:
+        return None
+    shape, query_shape, value_shape = key.shape, query.shape, value.shape
+    dims = len(shape)
+    if not 3 <= dims <= 4 or is_empty(key):
+        return None
+    if value_shape != shape and value_shape[:-1] != shape[:-1]:
+        return None
+    is_shared = False
+    if query_shape != shape and not enable_gqa:
+        lead = shape[:-2]
+        is_shared = query_shape[:-2] != lead
+        if is_shared and query_shape[:-2] != lead[dims - len(query_shape) :] and not _expands(query, lead):
+            return None
+    mask = attn_mask
+    if is_causal:
+        shift = shape[-2] - query_shape[-2] if causal_alignment == "bottom_right" else 0
+        if mask is not None or bias is not None or not _is_zero(shift):
+            visible = _visible(query_shape[-2], shape[-2], shift, query.device)
+            mask, is_causal = visible if mask is None else mask & visible, False
+    if bias is not None:
+        mask = bias if mask is None else torch.where(mask, bias, -inf)
+    if mask is not None and mask.dim() > dims:
+        return None
+    if not is_torchs(query, key, value, mask, 0.0, is_causal, scale, enable_gqa) or not has_rows(query):
+        return None
+
+    by_products = (
+        query_shape[-2] == 1 and mask is None and not is_causal and not enable_gqa and _takes_products(key, value)
+    )
+    lengths = None
+    if score == "cosine":
+        query = unit_rows(query, eps)
+        if by_products and not (key.requires_grad and torch.is_grad_enabled()):
+            lengths = measured_lengths(key, eps)
+        else:
+            key = unit_rows(key, eps)
+    if learned is not None:
+        query = query * (learned if learned.dim() == 0 else learned.to(query.dtype).view(-1, 1, 1))
+    if is_shared:
+        query = query.expand(*shape[:-2], -1, -1)
+    if by_products:
+        return _products(query, key, value, scale, lengths)
+    # torch takes a fused kernel only if everything has four dimensions.
+    if mask is not None and mask.dim() == 3:
+        mask = mask.unsqueeze(0)
+    if dims == 3:
+        query, key, value = query.unsqueeze(0), key.unsqueeze(0), value.unsqueeze(0)
+    out = _sdpa(query, key, value, mask, 0.0, is_causal, scale=scale, enable_gqa=enable_gqa)
+    out = twice_differentiable(out, query, key, value, mask, is_causal, scale)
+    return out if dims == 4 else out.squeeze(0)
+
+
+def _takes_products(key: Tensor, value: Tensor) -> bool:
+    """Do two products take less time than torch's fused kernel, which is made for more than one query a head? Only if
+    nothing has to be copied for them, or rounded between them."""
+    return (
+        not torch.compiler.is_compiling() and key.numel() >= _LONG and key.is_cpu and value.is_cpu
+        and key.dtype in (torch.float32, torch.float64) and key.is_contiguous() and value.is_contiguous()
+        and not _is_any_autocast_enabled() and not is_jit_tracing()
+    )  # fmt: skip
+
+
+_LONG = 1 << 20  # elements of the keys
+
+
+def _products(query: Tensor, key: Tensor, value: Tensor, scale: float | None, lengths: Tensor | None) -> Tensor:
+    """Attention without a mask, in operators that have all derivatives. ``lengths``: what keys are to be divided by;
+    to divide the scores of one query takes less time."""
+    scores = query * (query.shape[-1] ** -0.5 if scale is None else scale) @ key.transpose(-1, -2)
+    if lengths is not None:
+        scores = scores / lengths.transpose(-1, -2)
+    return torch.softmax(scores, -1) @ value
+
+
+def _expands(query: Tensor, lead: Sequence[int]) -> bool:
+    """Can the query's leading dimensions be expanded to these?"""
+    missing = len(lead) + 2 - query.dim()
+    pairs = zip(query.shape, lead[missing:], strict=False)  # the query's last two are no leading ones
+    return missing >= 0 and all(have in (1, wanted) for have, wanted in pairs)
+
+
+def _is_scale_of(scale: Tensor, query: Tensor) -> bool:
+    """Is this tensor one number, or one for each head of the query?"""
+    if not scale.is_floating_point() or scale.device != query.device:
+        return False
+    return scale.dim() == 0 or (scale.dim() == 1 and query.dim() > 2 and scale.shape[0] in (1, query.shape[-3]))
+
+
+# --- any call --------------------------------------------------------------------------------------------------------
+
+
+def on_torch(
+    call: tuple[Any, ...], group: int, wants_lse: bool, dropout_p: float, saves: bool
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """``(out, lse)`` of a call with the arguments of :func:`formula`; the lse may be ``None`` where it is not wanted.
+    ``group``: query heads that share a head of key and value. ``saves``: a gradient is needed."""
+    if wants_lse or (in_transform() and not dropout_p):
+        return formula(*call)
+    out = composite(*call, group=group, dropout_p=dropout_p)
+    if saves and not dropout_p and not (torch.compiler.is_compiling() or is_jit_tracing()) and is_plain(call[0]):
+        out = _TwiceDifferentiable.apply(out, *call)
+    return out, None
+
+
+def composite(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, bias: Tensor | None, scale: float, shift: int | None, *,
+    group: int, dropout_p: float = 0.0,
+) -> Tensor:  # fmt: skip
+    """torch's own attention, on the arguments of :func:`formula`."""
+    if scale <= 0:
+        # torch's kernel for the CPU hides keys before it scales: -inf times 0 or less is NaN.
+        q, scale = q * scale, 1.0
+    if not torch.compiler.is_compiling() and q.shape[2] > 1 and 0 < q.stride(2) < q.shape[3]:
+        q = q.contiguous()  # torch's kernel for the CPU cannot read rows that overlap
+    is_causal = shift is not None and mask is None and bias is None and _is_zero(shift)
+    if not is_causal:
+        mask = _hidden(q, k, mask, shift)
+    if bias is not None:
+        mask = bias if mask is None else torch.where(mask, bias, -inf)
+    return _sdpa(
+        q, k, v, mask, dropout_p, is_causal, scale=scale, enable_gqa=group > 1
+    )  # fmt: skip
+
+
+def _is_zero(shift: Any) -> bool:
+    return isinstance(shift, int) and shift == 0
+
+
+def _visible(m: int, n: int, shift: int, device: torch.device) -> Tensor:
+    """[M, N]: key j <= query i + shift."""
+    return torch.ones(m, n, dtype=torch.bool, device=device).tril(shift)
+
+
+def _hidden(q: Tensor, k: Tensor, mask: Tensor | None, shift: int | None) -> Tensor | None:
+    """Mask and causality in one mask."""
+    if shift is None:
+        return mask
+    visible = _visible(q.shape[2], k.shape[2], shift, q.device)
+    return visible if mask is None else mask & visible
+
+
+def pool_and_project(
+    query: Tensor, key: Linear, value: Linear, input: Tensor, attn_mask: Tensor | None, scale: float | Tensor | None
+) -> Tensor:  # fmt: skip
+    """:func:`attention_pool` of ``key(input)`` and ``value(input)`` without computing these.
+
+    A score ``q . (W_k x + b_k)`` is ``(q W_k) . x + q . b_k``, and weights whose sum is 1 can be applied before ``W_v``
+    and ``b_v``. So two products over the sequence have H * M columns where those of the layers have E.
+
+    Args:
+        query: ``[H, M, E / H]``.
+        input: ``[B, N, E]``.
+        attn_mask: bool ``[B, N]``.
+
+    Returns:
+        ``[B, M, E]``, in torch's operators and with all derivatives.
+    """
+    heads, queries, features = query.shape
+    batch, _, width = input.shape
+    query = query * (features**-0.5 if scale is None else scale)
+    asked = torch.bmm(query, key.weight.view(heads, features, width)).flatten(0, 1)
+    scores = asked.expand(batch, -1, -1) @ input.transpose(1, 2)
+    if key.bias is not None:
+        scores = scores + torch.bmm(query, key.bias.view(heads, features, 1)).flatten(0, 1)
+    if attn_mask is not None:
+        has_key = attn_mask.any(-1, keepdim=True)
+        scores = scores.masked_fill((~attn_mask & has_key).unsqueeze(1), -inf)
+    means = (torch.softmax(scores, -1) @ input).unflatten(1, (heads, queries))
+    by_head = means.movedim(1, 0).flatten(1, 2)
+    weight = value.weight.view(heads, features, width).transpose(1, 2)
+    if value.bias is None:
+        pooled = torch.bmm(by_head, weight)
+    else:
+        pooled = torch.baddbmm(value.bias.view(heads, 1, features), by_head, weight)
+    pooled = pooled.unflatten(1, (batch, queries)).movedim(0, 2).flatten(2)
+    return pooled if attn_mask is None else torch.where(has_key.unsqueeze(-1), pooled, 0.0)
+
+
+# --- the formula and its gradients -----------------------------------------------------------------------------------
+
+
+def _without_autocast(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """The operands have been cast; what is computed from them in float32 stays there."""
+
+    @wraps(fn)
+    def wrapped(first: Tensor, *args: Any) -> Any:
+        kind = first.device.type
+        if kind not in ("cpu", "cuda") or not torch.is_autocast_enabled(kind):
+            return fn(first, *args)
+        with torch.autocast(kind, enabled=False):
+            return fn(first, *args)
+
+    return wrapped
+
+
+@_without_autocast
+def formula(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, bias: Tensor | None, scale: float, shift: int | None
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The definition with all scores at once, for every transform and derivative."""
+    p, lse = _weights(q, k, mask, bias, scale, shift)
+    return (p @ _repeated(v, q).to(p.dtype)).to(q.dtype), lse
+
+
+def _repeated(t: Tensor, q: Tensor) -> Tensor:
+    """Key or value with as many heads as the query."""
+    return t if t.shape[1] == q.shape[1] else t.repeat_interleave(q.shape[1] // t.shape[1], 1)
+
+
+def _weights(
+    q: Tensor, k: Tensor, mask: Tensor | None, bias: Tensor | None, scale: float, shift: int | None
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """``(p, lse)`` in float32 at least."""
+    wide = torch.promote_types(q.dtype, torch.float32)
+    s = (q.to(wide) * scale) @ _repeated(k, q).to(wide).transpose(-1, -2)
+    if bias is not None:
+        s = s + bias.to(wide)
+    mask = _hidden(q, k, mask, shift)
+    if mask is not None:
+        s = torch.where(mask, s, -inf)
+    # Rows that see nothing are computed as if they saw all, and taken back: no NaN on the way, nor in a derivative.
+    empty = (s == -inf).all(-1, keepdim=True)
+    s = torch.where(empty, 0.0, s)
+    if k.shape[2] == 0:
+        return s, s.sum(-1) - inf  # with a gradient, as everywhere
+    p = torch.where(empty, 0.0, torch.softmax(s, -1))
+    return p, torch.where(empty.squeeze(-1), -inf, torch.logsumexp(s, -1))
+
+
+@_without_autocast
+def formula_grads(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, bias: Tensor | None, dout: Tensor, dlse: Tensor | None,
+    scale: float, shift: int | None, needs: Sequence[bool],
+) -> tuple[Tensor | None, ...]:  # fmt: skip
+    """The gradients of :func:`formula` as functions of its arguments, in torch's operators."""
+    p, _ = _weights(q, k, mask, bias, scale, shift)
+    wide = p.dtype
+    dout, keys = dout.to(wide), _repeated(k, q).to(wide)
+    dp = dout @ _repeated(v, q).to(wide).transpose(-1, -2)
+    inner = (p * dp).sum(-1, keepdim=True)
+    ds = p * (dp - (inner if dlse is None else inner - dlse.unsqueeze(-1)))
+    needs_q, needs_k, needs_v, needs_bias = needs
+    # The scale, which is most often below 1, comes first, so that sums with keys near finfo.max stay finite.
+    dq = ((scale * ds) @ keys).to(q.dtype) if needs_q else None
+    dk = _folded((scale * ds).transpose(-1, -2) @ q.to(wide), k) if needs_k else None
+    dv = _folded(p.transpose(-1, -2) @ dout, v) if needs_v else None
+    dbias = ds.sum_to_size(bias.shape).to(bias.dtype) if bias is not None and needs_bias else None
+    return dq, dk, dv, dbias
+
+
+def _folded(grad: Tensor, t: Tensor) -> Tensor:
+    """Sums over the query heads that share a head of ``t``."""
+    if grad.shape[1] != t.shape[1]:
+        grad = grad.unflatten(1, (t.shape[1], -1)).sum(2)
+    return grad.to(t.dtype)
+
+
+# --- second derivatives of torch's own attention, whose fused kernels have none --------------------------------------
+
+
+def twice_differentiable(
+    out: Tensor, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, is_causal: bool,
+    scale: float | None,
+) -> Tensor:  # fmt: skip
+    """torch's result ``out`` with the second derivative that torch's fused kernels lack; a graph has none, and a tensor
+    without data needs none."""
+    if not out.requires_grad or torch.compiler.is_compiling() or type(out) is not Tensor:
+        return out
+    node: Any = out.grad_fn
+    if not node.name().startswith("ScaledDotProduct"):
+        return out  # the composite has all derivatives
+    if query.is_cpu:
+        node._register_hook_dict(_HOOKED)
+        return out
+    if is_jit_tracing():
+        return out  # the trace would not be the same without gradients
+    doubled: Tensor = _TwiceDifferentiable.apply(out, query, key, value, *_formulas(query, attn_mask, scale, is_causal))
+    return doubled
+
+
+def mask_and_bias(attn_mask: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """torch's one argument as our two: a boolean one hides keys, another is added to the scores."""
+    return (attn_mask, None) if attn_mask is not None and attn_mask.dtype is torch.bool else (None, attn_mask)
+
+
+def _formulas(
+    query: Tensor, attn_mask: Tensor | None, scale: float | None, is_causal: bool
+) -> tuple[Tensor | None, Tensor | None, float, int | None]:  # fmt: skip
+    """``(mask, bias, scale, shift)`` of :func:`formula` for a call of torch's."""
+    mask, bias = mask_and_bias(attn_mask)
+    return mask, bias, query.size(-1) ** -0.5 if scale is None else scale, 0 if is_causal else None
+
+
+def _before_backward(_: Tensor) -> None:
+    """Hook of torch's node, called with its output's gradient. Where the node's backward is to be differentiated again,
+    the gradients that it returns are exchanged for the formula's, of the tensors that the node has saved."""
+    if not torch.is_grad_enabled():
+        return
+
+    def exchange(grads: Sequence[Tensor | None], douts: Sequence[Tensor]) -> tuple[Tensor | None, ...] | None:
+        handle.remove()
+        if not torch.is_grad_enabled():
+            return None  # the backward that asked for this hook did not run the node itself
+        node: Any = torch._C._current_autograd_node()
+        try:
+            q, k, v, attn_mask = node._saved_query, node._saved_key, node._saved_value, node._saved_attn_mask
+        except CheckpointError:
+            return None  # it hands out a tensor once: torch says that it has no second derivative
+        mask, bias, scale, shift = _formulas(q, attn_mask, node._saved_scale, node._saved_is_causal)
+        needs = [grad is not None for grad in grads[:3]]
+        dq, dk, dv, _ = formula_grads(q, k, v, mask, bias, douts[0], None, scale, shift, [*needs, False])
+        return dq, dk, dv, *grads[3:]
+
+    handle: Any = torch._C._current_autograd_node().register_hook(exchange)
+    # It comes before the hooks of others, which are to see and change what it returns. The node calls them in the order
+    # in which they were put in.
+    hooks = handle.hooks_dict_ref()
+    for other in [id for id in hooks if id != handle.id]:
+        hooks[other] = hooks.pop(other)
+
+
+# A node takes over the hooks of a tensor in a tenth of the time that Node.register_hook takes, since that also makes a
+# handle by which the hook can be removed. Nobody removes this hook, so one tensor lends it to all nodes.
+_HOOKED = torch.empty(0)
+_HOOKED._backward_hooks = {0: _before_backward}
+
+
+class _TwiceDifferentiable(torch.autograd.Function):
+    """Stands behind torch's attention, whose fused kernels have no second derivative. A first backward passes through
+    to torch's own; one that is differentiated again leaves it out and takes the formula."""
+
+    @staticmethod
+    def forward(ctx: Any, out: Tensor, *call: Any) -> Tensor:
+        ctx.save_for_backward(*call[:5])
+        ctx.options = call[5:]
+        return out.detach()
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+        if not torch.is_grad_enabled():
+            return dout, *(None,) * 7
+        q, k, v, mask, bias = ctx.saved_tensors
+        needs = ctx.needs_input_grad[1:]
+        dq, dk, dv, dbias = formula_grads(q, k, v, mask, bias, dout, None, *ctx.options, [*needs[:3], needs[4]])
+        return None, dq, dk, dv, None, dbias, None, None
+
+
+# --- rows of unit length, for cosine scores --------------------------------------------------------------------------
+
+
+def unit_rows(t: Tensor, eps: float) -> Tensor:
+    """``t / max(|t|, eps)`` of the rows, in torch's operators."""
+    if torch.compiler.is_compiling() or is_jit_tracing() or in_transform():
+        unit = t / row_lengths(t, eps)
+        return unit if unit.dtype is t.dtype else unit.to(t.dtype)
+    if 0 < t.numel() <= _FEW and t.is_cpu and not torch._C._len_torch_dispatch_stack():
+        lengths = torch.linalg.vector_norm(t, 2, -1, True)
+        if type(lengths) is Tensor:  # a fake tensor has no numbers to look at
+            least, most = torch.aminmax(lengths.detach())
+            if least.item() >= eps and eps >= _LEAST_SQUARED and most.item() < inf:
+                return t / lengths
+    if requires_grad((t,)):
+        differentiable: Tensor = _Unit.apply(t, eps)
+        return differentiable
+    return (t / measured_lengths(t, eps)).to(t.dtype)
+
+
+_FEW = 1 << 15  # so few numbers take less time in torch's operators than an autograd Function takes to be called
+
+
+def row_lengths(t: Tensor, eps: float) -> Tensor:
+    """[..., 1]: max(|t|, eps) in float32 at least, with derivatives of every order."""
+    wide = torch.promote_types(t.dtype, torch.float32)
+    if torch.compiler.is_compiling():  # of the first order only, as everything that is compiled
+        lengths = _norm(t, torch.float64).clamp_min(eps)
+        return lengths if wide is torch.float64 else lengths.to(wide)
+    # A short row's length counts as eps and does not depend on the row; at 0 it would have no second derivative.
+    is_short = _norm(t.detach(), torch.float64) < eps
+    return torch.where(is_short, eps, _norm(torch.where(is_short, 1.0, t), torch.float64)).to(wide)
+
+
+def measured_lengths(t: Tensor, eps: float) -> Tensor:
+    """The values of :func:`row_lengths` without derivatives. On the CPU squares are added in float32, which takes a
+    quarter of the time, unless the sum of a row overflows."""
+    wide = torch.promote_types(t.dtype, torch.float32)
+    if t.is_cpu and eps >= _LEAST_SQUARED and not torch._C._len_torch_dispatch_stack():
+        lengths = _norm(t, wide)
+        if type(lengths) is Tensor and lengths.sum().item() < inf:  # a fake tensor has no numbers
+            return lengths.clamp_min_(eps)
+    return _norm(t, torch.float64).clamp_min_(eps).to(wide)
+
+
+_LEAST_SQUARED = 1e-15  # its square is so far above the least float32 that a sum of such has all its digits
+
+
+def _norm(t: Tensor, dtype: torch.dtype) -> Tensor:
+    """[..., 1]: |t|, of squares added in ``dtype``. In float64 no row of float32 overflows or vanishes."""
+    return torch.linalg.vector_norm(t, 2, -1, True, dtype=None if dtype is t.dtype else dtype)
+
+
+def unit_grad(t: Tensor, dout: Tensor, eps: float, lengths: Tensor) -> Tensor:
+    """The gradient of :func:`unit_rows` as a function of its argument, whose ``lengths`` are given."""
+    unit = t / lengths
+    dout = dout.to(unit.dtype)
+    along = torch.linalg.vecdot(unit, dout).unsqueeze(-1).masked_fill(lengths == eps, 0.0)
+    return (torch.addcmul(dout, along, unit, value=-1) / lengths).to(t.dtype)
+
+
+class _Unit(torch.autograd.Function):
+    """:func:`unit_rows`. Its gradient takes fewer passes than those of its parts, and is right for rows too long to be
+    squared and in the second order for rows of zeros."""
+
+    @staticmethod
+    def forward(ctx: Any, t: Tensor, eps: float) -> Tensor:
+        lengths = measured_lengths(t, eps)
+        ctx.save_for_backward(t, lengths)
+        ctx.eps = eps
+        return (t / lengths).to(t.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor, None]:
+        t, lengths = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            lengths = row_lengths(t, ctx.eps)
+        return unit_grad(t, dout, ctx.eps, lengths), None
