@@ -513,7 +513,7 @@ def _is_bounded(scale: float, dtype: torch.dtype) -> bool:
 # --- the choice of backend -------------------------------------------------------------------------------------------
 
 
-MAX_HEAD = 256  # numbers a head, as kernels/attention.py has it: Dynamo must not trace into the kernels
+MAX_HEAD = 256  # numbers a head, as kernels/attention_space.py has it: Dynamo must not trace into the kernels
 
 
 def _limits(
@@ -527,7 +527,7 @@ def _limits(
         return None
     if mask is not None and not is_plain(mask):
         return f"attn_mask is a {type(mask).__name__}"
-    from ..kernels.attention import fits, within_reach
+    from ..kernels.attention_space import fits, within_reach
 
     asked, device = problem(), detect(where)
     if not within_reach(asked, mask):
@@ -829,7 +829,7 @@ def _forward(
 
 
 def _stats_shape(query: Tensor, bias: Tensor | None, precision: str) -> tuple[int, ...]:
-    """lse in one number a row or two: see the head of ``kernels/attention.py``."""
+    """lse in one number a row or two: see the head of ``kernels/attention_forward.py``."""
     is_exact = query.dtype is torch.float32 and precision != "tf32"
     return (2 if is_exact or bias is not None else 1, *query.shape[:3])
 

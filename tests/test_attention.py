@@ -527,9 +527,9 @@ class TestKernels:
     @pytest.mark.filterwarnings("ignore::DeprecationWarning")
     @pytest.mark.filterwarnings("ignore:.*lru_cache:UserWarning")
     def test_compiling_knows_the_widest_head(self, device):
-        from tritune.kernels import attention as kernels
+        from tritune.kernels import attention_space
 
-        assert kernels.MAX_HEAD == importlib.import_module("tritune.ops.attention").MAX_HEAD
+        assert attention_space.MAX_HEAD == importlib.import_module("tritune.ops.attention").MAX_HEAD
         wide = torch.randn(1, 1, 3, 300, device=device)
         compiled = torch.compile(lambda x: tritune.attention(x, x, x), fullgraph=True, backend="eager")
         with tritune.use_backend("triton"), pytest.raises(Exception, match="head dimension of 300"):
