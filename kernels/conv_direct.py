@@ -5,32 +5,18 @@ r"""Convolution without matrix products, for groups of 1, 2, 4 or 8 channels: de
                        + bias[k] + residual[n,k,z,p,q])
 
 The letters are those of :mod:`.conv`: C and K count one group's channels. So few channels meet in a sum that tensor
-cores would multiply mostly zeros; here every product is an fp32 FMA, and what limits a kernel is how many instructions
-it spends beside them. Each form saves those by keeping in registers what several sums share:
+cores would multiply mostly zeros; here every product is an fp32 FMA.
 
-    channels last    8 channels a thread. ROWS rows of outputs are summed together, and a row of x is loaded once for
-                     all of them. Of a group of several channels a thread holds all, so one load serves K filters.
-    rows             NCHW. RUN neighbouring outputs a thread; the columns of x that their windows share are loaded as
-                     aligned runs and picked apart in registers.
-    transpose        with a stride: each program writes the block of STRIDE_H * STRIDE_W pixels that share the same
-                     inputs. Without a stride the transpose is a convolution with the window turned over.
-    weight gradient  channels last walks along a row of outputs, so a column of x enters once and serves S taps as the
-                     window slides over it; NCHW holds runs of x and g. Only C = 1: groups of several channels are
-                     merged into matrices by :mod:`.conv`.
+This file is the door of the family: it plans the launches, registers the kernels with the tuner and calls them, and has
+their configs. The forms and the bytes of each pass stand at the head of the file that computes it:
 
-Bytes. What must come from memory once is |x| + |w| + |y|. What the load and store instructions move, with e bytes an
-element, G groups, T_m tiles of outputs and 4 bytes a weight, is at most (what lies outside the image is not loaded, and
-neighbours find most of it in the L1 cache)
+    conv_direct_tiles.py          tiles in registers, and what the geometry decides
+    conv_direct_forward.py        forward, channels last and by rows
+    conv_direct_transpose.py      transpose with a stride
+    conv_direct_weight_grad.py    gradient of the weights, for groups of one channel
 
-    channels last    T*S*J/ROWS * |y|*C/K + 4*T_m * T*R*S*C*K*G + |y|     (J rows of x meet ROWS rows of outputs:
-                                                                          ROWS + R - 1 without stride and dilation)
-    rows             T*R*L * |y|*C + 4*programs * T*R*S*C + |y|           (L runs of x lie under a run's windows)
-    transpose        T*A*B/(STRIDE_H*STRIDE_W) * |x|*K/C + 4*T_m * T*R*S*C*K*G + |x|    (A x B inputs reach a block)
-    weight gradient  T*R * (min(S, STRIDE_W/DIL_W) * |y|/K + |y|) + 8*splits * T*R*S*K*G + |w|
-                     T*R * (L + 1) * |y| + 8*splits * T*R*S*K*G + |w|     (NCHW)
-
-Strides of channels-last tensors count units of VEC elements, as in :mod:`.conv`. Deterministic: gathers only; the
-weight gradient adds its partial sums in order.
+Problems, results and epilogue are those of :mod:`.conv_problem` and :mod:`.conv_epilogue`, strides those of
+:mod:`.conv_windows`. Deterministic: gathers only; the weight gradient adds its partial sums in order.
 """
 
 from __future__ import annotations
@@ -39,560 +25,22 @@ import math
 from collections.abc import Sequence
 
 import torch
-import triton
-import triton.language as tl
 
 from ..autotune import cost
 from ..autotune.config import Config, Estimate, Tunable, register
 from ..autotune.device import DeviceSpec
 from ._launch import Launch, launch, layout_strides, raw_strides, readable, row_alignment, unit_divisor
-from ._math import below, column_sum, only_if, position, tile_offsets
-from .conv import (
-    SIZES,
-    X_STRIDES,
-    Y_STRIDES,
-    ConvProblem,
-    Epilogue,
-    Geometry,
-    channels_last,
-    empty_output,
-    epilogue,
-    features,
-    meta_tensors,
-    prepare,
-    problem_of,
-    sum_splits,
-)
+from .conv import prepare, sum_splits
+from .conv_direct_forward import direct_kernel, direct_rows_kernel
+from .conv_direct_tiles import MAX_ROWS, equal_block, first_run, last_run, reads_row, reads_run
+from .conv_direct_transpose import block_input, direct_transpose_kernel
+from .conv_direct_weight_grad import direct_rows_weight_grad_kernel, direct_weight_grad_kernel
+from .conv_problem import ConvProblem, Epilogue, Geometry, channels_last, empty_output, meta_tensors, problem_of
+from .conv_space import features
+from .conv_windows import X_STRIDES, Y_STRIDES
 
 CHANNELS = (1, 2, 4, 8)  # of a group, and filters of a group, that the kernels know
 MAX_BLOCK, MAX_PRODUCTS = 16, 256  # outputs and products of one position that the transpose writes out
-MAX_ROWS = tl.constexpr(8)  # window rows, or columns, that are held in registers at once; larger windows are cut
-
-
-# --- tiles in registers ----------------------------------------------------------------------------------------------
-
-
-@triton.constexpr_function
-def _log2(n):
-    return n.bit_length() - 1
-
-
-@triton.jit
-def _channel(x, c: tl.constexpr, C: tl.constexpr):
-    """Columns c, c + C, c + 2*C, ... of a tile: channel c of every group. Free if a thread holds C columns."""
-    for bit in tl.static_range(_log2(C)):
-        even, odd = tl.split(tl.reshape(x, (x.shape[0], x.shape[1] // 2, 2)))
-        if c >> bit & 1:
-            x = odd
-        else:
-            x = even
-    return x
-
-
-@triton.jit
-def _repeat(x, TIMES: tl.constexpr):
-    """Every column of a tile TIMES times, in place: one for each filter of a group."""
-    for _ in tl.static_range(_log2(TIMES)):
-        x = tl.reshape(tl.join(x, x), (x.shape[0], 2 * x.shape[1]))
-    return x
-
-
-@triton.jit
-def _unpack(x):
-    """The columns of a tile [M, V], V vectors. Free if a thread holds whole rows."""
-    columns = (x,)
-    for _ in tl.static_range(_log2(x.shape[1])):
-        evens = ()
-        odds = ()
-        for i in tl.static_range(len(columns)):
-            even, odd = tl.split(tl.reshape(columns[i], (x.shape[0], columns[i].shape[1] // 2, 2)))
-            evens += (even,)
-            odds += (odd,)
-        columns = evens + odds
-    vectors = ()
-    for i in tl.static_range(len(columns)):
-        vectors += (tl.reshape(columns[i], (x.shape[0],)),)
-    return vectors
-
-
-@triton.jit
-def _pack(columns):
-    """The tile whose columns these vectors are: :func:`_unpack` undone."""
-    tiles = ()
-    for i in tl.static_range(len(columns)):
-        tiles += (tl.reshape(columns[i], (columns[i].shape[0], 1)),)
-    for _ in tl.static_range(_log2(len(columns))):
-        pairs = ()
-        for i in tl.static_range(len(tiles) // 2):
-            pair = tl.join(tiles[i], tiles[i + len(tiles) // 2])
-            pairs += (tl.reshape(pair, (pair.shape[0], 2 * pair.shape[1])),)
-        tiles = pairs
-    return tiles[0]
-
-
-@triton.jit
-def _within(i, size):
-    """0 <= i < size in one comparison: as an unsigned number a negative one is large."""
-    return i.to(tl.uint32) < size.to(tl.uint32)
-
-
-@triton.jit
-def _zeros(COUNT: tl.constexpr, SHAPE: tl.constexpr):
-    """Sums of nothing yet: COUNT fp32 tiles."""
-    accs = ()
-    for _ in tl.static_range(COUNT):
-        accs += (tl.zeros(SHAPE, dtype=tl.float32),)
-    return accs
-
-
-# What the geometry decides, as constants.
-
-
-@triton.constexpr_function
-def _cut(size, limit):
-    """The size of equal blocks, at most ``limit``, that cover ``size``."""
-    blocks = -(-size // limit)
-    return -(-size // blocks)
-
-
-@triton.constexpr_function
-def _reads_row(j, rows, first, block, window, stride, dil):
-    """Does row j of x meet one of ``rows`` rows of outputs under a tap of first ... first + block - 1?"""
-    taps = range(first, min(first + block, window))
-    return any(row * stride + tap * dil == j for row in range(rows) for tap in taps)
-
-
-@triton.constexpr_function
-def _first_run(run, pad):
-    """The first run of columns under the windows of a run of outputs; run 0 starts at the first output's column."""
-    return -pad // run
-
-
-@triton.constexpr_function
-def _last_run(run, window, stride, pad, dil):
-    return ((run - 1) * stride + (window - 1) * dil - pad) // run
-
-
-@triton.constexpr_function
-def _reads_run(i, run, window, stride, pad, dil):
-    """Does run i hold a column that a window looks at?"""
-    columns = (j * stride + tap * dil - pad for j in range(run) for tap in range(window))
-    return any(column // run == i for column in columns)
-
-
-@triton.constexpr_function
-def _adds(tap, output, stride, pad, dil):
-    """Does a tap of the transpose add to output ``output`` of a block of ``stride``?"""
-    return (tap * dil - pad) % stride == output
-
-
-@triton.constexpr_function
-def _block_input(tap, stride, pad, dil):
-    """The input that the tap multiplies for it, counted from the one with the block's number."""
-    return -((tap * dil - pad) // stride)
-
-
-@triton.constexpr_function
-def _reads_input(i, window, stride, pad, dil):
-    """Does a tap multiply that input?"""
-    return any((tap * dil - pad) // stride == -i for tap in range(window))
-
-
-# --- channels last ---------------------------------------------------------------------------------------------------
-
-
-@triton.jit(do_not_specialize=[*SIZES, *X_STRIDES, *Y_STRIDES, "columns"])
-def _direct_kernel(
-    x_ptr, w_ptr, scale_ptr, bias_ptr, residual_ptr, y_ptr, z_ptr,
-    M, D, H, W, Z, P, Q, columns,
-    stride_xn: tl.int64, stride_xd: tl.int64, stride_xh: tl.int64, stride_xw: tl.int64,
-    stride_yn: tl.int64, stride_yz: tl.int64, stride_yp: tl.int64, stride_yq: tl.int64,
-    C: tl.constexpr, K: tl.constexpr, GROUPS: tl.constexpr, T: tl.constexpr, R: tl.constexpr, S: tl.constexpr,
-    STRIDE_D: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
-    PAD_D: tl.constexpr, PAD_H: tl.constexpr, PAD_W: tl.constexpr,
-    DIL_D: tl.constexpr, DIL_H: tl.constexpr, DIL_W: tl.constexpr, RANK: tl.constexpr,
-    X_VEC: tl.constexpr, Y_VEC: tl.constexpr, TURNED: tl.constexpr, ACTIVATION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, ROWS: tl.constexpr,
-):  # fmt: skip
-    """BLOCK_M positions, each of ROWS outputs below one another, by BLOCK_C filters. The loop runs over the window's
-    planes and columns; its rows are written out, for which rows of x meet which rows of outputs is known here. How many
-    columns there are is not: a loop of known length is unrolled, with the loads of all columns in registers."""
-    FILTERS: tl.constexpr = K * GROUPS
-    TILES_C: tl.constexpr = (FILTERS + BLOCK_C - 1) // BLOCK_C
-    BLOCK_X: tl.constexpr = BLOCK_C // K * C
-    BLOCK_R: tl.constexpr = _cut(R, MAX_ROWS)
-    pid = tl.program_id(0)
-    offs_m = pid // TILES_C * BLOCK_M + tl.arange(0, BLOCK_M)
-    k = pid % TILES_C * BLOCK_C + tl.arange(0, BLOCK_C)
-    c = pid % TILES_C * BLOCK_X + tl.arange(0, BLOCK_X)
-    mask_m = offs_m < M
-    mask_k = k < FILTERS
-    mask_c = c < C * GROUPS
-    n, z, i, q = position(offs_m, Z, tl.cdiv(P, ROWS), Q, RANK)
-    d0 = z * STRIDE_D - PAD_D
-    h0 = i * (ROWS * STRIDE_H) - PAD_H
-    w0 = q * STRIDE_W - PAD_W
-    corner = n.to(tl.int64) * stride_xn + d0.to(tl.int64) * stride_xd
-    corner += h0.to(tl.int64) * stride_xh + w0.to(tl.int64) * stride_xw
-    x_ptrs = x_ptr + (corner * X_VEC)[:, None] + c[None, :]
-    accs = _zeros(ROWS, (BLOCK_M, BLOCK_C))
-    for first in tl.static_range(0, R, BLOCK_R):
-        for step in range(1 if T * S == 1 else columns):
-            t = step // S
-            s = step % S
-            mask = mask_m & _within(w0 + s * DIL_W, W)
-            if RANK == 3:
-                mask &= _within(d0 + t * DIL_D, D)
-            xs = ()
-            for j in tl.static_range((ROWS - 1) * STRIDE_H + (R - 1) * DIL_H + 1):
-                if _reads_row(j, ROWS, first, BLOCK_R, R, STRIDE_H, DIL_H):
-                    shift = (t * DIL_D * stride_xd + j * stride_xh + s * DIL_W * stride_xw) * X_VEC
-                    mask_x = (mask & _within(h0 + j, H))[:, None] & mask_c[None, :]
-                    xs += (tl.load(x_ptrs + shift, mask=mask_x, other=0.0),)  # [BLOCK_M, BLOCK_X]
-                else:
-                    xs += (0.0,)
-            for channel in tl.static_range(C):
-                for r in tl.static_range(BLOCK_R):
-                    if first + r < R:
-                        tap = (t * R + first + r) * S + s
-                        if TURNED:
-                            tap = T * R * S - 1 - tap
-                        w = tl.load(w_ptr + (tap * C + channel) * FILTERS + k, mask=mask_k, other=0.0)
-                        sums = ()
-                        for row in tl.static_range(ROWS):
-                            x = _channel(xs[row * STRIDE_H + (first + r) * DIL_H], channel, C)
-                            sums += (accs[row] + _repeat(x, K).to(tl.float32) * w[None, :],)
-                        accs = sums
-    for row in tl.static_range(ROWS):
-        p = i * ROWS + row
-        y_off = tile_offsets(n, z, p, q, k, stride_yn, 1, stride_yz, stride_yp, stride_yq, Y_VEC, True)
-        mask = (mask_m & (p < P))[:, None] & mask_k[None, :]
-        epilogue(accs[row], k, y_off, mask, scale_ptr, bias_ptr, residual_ptr, y_ptr, z_ptr, mask_k, ACTIVATION)
-
-
-# --- rows: NCHW ------------------------------------------------------------------------------------------------------
-
-
-@triton.jit
-def _load_columns(
-    x_ptr, row, q, mask, W, stride_xw, S: tl.constexpr, STRIDE_W: tl.constexpr, PAD_W: tl.constexpr,
-    DIL_W: tl.constexpr, X_VEC: tl.constexpr, RUN: tl.constexpr,
-):  # fmt: skip
-    """The columns of x under the windows of the RUN outputs q*RUN ..., a vector each. They are loaded as whole runs:
-    where the rows of x start on a multiple of RUN, that is one load a run."""
-    FIRST: tl.constexpr = _first_run(RUN, PAD_W)
-    LAST: tl.constexpr = _last_run(RUN, S, STRIDE_W, PAD_W, DIL_W)
-    columns = ()
-    for i in tl.static_range(LAST - FIRST + 1):
-        if _reads_run(FIRST + i, RUN, S, STRIDE_W, PAD_W, DIL_W):
-            run = q * STRIDE_W + (FIRST + i)
-            w = run[:, None] * RUN + tl.arange(0, RUN)[None, :]
-            if X_VEC == RUN:
-                inside = _within(run, W // RUN)[:, None]
-            else:
-                inside = _within(w, W)
-            if RUN == 1:
-                w = w.to(tl.int64) * stride_xw
-            x = tl.load(x_ptr + row[:, None] * X_VEC + w, mask=mask[:, None] & inside, other=0.0)
-            columns += _unpack(x)
-        else:
-            for _ in tl.static_range(RUN):
-                columns += (0.0,)
-    return columns
-
-
-@triton.jit(do_not_specialize=[*SIZES, *X_STRIDES, *Y_STRIDES, "rows"])
-def _direct_rows_kernel(
-    x_ptr, w_ptr, scale_ptr, bias_ptr, residual_ptr, y_ptr, z_ptr,
-    D, H, W, Z, P, Q, rows,
-    stride_xn: tl.int64, stride_xc: tl.int64, stride_xd: tl.int64, stride_xh: tl.int64, stride_xw: tl.int64,
-    stride_yn: tl.int64, stride_yk: tl.int64, stride_yz: tl.int64, stride_yp: tl.int64,
-    C: tl.constexpr, K: tl.constexpr, GROUPS: tl.constexpr, T: tl.constexpr, R: tl.constexpr, S: tl.constexpr,
-    STRIDE_D: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
-    PAD_D: tl.constexpr, PAD_H: tl.constexpr, PAD_W: tl.constexpr,
-    DIL_D: tl.constexpr, DIL_H: tl.constexpr, DIL_W: tl.constexpr,
-    X_VEC: tl.constexpr, Y_VEC: tl.constexpr, TURNED: tl.constexpr, ACTIVATION: tl.constexpr,
-    RUN: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr,
-):  # fmt: skip
-    """BLOCK_P rows of BLOCK_Q runs of one filter's outputs: the position of a run costs no division. The loop runs over
-    the ``rows`` of the window, plane by plane and channel by channel; its columns are written out."""
-    FILTERS: tl.constexpr = K * GROUPS
-    pid = tl.program_id(0)
-    tiles_q = tl.cdiv(Q, RUN * BLOCK_Q)
-    tiles_p = tl.cdiv(P, BLOCK_P)
-    m = tl.arange(0, BLOCK_P * BLOCK_Q)
-    q = pid % tiles_q * BLOCK_Q + m % BLOCK_Q
-    p = pid // tiles_q % tiles_p * BLOCK_P + m // BLOCK_Q
-    plane = pid // tiles_q // tiles_p
-    z = plane % Z
-    k = plane // Z % FILTERS
-    n = plane // Z // FILTERS
-    mask_m = (p < P) & (q * RUN < Q)
-    h0 = p * STRIDE_H - PAD_H
-    d0 = z * STRIDE_D - PAD_D
-    image = n.to(tl.int64) * stride_xn + k // K * C * stride_xc + d0 * stride_xd
-    row = image + h0.to(tl.int64) * stride_xh
-    accs = _zeros(RUN, (BLOCK_P * BLOCK_Q,))
-    for step in range(1 if T * R * C == 1 else rows):
-        c = step % C
-        r = step // C % R
-        t = step // C // R
-        h = h0 + r * DIL_H
-        d = d0 + t * DIL_D
-        mask = only_if(mask_m & _within(h, H), (d >= 0) & (d < D))
-        shifted = row + (t * DIL_D * stride_xd + r * DIL_H * stride_xh + c * stride_xc)
-        xs = _load_columns(x_ptr, shifted, q, mask, W, stride_xw, S, STRIDE_W, PAD_W, DIL_W, X_VEC, RUN)
-        for s in tl.static_range(S):
-            tap = (t * R + r) * S + s
-            if TURNED:
-                tap = T * R * S - 1 - tap
-            w = tl.load(w_ptr + (tap * C + c) * FILTERS + k)
-            sums = ()
-            for j in tl.static_range(RUN):
-                x = xs[j * STRIDE_W + s * DIL_W - PAD_W - _first_run(RUN, PAD_W) * RUN]
-                sums += (accs[j] + x.to(tl.float32) * w,)
-            accs = sums
-    acc = _pack(accs)  # [BLOCK_P * BLOCK_Q, RUN]
-    column = q[:, None] * RUN + tl.arange(0, RUN)[None, :]
-    y_row = n.to(tl.int64) * stride_yn + k * stride_yk + z * stride_yz + p.to(tl.int64) * stride_yp
-    # Counted in runs of Y_VEC, which a row holds a whole number of: so the compiler may store that many at once.
-    mask = mask_m[:, None] & below(column, Q, Y_VEC)
-    filters = k + tl.arange(0, 1)
-    epilogue(
-        acc, filters, y_row[:, None] * Y_VEC + column, mask, scale_ptr, bias_ptr, residual_ptr, y_ptr, z_ptr,
-        filters < FILTERS, ACTIVATION,
-    )  # fmt: skip
-
-
-# --- transpose with a stride -----------------------------------------------------------------------------------------
-
-
-@triton.jit(do_not_specialize=[*SIZES, *X_STRIDES, *Y_STRIDES])
-def _direct_transpose_kernel(
-    g_ptr, w_ptr, scale_ptr, bias_ptr, residual_ptr, x_ptr, z_ptr,
-    M, D, H, W, Z, P, Q,
-    stride_yn: tl.int64, stride_yk: tl.int64, stride_yz: tl.int64, stride_yp: tl.int64, stride_yq: tl.int64,
-    stride_xn: tl.int64, stride_xc: tl.int64, stride_xd: tl.int64, stride_xh: tl.int64, stride_xw: tl.int64,
-    C: tl.constexpr, K: tl.constexpr, GROUPS: tl.constexpr, T: tl.constexpr, R: tl.constexpr, S: tl.constexpr,
-    STRIDE_D: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
-    PAD_D: tl.constexpr, PAD_H: tl.constexpr, PAD_W: tl.constexpr,
-    DIL_D: tl.constexpr, DIL_H: tl.constexpr, DIL_W: tl.constexpr, RANK: tl.constexpr,
-    G_VEC: tl.constexpr, X_VEC: tl.constexpr, UNIT_C: tl.constexpr, ACTIVATION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
-    """BLOCK_M blocks of STRIDE_H x STRIDE_W pixels by BLOCK_C channels. In rows and columns each tap adds to one pixel
-    of a block, from an input that is known here: nothing is multiplied in vain. Planes are masked."""
-    CHANNELS: tl.constexpr = C * GROUPS
-    TILES_C: tl.constexpr = (CHANNELS + BLOCK_C - 1) // BLOCK_C
-    # Of its group's K inputs a thread holds all, or without neighbouring channels one after the other.
-    HELD: tl.constexpr = K if UNIT_C else 1
-    BLOCK_K: tl.constexpr = BLOCK_C // C * K if UNIT_C else 1
-    REPEATS: tl.constexpr = C if UNIT_C else 1
-    FIRST_H: tl.constexpr = _block_input(R - 1, STRIDE_H, PAD_H, DIL_H)
-    FIRST_W: tl.constexpr = _block_input(S - 1, STRIDE_W, PAD_W, DIL_W)
-    INPUTS_H: tl.constexpr = _block_input(0, STRIDE_H, PAD_H, DIL_H) - FIRST_H + 1
-    INPUTS_W: tl.constexpr = _block_input(0, STRIDE_W, PAD_W, DIL_W) - FIRST_W + 1
-    pid = tl.program_id(0)
-    offs_m = pid // TILES_C * BLOCK_M + tl.arange(0, BLOCK_M)
-    c = pid % TILES_C * BLOCK_C + tl.arange(0, BLOCK_C)
-    if UNIT_C:
-        k0 = pid % TILES_C * BLOCK_K + tl.arange(0, BLOCK_K)
-    else:
-        k0 = c // C * K
-    mask_m = offs_m < M
-    mask_c = c < CHANNELS
-    mask_k = k0 < K * GROUPS
-    n, d, i, j = position(offs_m, D, tl.cdiv(H, STRIDE_H), tl.cdiv(W, STRIDE_W), RANK)
-    accs = _zeros(STRIDE_H * STRIDE_W, (BLOCK_M, BLOCK_C))
-    for step in range(T * (K // HELD)):
-        t = step // (K // HELD)
-        k = step % (K // HELD)
-        mask = mask_m
-        z = d
-        if RANK == 3:
-            z = d + PAD_D - t * DIL_D
-            mask &= (z >= 0) & (z % STRIDE_D == 0)
-            z = z // STRIDE_D
-            mask &= z < Z
-        gs = ()
-        for a in tl.static_range(INPUTS_H):
-            for b in tl.static_range(INPUTS_W):
-                if _reads_input(FIRST_H + a, R, STRIDE_H, PAD_H, DIL_H) and _reads_input(
-                    FIRST_W + b, S, STRIDE_W, PAD_W, DIL_W
-                ):
-                    p = i + FIRST_H + a
-                    q = j + FIRST_W + b
-                    g_off = tile_offsets(
-                        n, z, p, q, k0 + k, stride_yn, stride_yk, stride_yz, stride_yp, stride_yq, G_VEC, UNIT_C
-                    )  # fmt: skip
-                    mask_g = mask & _within(p, P) & _within(q, Q)
-                    gs += (tl.load(g_ptr + g_off, mask=mask_g[:, None] & mask_k[None, :], other=0.0),)
-                else:
-                    gs += (0.0,)
-        sums = ()
-        for u in tl.static_range(STRIDE_H):
-            for v in tl.static_range(STRIDE_W):
-                acc = accs[u * STRIDE_W + v]
-                for r in tl.static_range(R):
-                    for s in tl.static_range(S):
-                        if _adds(r, u, STRIDE_H, PAD_H, DIL_H) and _adds(s, v, STRIDE_W, PAD_W, DIL_W):
-                            g = gs[
-                                (_block_input(r, STRIDE_H, PAD_H, DIL_H) - FIRST_H) * INPUTS_W
-                                + _block_input(s, STRIDE_W, PAD_W, DIL_W) - FIRST_W
-                            ]  # fmt: skip
-                            for held in tl.static_range(HELD):
-                                w_off = (((t * R + r) * S + s) * K + k + held) * CHANNELS + c
-                                w = tl.load(w_ptr + w_off, mask=mask_c, other=0.0)
-                                acc += _repeat(_channel(g, held, HELD), REPEATS).to(tl.float32) * w[None, :]
-                sums += (acc,)
-        accs = sums
-    for u in tl.static_range(STRIDE_H):
-        for v in tl.static_range(STRIDE_W):
-            h = i * STRIDE_H + u
-            w = j * STRIDE_W + v
-            x_off = tile_offsets(n, d, h, w, c, stride_xn, stride_xc, stride_xd, stride_xh, stride_xw, X_VEC, UNIT_C)
-            mask = (mask_m & (h < H) & (w < W))[:, None] & mask_c[None, :]
-            epilogue(
-                accs[u * STRIDE_W + v], c, x_off, mask, scale_ptr, bias_ptr, residual_ptr, x_ptr, z_ptr, mask_c,
-                ACTIVATION,
-            )  # fmt: skip
-
-
-# --- weight gradient -------------------------------------------------------------------------------------------------
-
-
-@triton.jit(do_not_specialize=[*SIZES, *X_STRIDES, *Y_STRIDES, "run"])
-def _direct_weight_grad_kernel(
-    x_ptr, g_ptr, partial_ptr,
-    M, D, H, W, Z, P, Q, splits, run,
-    stride_xn: tl.int64, stride_xd: tl.int64, stride_xh: tl.int64, stride_xw: tl.int64,
-    stride_yn: tl.int64, stride_yz: tl.int64, stride_yp: tl.int64, stride_yq: tl.int64,
-    K: tl.constexpr, GROUPS: tl.constexpr, T: tl.constexpr, R: tl.constexpr, S: tl.constexpr,
-    STRIDE_D: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
-    PAD_D: tl.constexpr, PAD_H: tl.constexpr, PAD_W: tl.constexpr,
-    DIL_D: tl.constexpr, DIL_H: tl.constexpr, DIL_W: tl.constexpr, RANK: tl.constexpr,
-    X_VEC: tl.constexpr, Y_VEC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
-    """partial [splits * runs, K * GROUPS, T*R*S]: one program sums one row of the window over ``run`` columns of its
-    share of the M = N*Z*P rows of outputs. From one output to the next the window moves on, and only what comes into
-    view is loaded."""
-    FILTERS: tl.constexpr = K * GROUPS
-    TILES_C: tl.constexpr = (FILTERS + BLOCK_C - 1) // BLOCK_C
-    BLOCK_X: tl.constexpr = BLOCK_C // K
-    TAPS: tl.constexpr = _cut(S, MAX_ROWS)  # of a row, side by side, in one program
-    BLOCKS_S: tl.constexpr = (S + TAPS - 1) // TAPS
-    NEW: tl.constexpr = min(TAPS, STRIDE_W // DIL_W if STRIDE_W % DIL_W == 0 else TAPS)
-    pid = tl.program_id(0)
-    s0 = pid % BLOCKS_S * TAPS
-    r = pid // BLOCKS_S % R
-    t = pid // (BLOCKS_S * R) % T
-    tile = pid // (BLOCKS_S * R * T) % TILES_C
-    split = pid // (BLOCKS_S * R * T * TILES_C)
-    runs = tl.cdiv(Q, run)
-    k = tile * BLOCK_C + tl.arange(0, BLOCK_C)
-    c = tile * BLOCK_X + tl.arange(0, BLOCK_X)
-    mask_k = k < FILTERS
-    mask_c = c < GROUPS
-    first_q = split % runs * run
-    last_q = tl.minimum(first_q + run, Q)
-    w0 = s0 * DIL_W - PAD_W
-    steps = tl.cdiv(M, BLOCK_M)
-    per_split = tl.cdiv(steps, splits)
-    first = split // runs * per_split
-    last = tl.minimum(first + per_split, steps)
-    accs = _zeros(TAPS, (BLOCK_M, BLOCK_C))
-    for step in range(first, last):
-        offs_m = step * BLOCK_M + tl.arange(0, BLOCK_M)
-        mask_m = offs_m < M
-        n, z, _, p = position(offs_m, Z, 1, P, RANK)
-        d = z * STRIDE_D - PAD_D + t * DIL_D
-        h = p * STRIDE_H - PAD_H + r * DIL_H
-        mask_x = mask_m & (d >= 0) & (d < D) & (h >= 0) & (h < H)
-        x_row = n.to(tl.int64) * stride_xn + d.to(tl.int64) * stride_xd + h.to(tl.int64) * stride_xh
-        g_row = n.to(tl.int64) * stride_yn + z.to(tl.int64) * stride_yz + p.to(tl.int64) * stride_yp
-        x_ptrs = x_ptr + (x_row * X_VEC)[:, None] + c[None, :]
-        g_ptrs = g_ptr + (g_row * Y_VEC)[:, None] + k[None, :]
-        mask_x = mask_x[:, None] & mask_c[None, :]
-        mask_g = mask_m[:, None] & mask_k[None, :]
-        seen = ()
-        for s in tl.static_range(TAPS - NEW):
-            seen += (_load_column(x_ptrs, first_q * STRIDE_W + w0 + s * DIL_W, W, stride_xw, mask_x, X_VEC),)
-        for q in range(first_q, last_q):
-            xs = seen
-            for s in tl.static_range(TAPS - NEW, TAPS):
-                xs += (_load_column(x_ptrs, q * STRIDE_W + w0 + s * DIL_W, W, stride_xw, mask_x, X_VEC),)
-            g = tl.load(g_ptrs + tl.cast(q, tl.int64) * stride_yq * Y_VEC, mask=mask_g, other=0.0).to(tl.float32)
-            sums = ()
-            for s in tl.static_range(TAPS):
-                sums += (accs[s] + _repeat(xs[s], K).to(tl.float32) * g,)
-            accs = sums
-            seen = xs[NEW:]
-    out = (split.to(tl.int64) * FILTERS + k) * (T * R * S) + (t * R + r) * S + s0
-    for s in tl.static_range(TAPS):
-        tl.store(partial_ptr + out + s, column_sum(accs[s]), mask=only_if(mask_k, s0 + s < S))
-
-
-@triton.jit
-def _load_column(x_ptrs, w, W, stride_xw, mask, X_VEC: tl.constexpr):
-    """Column w, a scalar, of the rows that ``x_ptrs`` point at."""
-    shift = tl.cast(w, tl.int64) * stride_xw * X_VEC
-    return tl.load(x_ptrs + shift, mask=only_if(mask, (w >= 0) & (w < W)), other=0.0)
-
-
-@triton.jit(do_not_specialize=[*SIZES, *X_STRIDES, *Y_STRIDES])
-def _direct_rows_weight_grad_kernel(
-    x_ptr, g_ptr, partial_ptr,
-    N, D, H, W, Z, P, Q, splits,
-    stride_xn: tl.int64, stride_xc: tl.int64, stride_xd: tl.int64, stride_xh: tl.int64, stride_xw: tl.int64,
-    stride_yn: tl.int64, stride_yk: tl.int64, stride_yz: tl.int64, stride_yp: tl.int64, stride_yq: tl.int64,
-    K: tl.constexpr, GROUPS: tl.constexpr, T: tl.constexpr, R: tl.constexpr, S: tl.constexpr,
-    STRIDE_D: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
-    PAD_D: tl.constexpr, PAD_H: tl.constexpr, PAD_W: tl.constexpr,
-    DIL_D: tl.constexpr, DIL_H: tl.constexpr, DIL_W: tl.constexpr,
-    X_VEC: tl.constexpr, G_VEC: tl.constexpr, RUN: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr,
-):  # fmt: skip
-    """partial [splits, K * GROUPS, T*R*S]: one program sums one row of one filter's window over its share of the tiles
-    of BLOCK_P rows by BLOCK_Q runs of outputs."""
-    FILTERS: tl.constexpr = K * GROUPS
-    pid = tl.program_id(0)
-    r = pid % R
-    t = pid // R % T
-    k = pid // (R * T) % FILTERS
-    split = pid // (R * T * FILTERS)
-    tiles_q = tl.cdiv(Q, RUN * BLOCK_Q)
-    tiles_p = tl.cdiv(P, BLOCK_P)
-    tiles = N * Z * tiles_p * tiles_q
-    per_split = tl.cdiv(tiles, splits)
-    first = split * per_split
-    last = tl.minimum(first + per_split, tiles)
-    m = tl.arange(0, BLOCK_P * BLOCK_Q)
-    accs = _zeros(S, (BLOCK_P * BLOCK_Q,))
-    for tile in range(first, last):
-        q = tile % tiles_q * BLOCK_Q + m % BLOCK_Q
-        p = tile // tiles_q % tiles_p * BLOCK_P + m // BLOCK_Q
-        z = tile // (tiles_q * tiles_p) % Z
-        n = tl.cast(tile // (tiles_q * tiles_p) // Z, tl.int64)
-        d = z * STRIDE_D - PAD_D + t * DIL_D
-        h = p * STRIDE_H - PAD_H + r * DIL_H
-        mask_g = (p < P) & (q * RUN < Q)
-        mask_x = only_if(mask_g & (h >= 0) & (h < H), (d >= 0) & (d < D))
-        x_row = n * stride_xn + k // K * stride_xc + d * stride_xd + h.to(tl.int64) * stride_xh
-        g_row = n * stride_yn + k * stride_yk + z * stride_yz + p.to(tl.int64) * stride_yp
-        xs = _load_columns(x_ptr, x_row, q, mask_x, W, stride_xw, S, STRIDE_W, PAD_W, DIL_W, X_VEC, RUN)
-        gs = _load_columns(g_ptr, g_row, q, mask_g, Q, stride_yq, 1, 1, 0, 1, G_VEC, RUN)
-        sums = ()
-        for s in tl.static_range(S):
-            acc = accs[s]
-            for j in tl.static_range(RUN):
-                x = xs[j * STRIDE_W + s * DIL_W - PAD_W - _first_run(RUN, PAD_W) * RUN].to(tl.float32)
-                if G_VEC < RUN:  # a run may reach past the row: there g is 0, and x must not be infinite
-                    x = tl.where(q * RUN + j < Q, x, 0.0)
-                acc += x * gs[j].to(tl.float32)
-            sums += (acc,)
-        accs = sums
-    out = (split.to(tl.int64) * FILTERS + k) * (T * R * S) + (t * R + r) * S
-    for s in tl.static_range(S):
-        tl.store(partial_ptr + out + s, column_sum(accs[s]))
 
 
 # --- launchers -------------------------------------------------------------------------------------------------------
@@ -651,7 +99,7 @@ def plan_forward(
     """x laid out as y, w dense fp32 [T, R, S, C, K * GROUPS]; ``turned``: its taps come in reverse."""
     operands = {
         "x_ptr": x, "w_ptr": w, "scale_ptr": epilogue.scale, "bias_ptr": epilogue.bias,
-        "residual_ptr": epilogue.residual, "y_ptr": y, "z_ptr": epilogue.z,
+        "residual_ptr": epilogue.residual, "y_ptr": y, "saved_ptr": epilogue.saved,
     }  # fmt: skip
     constants = {"C": p.C, "K": p.K, "TURNED": turned, "ACTIVATION": epilogue.activation}
     if "BLOCK_Q" in config:
@@ -665,7 +113,7 @@ def plan_forward(
         args = {**operands, **sizes, **_named(X_STRIDES, xs), **_named(Y_STRIDES[:4], ys)}
         constants |= {**_window(p), "X_VEC": x_vec, "Y_VEC": y_vec, "RUN": run, **config.constants()}
         grid = p.N * p.K * p.geometry.groups * p.output[0] * tiles
-        return [Launch(_direct_rows_kernel, grid, args, constants, config.num_warps, config.num_stages)]
+        return [Launch(direct_rows_kernel, grid, args, constants, config.num_warps, config.num_stages)]
     x_vec, _, xs = layout_strides(x, p.C * p.geometry.groups)
     y_vec, _, ys = layout_strides(y)
     if _is_flat(p):
@@ -678,7 +126,7 @@ def plan_forward(
     del args["stride_xc"], args["stride_yk"]
     constants |= {**_window(p), "RANK": p.rank, "X_VEC": x_vec, "Y_VEC": y_vec, **config.constants()}
     grid = cost.cdiv(positions, config.BLOCK_M) * cost.cdiv(p.K * p.geometry.groups, config.BLOCK_C)
-    return [Launch(_direct_kernel, grid, args, constants, config.num_warps, config.num_stages)]
+    return [Launch(direct_kernel, grid, args, constants, config.num_warps, config.num_stages)]
 
 
 def plan_transpose(
@@ -697,7 +145,7 @@ def plan_transpose(
     blocks = _blocks(p)
     args = {
         "g_ptr": g, "w_ptr": w, "scale_ptr": epilogue.scale, "bias_ptr": epilogue.bias,
-        "residual_ptr": epilogue.residual, "x_ptr": x, "z_ptr": epilogue.z,
+        "residual_ptr": epilogue.residual, "x_ptr": x, "saved_ptr": epilogue.saved,
         "M": blocks, **p.sizes(), **_named(Y_STRIDES, gs), **_named(X_STRIDES, xs),
     }  # fmt: skip
     constants = {
@@ -705,7 +153,7 @@ def plan_transpose(
         "ACTIVATION": epilogue.activation, "BLOCK_M": block_m, "BLOCK_C": block_c,
     }  # fmt: skip
     grid = cost.cdiv(blocks, block_m) * cost.cdiv(p.C * p.geometry.groups, block_c)
-    return [Launch(_direct_transpose_kernel, grid, args, constants, config.num_warps, config.num_stages)]
+    return [Launch(direct_transpose_kernel, grid, args, constants, config.num_warps, config.num_stages)]
 
 
 def plan_weight_grad(
@@ -729,7 +177,7 @@ def plan_weight_grad(
         }  # fmt: skip
         constants |= {"X_VEC": x_vec, "G_VEC": g_vec, "RUN": run, "BLOCK_P": config.BLOCK_P, "BLOCK_Q": config.BLOCK_Q}
         grid = p.window[0] * p.window[1] * filters * splits
-        main = Launch(_direct_rows_weight_grad_kernel, grid, args, constants, config.num_warps, config.num_stages)
+        main = Launch(direct_rows_weight_grad_kernel, grid, args, constants, config.num_warps, config.num_stages)
         return [main, sum_splits(partial, dw)]
     x_vec, _, xs = layout_strides(x, p.geometry.groups)
     y_vec, _, gs = layout_strides(g)
@@ -746,7 +194,7 @@ def plan_weight_grad(
     }  # fmt: skip
     rows = p.window[0] * p.window[1] * cost.cdiv(p.window[2], MAX_ROWS.value)
     grid = rows * cost.cdiv(filters, config.BLOCK_C) * parts
-    main = Launch(_direct_weight_grad_kernel, grid, args, constants, config.num_warps, config.num_stages)
+    main = Launch(direct_weight_grad_kernel, grid, args, constants, config.num_warps, config.num_stages)
     return [main, sum_splits(partial, dw)]
 
 
@@ -889,7 +337,7 @@ def _weight_grad_accepts(p: ConvProblem, config: Config, device: DeviceSpec) -> 
     return (config.num_warps == 1 or config.BLOCK_M < 2 * rows) and _tile_fits(p, config, device, 1, most=8)
 
 
-# What load and store instructions move, by the formulas above, less what lies outside the image.
+# --- bytes moved: by the formulas at the heads of the kernels, less what lies outside the image -----------------------
 
 
 def forward_bytes(p: ConvProblem, config: Config) -> float:
@@ -911,7 +359,7 @@ def transpose_bytes(p: ConvProblem, config: Config) -> float:
         return forward_bytes(_turned(p), config)
     channels, unit_c = p.C * p.geometry.groups, "BLOCK_Q" not in config
     inputs = math.prod(
-        sum(_inside(size, -i, 1, blocks) for i in {_block_input(tap, *shape) for tap in range(taps)})
+        sum(_inside(size, -i, 1, blocks) for i in {block_input(tap, *shape) for tap in range(taps)})
         for size, blocks, taps, shape in (
             (p.output[axis], cost.cdiv(p.image[axis], p.geometry.stride[axis]), p.window[axis], _axis(p, axis))
             for axis in (1, 2)
@@ -933,7 +381,7 @@ def weight_grad_bytes(p: ConvProblem, config: Config) -> float:
         splits, columns = _splits(p, config)
         parts = cost.cdiv(p.output[2], columns)
         stride, _, dil = _axis(p, 2)
-        taps = _cut(s, MAX_ROWS.value)
+        taps = equal_block(s, MAX_ROWS.value)
         new = min(taps, stride // dil if stride % dil == 0 else taps)
         seen = parts * (taps - new) + p.output[2] * new
         blocks = cost.cdiv(s, taps)
@@ -965,12 +413,12 @@ def _rows(p: ConvProblem, rows: int) -> int:
     """Rows of x that are loaded for all rows of outputs."""
     stride, pad, dil = _axis(p, 1)
     window, blocks = p.window[1], cost.cdiv(p.output[1], rows)
-    block = _cut(window, MAX_ROWS.value)
+    block = equal_block(window, MAX_ROWS.value)
     return sum(
         _inside(p.image[1], pad - j, rows * stride, blocks)
         for first in range(0, window, block)
         for j in range((rows - 1) * stride + (window - 1) * dil + 1)
-        if _reads_row(j, rows, first, block, window, stride, dil)
+        if reads_row(j, rows, first, block, window, stride, dil)
     )
 
 
@@ -980,9 +428,9 @@ def _columns(p: ConvProblem, run: int) -> int:
     window, runs = p.window[2], cost.cdiv(p.output[2], run)
     return sum(
         _inside(p.image[2], -(i * run + lane), stride * run, runs)
-        for i in range(_first_run(run, pad), _last_run(run, window, stride, pad, dil) + 1)
+        for i in range(first_run(run, pad), last_run(run, window, stride, pad, dil) + 1)
         for lane in range(run)
-        if _reads_run(i, run, window, stride, pad, dil)
+        if reads_run(i, run, window, stride, pad, dil)
     )
 
 
@@ -1130,7 +578,7 @@ def run_forward(
     problem = problem_of(x.shape, weight.shape, output, geometry, x.dtype, precision, is_channels_last)
     packed = _widened(weight.movedim((1, 0), (-2, -1)))  # [*window, C, K * GROUPS]
     launch(FORWARD, plan_forward, problem, _laid_as(x, is_channels_last), packed, y, epilogue)
-    return y, epilogue.z
+    return y, epilogue.saved
 
 
 def run_transpose(
@@ -1147,7 +595,7 @@ def run_transpose(
     grouped = weight.unflatten(0, (geometry.groups, problem.K))
     packed = _widened(grouped.movedim((1, 0, 2), (-3, -2, -1)))  # [*window, K, GROUPS, C]
     launch(TRANSPOSE, plan_transpose, problem, _laid_as(g, is_channels_last), packed, x, epilogue)
-    return x, epilogue.z
+    return x, epilogue.saved
 
 
 def run_weight_grad(

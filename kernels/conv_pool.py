@@ -47,22 +47,21 @@ from ..autotune.config import Config, Estimate, Tunable, register
 from ..autotune.device import DeviceSpec
 from ._launch import Launch, launch, layout_strides
 from ._math import activate, dot, narrow, position
-from .conv import (
+from .conv import prepare
+from .conv_problem import (
     ConvProblem,
     Epilogue,
     Geometry,
     dot_precision,
     empty_output,
-    features,
-    fits,
-    inside,
     meta_tensors,
     pad_image,
     pad_problem,
     pad_weight,
-    prepare,
     problem_of,
 )
+from .conv_space import features, fits
+from .conv_windows import inside_image
 
 SIZES = ["M", "H", "W", "P", "Q", "U", "V", "strips", "blocks"]
 X_STRIDES = ["stride_xn", "stride_xh", "stride_xw"]
@@ -144,7 +143,7 @@ def _conv_max_pool_kernel(
                     tap = step // (C // BLOCK_K)
                     r = tap // S * DIL_H
                     s = tap % S * DIL_W
-                    mask_x = inside(is_pixel, 0, h0 + r, w0 + s, 1, H, W, 0, PAD_H, PAD_W)[:, None]
+                    mask_x = inside_image(is_pixel, 0, h0 + r, w0 + s, 1, H, W, 0, PAD_H, PAD_W)[:, None]
                     x_row = corner + (r * stride_xh + s * stride_xw) * X_VEC
                     x_off = x_row[:, None] + (step % (C // BLOCK_K) * BLOCK_K + offs_k)[None, :]
                     mask_w = mask_n[None, :]
@@ -153,7 +152,7 @@ def _conv_max_pool_kernel(
                     s = (k // C % S * DIL_W)[None, :]
                     mask_k = k < R * S * C
                     mask_x = is_pixel[:, None] & mask_k[None, :]
-                    mask_x = inside(mask_x, 0, h0[:, None] + r, w0[:, None] + s, 1, H, W, 0, PAD_H, PAD_W)
+                    mask_x = inside_image(mask_x, 0, h0[:, None] + r, w0[:, None] + s, 1, H, W, 0, PAD_H, PAD_W)
                     x_off = corner[:, None] + (r * stride_xh + s * stride_xw) * X_VEC + (k % C)[None, :]
                     mask_w = mask_n[None, :] & mask_k[:, None]
                 if TAIL > 0:
@@ -201,7 +200,7 @@ class PoolWindow(NamedTuple):
 
 
 class ConvPoolProblem(NamedTuple):
-    """A convolution, as :func:`.conv.pad_problem` has it, and the U x V windows over its output."""
+    """A convolution, as :func:`.conv_problem.pad_problem` has it, and the U x V windows over its output."""
 
     conv: ConvProblem
     window: PoolWindow

@@ -373,7 +373,7 @@ def _limits(
 
 @constant  # Dynamo must not trace into the kernels
 def _max_head() -> int:
-    from ..kernels.attention import MAX_HEAD
+    from ..kernels.attention_space import MAX_HEAD
 
     return MAX_HEAD
 

@@ -159,13 +159,13 @@ def _gather_bytes(p: Any, config: Config) -> float:
 
 
 def _forward_bytes(p: Any, config: Config) -> float:
-    from ..kernels.pool import issued_forward
+    from ..kernels.pool_space import issued_forward
 
     return issued_forward(p, config)
 
 
 def _backward_bytes(p: Any, config: Config) -> float:
-    from ..kernels.pool import issued_backward
+    from ..kernels.pool_space import issued_backward
 
     return issued_backward(p, config)
 
@@ -177,7 +177,7 @@ def _unpool_bytes(p: Any, config: Config) -> float:
 
 
 def _global_bytes(p: Any, config: Config) -> float:
-    from ..kernels.pool import issued_global
+    from ..kernels.pool_space import issued_global
 
     return issued_global(p, config)
 

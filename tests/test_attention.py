@@ -526,7 +526,7 @@ class TestKernels:
     @pytest.mark.filterwarnings("ignore::DeprecationWarning")
     @pytest.mark.filterwarnings("ignore:.*lru_cache:UserWarning")
     def test_compiling_knows_the_widest_head(self, device):
-        from tritune.kernels.attention import MAX_HEAD
+        from tritune.kernels.attention_space import MAX_HEAD
 
         wide = torch.randn(1, 1, 3, MAX_HEAD + 1, device=device)
         compiled = torch.compile(lambda x: tritune.attention(x, x, x), fullgraph=True, backend="eager")

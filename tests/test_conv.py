@@ -248,7 +248,7 @@ class TestBranches:
         with lines():
             check(one, torch.float16, layout, device, "triton")
         assert {launch.constants["TURNED"] for launch in launched} == {False, True}
-        assert all(launch.kernel is conv._conv_lines_kernel for launch in launched)
+        assert all(launch.kernel is conv.conv_lines_kernel for launch in launched)
 
     @pytest.mark.parametrize("splits", [1, 2])
     @pytest.mark.parametrize("image", [(4, 6), (2, 6), (3, 6), (2, 2, 6)], ids=str)  # runs of 8, 4, 2 and 8 halves

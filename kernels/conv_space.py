@@ -1,0 +1,264 @@
+"""Which configs the kernels of convolution have, which of them fit a problem, and how long they take."""
+
+from __future__ import annotations
+
+import math
+
+from ..autotune import cost
+from ..autotune.config import Config, Estimate
+from ..autotune.device import DeviceSpec
+from .conv_problem import ConvProblem, EpilogueProblem, dtype_name, line_sizes, line_tiles, merged_groups
+
+# --- configs: which tile for which shape -----------------------------------------------------------------------------
+
+
+def _gemm_config(m: int, n: int, k: int, warps: int, stages: int, **more: int) -> Config:
+    return Config(BLOCK_M=m, BLOCK_N=n, BLOCK_K=k, **more, num_warps=warps, num_stages=stages)
+
+
+_TILES = (
+    # BLOCK_M, BLOCK_N, BLOCK_K, warps, stages: large tiles for wide layers, small ones to fill the device
+    (128, 128, 64, 8, 3),
+    (128, 256, 64, 8, 3),
+    (256, 128, 64, 8, 3),
+    (128, 64, 64, 4, 3),
+    (64, 128, 64, 4, 3),
+    (64, 64, 64, 4, 3),
+    (256, 64, 64, 8, 3),
+    (128, 32, 64, 4, 3),
+    (128, 64, 32, 4, 4),
+    (128, 32, 32, 4, 4),
+    (64, 32, 32, 4, 4),
+    (128, 16, 32, 4, 3),
+    (64, 16, 32, 4, 3),
+    (128, 128, 32, 8, 2),
+    (64, 64, 32, 4, 2),
+    (32, 32, 32, 4, 2),
+    (64, 64, 16, 4, 2),
+    (128, 16, 16, 4, 3),
+    (32, 16, 16, 4, 2),  # serves every shape
+)
+_SPLIT_TILES = tuple(
+    (tile, split) for split in (1, 2, 4, 8) for tile in _TILES
+    if split == 1 or tile[:2] in ((128, 128), (64, 64), (64, 32))
+)  # fmt: skip
+_LINE_TILES = tuple(
+    _gemm_config(*tile, GROUP_M=8, TMA=1) for tile in _TILES if tile[2] == 64 and tile[0] * tile[1] >= 64 * 64
+)
+_SWAPPED_TILES = ((256, 64, 64, 8, 3), (128, 64, 64, 4, 3), (128, 64, 32, 4, 4))
+FORWARD_CONFIGS = (
+    *(_gemm_config(*tile, GROUP_M=8, SPLIT_K=split, SWAP=0) for tile, split in _SPLIT_TILES),
+    *(_gemm_config(*tile, GROUP_M=8, SPLIT_K=1, SWAP=1) for tile in _SWAPPED_TILES),
+    *_LINE_TILES,
+)
+TRANSPOSE_CONFIGS = (
+    *(_gemm_config(*tile, GROUP_M=8, SPLIT_K=split) for tile, split in _SPLIT_TILES),
+    *_LINE_TILES,
+)
+WEIGHT_GRAD_CONFIGS = tuple(
+    _gemm_config(*tile, SPLIT_K=split) for tile in _TILES if tile[0] <= 128 for split in (1, 4, 16, 64)
+)
+EPILOGUE_CONFIGS = tuple(
+    Config(BLOCK_M=m, BLOCK_N=n, SPLIT_M=split, num_warps=4, num_stages=2)
+    for m, n in ((32, 64), (64, 32), (16, 128), (128, 16), (64, 64))
+    for split in (64, 256, 1024)
+)
+
+
+# --- which configs fit -----------------------------------------------------------------------------------------------
+
+
+def _next_power_of_2(n: int) -> int:
+    return 1 << max(0, n - 1).bit_length()
+
+
+def fits(p: ConvProblem, config: Config, device: DeviceSpec, rows: int, columns: int, reduction: int) -> bool:
+    """Is the tile no larger than the problem and than the machine?"""
+    stages = config.num_stages - 1 if device.is_amd else config.num_stages
+    smem = cost.gemm_smem_bytes(config.BLOCK_M, config.BLOCK_N, config.BLOCK_K, p.itemsize, max(1, stages))
+    tile = config.BLOCK_M * config.BLOCK_N * config.BLOCK_K
+    if tile > {"ieee": 64 * 32 * 32, "tf32x3": 64 * 64 * 32}.get(p.precision, tile):
+        return False  # the fp32 pipes hold whole operand rows in registers: larger tiles spill
+    return (
+        smem <= device.smem_kb * 1024
+        and max(32, _next_power_of_2(rows)) >= config.BLOCK_M
+        and max(16, _next_power_of_2(columns)) >= config.BLOCK_N
+        and max(16, _next_power_of_2(reduction)) >= config.BLOCK_K
+    )
+
+
+def _stores(p: ConvProblem, config: Config, device: DeviceSpec, run: int) -> bool:
+    """Into NCHW every element has an address of its own, two registers each, and larger tiles spill, unless the pixels
+    follow one another in stretches of ``run`` that hold a whole number of 16 bytes."""
+    runs = p.channels_last or run % (16 // p.itemsize) == 0
+    return runs or config.BLOCK_M * config.BLOCK_N <= 32 * device.warp_size * config.num_warps
+
+
+def _splits(p: ConvProblem, config: Config, steps: int, least: int, outputs: int) -> bool:
+    """May the reduction be split so? Each part gets ``least`` steps, and the partial sums are no larger than the input
+    and the weights together, which is what a call may take beside its result."""
+    if config.SPLIT_K == 1:
+        return True
+    room = (p.image_pixels + p.K * p.taps) * p.C * p.geometry.groups * p.itemsize
+    return steps >= least * config.SPLIT_K and 4 * config.SPLIT_K * outputs <= max(room, 2**20)
+
+
+def _lines_accept(p: ConvProblem, config: Config, device: DeviceSpec, turned: bool) -> bool:
+    """A tensor memory accelerator, boxes that it takes, and no group whose last box reaches into the next."""
+    reduction, columns = (p.K, p.C) if turned else (p.C, p.K)
+    whole = all(size * p.itemsize % 16 == 0 for size in (p.C, reduction * p.geometry.groups))
+    return (
+        device.has_tma
+        and p.precision == "16"
+        and p.geometry.parities == 1
+        and p.tail == 0
+        and whole
+        and (p.geometry.groups == 1 or reduction % config.BLOCK_K == 0)
+        and _stores(p, config, device, math.prod(p.image if turned else p.output))
+        and fits(p, config, device, line_sizes(p, turned)[1], columns, reduction)
+    )
+
+
+def accepts_forward(p: ConvProblem, config: Config, device: DeviceSpec) -> bool:
+    if "TMA" in config:
+        return _lines_accept(p, config, device, turned=False)
+    reduction = p.taps * p.C
+    outputs = p.pixels * p.K * p.geometry.groups
+    enough = _splits(p, config, cost.cdiv(reduction, config.BLOCK_K), 4, outputs)
+    if config.SWAP and (p.K > config.BLOCK_N or p.K <= config.BLOCK_N // 2 or p.precision == "ieee"):
+        return False
+    stores = _stores(p, config, device, math.prod(p.output))
+    return enough and stores and fits(p, config, device, p.pixels, p.K, reduction)
+
+
+def _transpose_steps(p: ConvProblem, config: Config) -> int:
+    return cost.cdiv(p.taps, p.geometry.parities) * cost.cdiv(p.K, config.BLOCK_K)
+
+
+def accepts_transpose(p: ConvProblem, config: Config, device: DeviceSpec) -> bool:
+    if "TMA" in config:
+        return _lines_accept(p, config, device, turned=True)
+    rows = cost.cdiv(p.image_pixels, p.geometry.parities)
+    enough = _splits(p, config, _transpose_steps(p, config), 4, p.image_pixels * p.C * p.geometry.groups)
+    stores = _stores(p, config, device, math.prod(p.image) if p.geometry.parities == 1 else 1)
+    return enough and stores and fits(p, config, device, rows, p.C, p.K)
+
+
+def accepts_weight_grad(p: ConvProblem, config: Config, device: DeviceSpec) -> bool:
+    merged = merged_groups(p)
+    enough = _splits(p, config, cost.cdiv(p.pixels, config.BLOCK_K), 2, p.K * p.taps * p.C * p.geometry.groups)
+    return enough and fits(p, config, device, p.K * merged, p.taps * p.C * merged, p.pixels)
+
+
+def accepts_epilogue_grad(p: EpilogueProblem, config: Config, device: DeviceSpec) -> bool:
+    return max(16, _next_power_of_2(p.K)) >= config.BLOCK_N
+
+
+# --- estimated time --------------------------------------------------------------------------------------------------
+
+
+def _lines_estimate(p: ConvProblem, config: Config, device: DeviceSpec, turned: bool) -> Estimate:
+    reduction, columns = (p.K, p.C) if turned else (p.C, p.K)
+    return cost.gemm(
+        device,
+        p.precision,
+        p.itemsize,
+        tiles=line_tiles(p, config.BLOCK_M, turned) * cost.cdiv(columns, config.BLOCK_N) * p.geometry.groups,
+        steps=p.taps * cost.cdiv(reduction, config.BLOCK_K),
+        dram_bytes=p.minimal_bytes(),
+        config=config,
+        blocks=(config.BLOCK_M, config.BLOCK_N, config.BLOCK_K),
+        columns=config.BLOCK_N,
+    )
+
+
+def estimate_forward(p: ConvProblem, config: Config, device: DeviceSpec) -> Estimate:
+    if "TMA" in config:
+        return _lines_estimate(p, config, device, turned=False)
+    groups, split = p.geometry.groups, config.SPLIT_K
+    return cost.gemm(
+        device,
+        p.precision,
+        p.itemsize,
+        tiles=cost.cdiv(p.pixels, config.BLOCK_M) * cost.cdiv(p.K, config.BLOCK_N) * groups,
+        steps=cost.cdiv(p.taps * p.C, config.BLOCK_K),
+        dram_bytes=p.minimal_bytes(),
+        config=config,
+        blocks=(config.BLOCK_M, config.BLOCK_N, config.BLOCK_K),
+        split=split,
+        partial_bytes=8.0 * split * p.pixels * p.K * groups if split > 1 else 0.0,
+        columns=min(256, config.BLOCK_M if config.SWAP else config.BLOCK_N),
+    )
+
+
+def estimate_transpose(p: ConvProblem, config: Config, device: DeviceSpec) -> Estimate:
+    if "TMA" in config:
+        return _lines_estimate(p, config, device, turned=True)
+    groups, split = p.geometry.groups, config.SPLIT_K
+    rows = cost.cdiv(p.image_pixels, p.geometry.parities)
+    return cost.gemm(
+        device,
+        p.precision,
+        p.itemsize,
+        tiles=cost.cdiv(rows, config.BLOCK_M) * cost.cdiv(p.C, config.BLOCK_N) * groups * p.geometry.parities,
+        steps=_transpose_steps(p, config),
+        dram_bytes=p.minimal_bytes(),
+        config=config,
+        blocks=(config.BLOCK_M, config.BLOCK_N, config.BLOCK_K),
+        split=split,
+        partial_bytes=8.0 * split * p.image_pixels * p.C * groups if split > 1 else 0.0,
+        columns=config.BLOCK_N,
+    )
+
+
+def estimate_weight_grad(p: ConvProblem, config: Config, device: DeviceSpec) -> Estimate:
+    merged, split = merged_groups(p), config.SPLIT_K
+    columns = p.taps * p.C * merged
+    return cost.gemm(
+        device,
+        p.precision,
+        p.itemsize,
+        tiles=cost.cdiv(p.K * merged, config.BLOCK_M)
+        * cost.cdiv(columns, config.BLOCK_N)
+        * (p.geometry.groups // merged),
+        steps=cost.cdiv(p.pixels, config.BLOCK_K),
+        dram_bytes=p.minimal_bytes(),
+        config=config,
+        blocks=(config.BLOCK_M, config.BLOCK_N, config.BLOCK_K),
+        split=split,
+        partial_bytes=8.0 * split * p.K * p.taps * p.C * p.geometry.groups if split > 1 else 0.0,
+        columns=config.BLOCK_N,
+    )
+
+
+def estimate_epilogue_grad(p: EpilogueProblem, config: Config, device: DeviceSpec) -> Estimate:
+    splits = max(1, min(config.SPLIT_M, cost.cdiv(p.M, config.BLOCK_M)))
+    columns = cost.cdiv(p.K, config.BLOCK_N)
+    return cost.stream(
+        device,
+        programs=splits * columns,
+        issued_bytes=p.minimal_bytes() + 8.0 * splits * p.K,
+        dram_bytes=p.minimal_bytes(),
+        config=config,
+        tile_bytes=config.BLOCK_M * config.BLOCK_N * p.dtype.itemsize,
+        waste=columns * config.BLOCK_N / max(1, p.K),
+    )
+
+
+# --- keys of the store -----------------------------------------------------------------------------------------------
+
+
+def features(p: ConvProblem) -> dict[str, int | str]:
+    """Sizes by which stored measurements are compared, and what must match exactly."""
+    return {
+        "pixels": p.pixels, "C": p.C, "K": p.K, "taps": p.taps, "groups": p.geometry.groups,
+        "stride": "x".join(map(str, p.geometry.stride)), "dtype": dtype_name(p.dtype), "precision": p.precision,
+        "layout": "nhwc" if p.channels_last else "nchw",
+    }  # fmt: skip
+
+
+def epilogue_features(p: EpilogueProblem) -> dict[str, int | str]:
+    return {
+        "M": p.M, "K": p.K, "dtype": dtype_name(p.dtype),
+        "passes": f"{int(p.has_saved)}{int(p.writes_g)}{int(p.has_bias)}",
+    }  # fmt: skip
