@@ -15,12 +15,9 @@ from torch import Tensor
 from ..autotune.config import Config
 from ..autotune.cost import cdiv
 from ..autotune.device import DeviceSpec
-from ..ops import conv1d, conv2d, conv3d, conv_transpose1d, conv_transpose2d, conv_transpose3d
-from ..ops.conv import activate, module_of, weight_grad_module_of
-from .case import (
+from ..autotune.workload import (
     ALL_LAYERS,
     DTYPES,
-    IMAGES,
     PRECISIONS,
     Case,
     Kernel,
@@ -31,6 +28,9 @@ from .case import (
     random_tensors,
     stream_us,
 )
+from ..ops import conv1d, conv2d, conv3d, conv_transpose1d, conv_transpose2d, conv_transpose3d
+from ..ops.conv import activate, module_of, weight_grad_module_of
+from .providers import IMAGES
 
 
 class Layer(NamedTuple):

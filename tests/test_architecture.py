@@ -71,6 +71,8 @@ def imports(source: str, module: str, is_package: bool) -> Iterator[Import]:
 
 
 def floor(module: str) -> int:
+    if module == "tritune._version":  # imports nothing
+        return 0
     package = max((name for name in FLOORS if f"{module}.".startswith(f"{name}.")), key=len)
     return FLOORS.index(package)
 
