@@ -35,8 +35,8 @@ from tritune.autotune.workload import ALL_LAYERS, Kernel  # noqa: E402
 from tritune.kernels import attention, conv, conv_pool, pool, registered, rnn  # noqa: E402
 from tritune.kernels._launch import Launch  # noqa: E402
 from tritune.ops.conv import module_of, weight_grad_module_of  # noqa: E402
-from tritune.perf import families, static  # noqa: E402
 from tritune.perf import conv as conv_layers  # noqa: E402
+from tritune.perf import families, static  # noqa: E402
 
 pytestmark = pytest.mark.static
 SOURCE = Path(tritune.__file__).resolve().parents[1]

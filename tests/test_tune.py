@@ -24,9 +24,9 @@ from tritune import cli
 from tritune.autotune import progress, store
 from tritune.autotune.config import Config, Estimate, Tunable
 from tritune.autotune.device import named
+from tritune.autotune.progress import Progress
 from tritune.autotune.resolve import ranked
 from tritune.autotune.search import Final, OutOfTime, Search, Trial, is_tuned, share, winner
-from tritune.autotune.progress import Progress
 
 pytestmark = pytest.mark.torch
 
