@@ -6,7 +6,6 @@ import copy
 import functools
 import gc
 import itertools
-import logging
 import os
 import random
 import sys
@@ -28,7 +27,8 @@ from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatc
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from ._dispatch import Decision, Decisions, UnsupportedError, _state, record
+from ._dispatch import Decision, Decisions, UnsupportedError, record
+from ._settings import settings_restored
 
 
 def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Decision | Decisions:
@@ -61,7 +61,7 @@ def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Decision | Dec
 
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     with (
-        _settings_restored(), _random_states_restored(), _imports_undone(),
+        settings_restored(), _random_states_restored(), _imports_undone(),
         _copied((fn, args, kwargs), mode) as (copies, known), record() as decisions,
     ):  # fmt: skip
         call, args, kwargs = copies
@@ -465,84 +465,3 @@ def _random_states_restored() -> Iterator[None]:
     finally:
         random.setstate(python)
         np.random.set_state(numpy)  # noqa: NPY002
-
-
-@contextmanager
-def _settings_restored() -> Iterator[None]:
-    """Puts back the settings of the process and of this thread that a call may change."""
-    before = _settings()
-    try:
-        with warnings.catch_warnings():
-            yield
-    finally:
-        torch.clear_autocast_cache()  # of tensors without data
-        for (value, restore), (now, _) in zip(before, _settings(), strict=True):
-            if now != value:
-                restore(value)
-
-
-def _settings() -> list[tuple[Any, Callable[[Any], Any]]]:
-    """Each setting, and what sets it."""
-    device = getattr(torch._GLOBAL_DEVICE_CONTEXT, "device_context", None)
-    return [
-        (torch.is_grad_enabled(), torch._C._set_grad_enabled),
-        (torch._C._is_fwd_grad_enabled(), torch._C._set_fwd_grad_enabled),
-        (torch.is_anomaly_enabled(), torch.set_anomaly_enabled),
-        (torch.get_default_dtype(), torch.set_default_dtype),
-        (device and device.device, torch.set_default_device),
-        (torch.get_deterministic_debug_mode(), torch.set_deterministic_debug_mode),
-        (torch.get_num_threads(), torch.set_num_threads),
-        *(
-            (getattr(torch.backends.cudnn, name), getattr(torch._C, f"_set_cudnn_{name}"))
-            for name in ("enabled", "benchmark", "deterministic")
-        ),
-        *(
-            pair for kind in ("cpu", "cuda") for pair in (
-                (torch.is_autocast_enabled(kind), functools.partial(torch.set_autocast_enabled, kind)),
-                (torch.get_autocast_dtype(kind), functools.partial(torch.set_autocast_dtype, kind)),
-            )
-        ),
-        (torch.is_autocast_cache_enabled(), torch.set_autocast_cache_enabled),
-        (_autocast_nesting(), _set_autocast_nesting),
-        (_top_saved_tensors_default_hooks(True), _leave_saved_tensors_hooks),
-        (_state.backend, lambda backend: _state.set(backend, _state.recorder)),
-        (np.geterr(), lambda modes: np.seterr(**modes)),
-        (dict(os.environ), _set_environment),
-        (logging.root.manager.disable, logging.disable),
-        (_loggers(), _set_loggers),
-    ]  # fmt: skip
-
-
-def _autocast_nesting() -> int:
-    torch.autocast_increment_nesting()
-    return torch.autocast_decrement_nesting()
-
-
-def _set_autocast_nesting(depth: int) -> None:
-    step = torch.autocast_increment_nesting if _autocast_nesting() < depth else torch.autocast_decrement_nesting
-    while step() != depth:
-        pass
-
-
-def _leave_saved_tensors_hooks(before: Any) -> None:
-    while _top_saved_tensors_default_hooks(True) not in (before, None):
-        torch._C._autograd._pop_saved_tensors_default_hooks()
-
-
-def _set_environment(variables: dict[str, str]) -> None:
-    os.environ.clear()
-    os.environ.update(variables)
-
-
-def _loggers() -> dict[logging.Logger, tuple[Any, ...]]:
-    loggers = [one for one in logging.root.manager.loggerDict.values() if isinstance(one, logging.Logger)]
-    return {
-        one: (one.level, one.disabled, one.propagate, one.handlers[:], one.filters[:])
-        for one in (logging.root, *loggers)
-    }
-
-
-def _set_loggers(states: dict[logging.Logger, tuple[Any, ...]]) -> None:
-    for one, state in states.items():
-        level, one.disabled, one.propagate, one.handlers[:], one.filters[:] = state
-        one.setLevel(level)

@@ -1,1 +1,1 @@
-"""Performance cases, peers, runner, verdicts, static and traffic suites, reports."""
+"""What measures and reports: each family's layers, cases and peers, the GPU run, static and traffic baselines."""

@@ -13,8 +13,19 @@ from torch import Tensor
 from ..autotune.config import Config
 from ..autotune.cost import cdiv
 from ..autotune.device import DeviceSpec
+from ..autotune.workload import (
+    ALL_LAYERS,
+    DTYPES,
+    PRECISIONS,
+    Case,
+    Kernel,
+    Layers,
+    Operator,
+    Shape,
+    random_tensors,
+    stream_us,
+)
 from ..ops import attention
-from .case import ALL_LAYERS, DTYPES, PRECISIONS, Case, Kernel, Layers, Operator, Shape, random_tensors, stream_us
 
 
 class Layer(NamedTuple):

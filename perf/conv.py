@@ -15,13 +15,9 @@ from torch import Tensor
 from ..autotune.config import Config
 from ..autotune.cost import cdiv
 from ..autotune.device import DeviceSpec
-from ..ops import conv1d, conv2d, conv3d, conv_transpose1d, conv_transpose2d, conv_transpose3d
-from ..ops.conv_operators import module_of, weight_grad_module_of
-from ..ops.conv_torch import activate
-from .case import (
+from ..autotune.workload import (
     ALL_LAYERS,
     DTYPES,
-    IMAGES,
     PRECISIONS,
     Case,
     Kernel,
@@ -32,6 +28,10 @@ from .case import (
     random_tensors,
     stream_us,
 )
+from ..ops import conv1d, conv2d, conv3d, conv_transpose1d, conv_transpose2d, conv_transpose3d
+from ..ops.conv_operators import module_of, weight_grad_module_of
+from ..ops.conv_torch import activate
+from .providers import IMAGES
 
 
 class Layer(NamedTuple):

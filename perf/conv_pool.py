@@ -14,12 +14,8 @@ from torch import Tensor
 from ..autotune.config import Config
 from ..autotune.cost import cdiv
 from ..autotune.device import DeviceSpec
-from ..ops import conv2d_max_pool2d
-from ..ops.conv_torch import activate
-from . import conv, pool
-from .case import (
+from ..autotune.workload import (
     ALL_LAYERS,
-    IMAGES,
     PRECISIONS,
     Case,
     Kernel,
@@ -30,6 +26,10 @@ from .case import (
     random_tensors,
     stream_us,
 )
+from ..ops import conv2d_max_pool2d
+from ..ops.conv_torch import activate
+from . import conv, pool
+from .providers import IMAGES
 
 
 class Layer(NamedTuple):

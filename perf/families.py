@@ -1,110 +1,33 @@
-"""The operator families as the performance suite knows them, and everything that walks over all of them.
+"""The operator families that ship, registered for the tuner and the suites. Adding a family: its line in ``ours``.
 
-Adding a family: a module with the names of :class:`Family`, and its line in FAMILIES.
+Whoever walks over families imports the walk from here and not from :mod:`..autotune.workload`, which knows none by
+itself: then they are registered.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import replace
-from typing import Any, Protocol
-
-from torch import Tensor
-
-from ..autotune.config import TUNABLES, Config
+from ..autotune.workload import (
+    FAMILIES,
+    family_of_op,
+    header,
+    kernels_without_layers,
+    layers,
+    operator_of,
+    register_family,
+    tiny,
+    training_cases,
+    tuned_kernels,
+)
 from . import attention, conv, conv_pool, pool, rnn
-from .case import Case, Kernel, Layers, Operator
 
+__all__ = [
+    "CASES", "FAMILIES", "family_of_op", "header", "kernels_without_layers", "layers", "operator_of", "tiny",
+    "training_cases", "tuned_kernels",
+]  # fmt: skip
 
-class Family(Protocol):
-    """What a family's module declares.
+ours = {"conv": conv, "pool": pool, "conv_pool": conv_pool, "rnn": rnn, "attention": attention}
+for name, family in ours.items():
+    register_family(name, family)
 
-    Attributes:
-        OPERATORS: how the cases of each operator run.
-        CASES: the layers to measure.
-        TUNED: names of cases whose kernels a GPU run tunes, most important first.
-        TRAFFIC: the bytes that each kernel's loads and stores should move, from problem and config.
-        layers: what ships for a target: ``(name, kernel, problem)``.
-        wgmma_rows: rows of the tiles that tensor cores multiply; 0 where a kernel has no products.
-        due_load_bytes: how wide every load has to be; 0 for any width.
-        explicit: a training case from the shapes and options that ``tritune tune --shapes`` was given. Raises
-            TypeError or ValueError.
-        kinds: the kernels of a training case, forward first.
-        kernel_tensors, kernel_of: one of those kernels by itself, and random tensors for it. Which kernel and problem
-            it is must follow from the case's arguments alone, which may be meta tensors.
-    """
-
-    OPERATORS: dict[str, Operator]
-    CASES: tuple[Case, ...]
-    TUNED: tuple[str, ...]
-    TRAFFIC: dict[str, Callable[[Any, Config], float]]
-
-    def layers(self, target: str) -> Iterator[Layers]: ...
-    def wgmma_rows(self, kernel: str, problem: Any) -> int: ...
-    def due_load_bytes(self, kernel: str, problem: Any) -> int: ...
-    def explicit(self, *shapes: Any, **options: Any) -> Case: ...
-    def kinds(self, one: Case) -> tuple[str, ...]: ...
-    def kernel_tensors(self, one: Case, kind: str, device: str, seed: int) -> dict[str, Tensor]: ...
-    def kernel_of(self, one: Case, kind: str, tensors: dict[str, Tensor]) -> Kernel: ...
-
-
-FAMILIES: dict[str, Family] = {
-    "conv": conv, "pool": pool, "conv_pool": conv_pool, "rnn": rnn, "attention": attention,  # type: ignore[dict-item]
-}  # modules as instances  # fmt: skip
 # Most important first, whatever the family.
 CASES = tuple(sorted((case for family in FAMILIES.values() for case in family.CASES), key=lambda case: case.rank))
-TRAFFIC = {kernel: formula for family in FAMILIES.values() for kernel, formula in family.TRAFFIC.items()}
-
-
-def family_of_op(op: str) -> str:
-    """The name of the family that runs an operator's cases."""
-    return next(name for name, family in FAMILIES.items() if op in family.OPERATORS)
-
-
-def operator_of(case: Case) -> Operator:
-    return FAMILIES[family_of_op(case.op)].OPERATORS[case.op]
-
-
-def header(case: Case) -> dict[str, Any]:
-    """What names a case in a result."""
-    return {
-        "id": case.id, "family": family_of_op(case.op), "op": case.op, "shape": operator_of(case).describe(case),
-        "dtype": case.precision, "layout": case.layout, "direction": case.direction,
-    }  # fmt: skip
-
-
-def family_of_kernel(kernel: str) -> Family:
-    return next(family for family in FAMILIES.values() if kernel in family.TRAFFIC)
-
-
-def layers(target: str) -> Iterator[Layers]:
-    """``(name, kernel, problem)`` of everything that ships for a target."""
-    for family in FAMILIES.values():
-        yield from family.layers(target)
-
-
-def tiny(case: Case) -> Case:
-    """The same kind of layer, small enough for Triton's interpreter."""
-    return operator_of(case).tiny(case)
-
-
-def training_cases(family: Family) -> dict[str, Case]:
-    """One case a layer, with gradients, so that all of its kernels can run; the one that a GPU run measures, if any."""
-    forward = {case.name: replace(case, direction="fwd+bwd") for case in reversed(family.CASES)}
-    trained = {case.name: case for case in family.CASES if case.direction != "fwd" and case.rank < 3}
-    return forward | trained
-
-
-def tuned_kernels() -> list[tuple[Case, str]]:
-    """The kernels that a GPU run tunes: the forward of every layer first, the families in turn."""
-    chosen = []
-    for family in FAMILIES.values():
-        cases = training_cases(family)
-        for place, name in enumerate(family.TUNED):
-            chosen += [(kind != "fwd", place, cases[name], kind) for kind in family.kinds(cases[name])]
-    return [(case, kind) for _, _, case, kind in sorted(chosen, key=lambda row: row[:2])]
-
-
-def kernels_without_layers() -> set[str]:
-    """Registered kernels that nothing compiles; a test wants none."""
-    return set(TUNABLES) - {tunable.name for _, tunable, _ in layers("sm_90")}

@@ -29,11 +29,11 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from ..autotune import store
-from ..paths import in_words, readable_file, writable_folder
-from ..progress import Progress
+from ..autotune.child import Child, child_environment, next_event, terminated_like_interrupted
+from ..autotune.environment import without_paths
+from ..autotune.paths import in_words, readable_file, writable_folder
+from ..autotune.progress import Progress
 from . import gpu_tests
-from .child import Child, child_environment, next_event, terminated_like_interrupted
-from .environment import without_paths
 from .gpu_results import Results
 
 DEFAULT_OUT = Path("perf/results")

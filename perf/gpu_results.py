@@ -14,9 +14,9 @@ import os
 from pathlib import Path
 from typing import Any
 
-from .case import PROVIDERS
 from .families import FAMILIES
 from .gpu_tests import in_words
+from .providers import PROVIDERS
 
 SCHEMA = 1
 FULL_PEERS = ("torch", "torch_channels_last")  # those that compute all that we do

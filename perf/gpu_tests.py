@@ -11,8 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from .child import END, Child
-from .environment import ROOT, without_paths
+from ..autotune.child import END, Child
+from ..autotune.environment import ROOT, without_paths
 
 OUTCOME = r"PASSED|FAILED|ERROR|SKIPPED|XFAIL|XPASS"
 # "tests/test_a.py::test_b[c] PASSED [ 5%]", and with pytest-xdist "[gw1] [ 5%] PASSED tests/test_a.py::test_b[c]".

@@ -27,11 +27,11 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 
+from ..autotune.environment import fingerprint
+from ..autotune.progress import Progress
+from ..autotune.timer import Competitor, interleaved, mean_us, no_garbage_collection, percentile
 from ..demo import one_thread
-from ..progress import Progress
 from .calls import CALLS, DIRECTIONS, SIZES, Call, prepare
-from .environment import fingerprint
-from .timer import Competitor, interleaved, mean_us, no_garbage_collection, percentile
 
 SCHEMA = 1
 SMALL_ABOVE_US = 4.0

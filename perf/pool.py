@@ -14,9 +14,10 @@ from .. import ops
 from ..autotune.config import Config
 from ..autotune.device import DeviceSpec
 from ..autotune.resolve import resolve
+from ..autotune.workload import ALL_LAYERS, DTYPES, PRECISIONS, Case, Kernel, Layers, Operator, Shape, random_tensors
 from ..ops._layout import empty
 from ..ops.pool_operators import kernel_window, offset_dtype
-from .case import ALL_LAYERS, DTYPES, IMAGES, PRECISIONS, Case, Kernel, Layers, Operator, Shape, random_tensors
+from .providers import IMAGES
 
 
 class Layer(NamedTuple):

@@ -12,10 +12,21 @@ from torch import Tensor
 from ..autotune.config import Config
 from ..autotune.cost import cdiv
 from ..autotune.device import DeviceSpec
+from ..autotune.workload import (
+    ALL_LAYERS,
+    DTYPES,
+    PRECISIONS,
+    Case,
+    Kernel,
+    Layers,
+    Operator,
+    Shape,
+    random_tensors,
+    stream_us,
+)
 from ..ops import gru, lstm, rnn, use_backend
 from ..ops.rnn_operators import OP, OP_BACKWARD
 from ..ops.rnn_torch import torch_layer
-from .case import ALL_LAYERS, DTYPES, PRECISIONS, Case, Kernel, Layers, Operator, Shape, random_tensors, stream_us
 
 GATES = {"tanh": 1, "gru": 3, "lstm": 4}
 

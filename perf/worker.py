@@ -17,26 +17,34 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
-import os
 import sys
-import threading
 import traceback
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, NamedTuple, TextIO
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..autotune import environment
+from ..autotune.check import (
+    EPSILON,
+    Machine,
+    argument_sets,
+    compare,
+    device_alive,
+    poisoned,
+    set_cudnn,
+    without_cudnn,
+)
+from ..autotune.child import end_with_parent, private_stdout
 from ..autotune.device import detect
+from ..autotune.timer import Competitor, Timing, timer_for
+from ..autotune.workload import Case, random_tensors
 from ..ops import record, use_backend
-from . import environment
-from .case import Case, prepare, random_tensors
-from .check import EPSILON, Machine, argument_sets, compare, poisoned, set_cudnn, without_cudnn
 from .families import header, operator_of, tiny
-from .sweep import sweep_targets
-from .timer import Competitor, Timing, timer_for
+from .providers import prepare
+from .sweep import sweep, sweep_header, sweep_targets
 
 CONTEXT_LOST = 3  # exit status: nothing more can run in this process
 
@@ -140,7 +148,7 @@ def items(module: str, rehearse: bool, patterns: Sequence[str] = (), done: Seque
     if rehearse:
         cases = [tiny(case) for case in cases]
     measured = [Item(header(case), partial(measure_case, case)) for case in cases]
-    everything = measured + [Item(target.header(), target.run) for target in sweep_targets(cases)]
+    everything = measured + [Item(sweep_header(target), partial(sweep, target)) for target in sweep_targets(cases)]
     left = [item for item in everything if item.header["id"] not in done]
     return [item for item in left if not patterns or any(one in item.name for one in patterns)]
 
@@ -160,25 +168,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--child", action="store_true", help="end as soon as standard input does")
     args = parser.parse_args(argv)
     if args.child:
-        threading.Thread(target=end_with_parent, daemon=True).start()
+        end_with_parent()
     with private_stdout() as out:
         return run(args, lambda event: print(json.dumps(event), file=out, flush=True))
-
-
-def end_with_parent() -> None:
-    """A parent that is killed cannot end us, and a kernel that hangs would hold the GPU for ever."""
-    while os.read(0, 4096):  # not sys.stdin, whose lock would be held when the interpreter ends
-        pass
-    os._exit(1)
-
-
-@contextmanager
-def private_stdout() -> Iterator[TextIO]:
-    """Standard output for the events alone: what others print goes to standard error."""
-    sys.stdout.flush()
-    with os.fdopen(os.dup(1), "w") as out:
-        os.dup2(2, 1)
-        yield out
 
 
 def run(args: argparse.Namespace, send: Callable[[dict[str, Any]], None]) -> int:
@@ -207,18 +199,6 @@ def run(args: argparse.Namespace, send: Callable[[dict[str, Any]], None]) -> int
             return CONTEXT_LOST
     send({"event": "done"})
     return 0
-
-
-def device_alive(device: str) -> bool:
-    """After an illegal access every later call of the process fails."""
-    if device == "cpu":
-        return True
-    try:
-        torch.cuda.synchronize()
-        torch.cuda.empty_cache()
-    except RuntimeError:
-        return False
-    return True
 
 
 if __name__ == "__main__":

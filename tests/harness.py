@@ -23,8 +23,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import tritune
-from tritune.perf.case import DTYPES
-from tritune.perf.check import EPSILON as EPSILON_BY_NAME
+from tritune.autotune.check import EPSILON as EPSILON_BY_NAME
+from tritune.autotune.workload import DTYPES
 
 EPSILON = {torch.float64: 1e-14, **{DTYPES[name]: epsilon for name, epsilon in EPSILON_BY_NAME.items()}}
 TORCH_SAMPLES = 16  # draws of a case's inputs that torch's error is taken from, at most

@@ -18,9 +18,8 @@ import torch
 from tritune.autotune.config import Config, Estimate, Tunable
 from tritune.autotune.device import detect
 from tritune.autotune.resolve import resolve
-from tritune.perf.case import Case, Kernel, Operator
-from tritune.perf.families import FAMILIES
-from tritune.perf.timer import Competitor, Timing, interleaved, summarise
+from tritune.autotune.timer import Competitor, Timing, interleaved, summarise
+from tritune.autotune.workload import Case, Kernel, Operator, register_family
 
 PLANTED = [part.split(":") for part in os.environ["PLANTED"].split()]
 TORCH_US = 15.0
@@ -118,7 +117,8 @@ OPERATORS = {
         double, double, None, ("tritune", "torch"), lambda case: case.name, lambda case, device: 1.0, lambda case: case
     )
 }
-FAMILIES["planted"] = SimpleNamespace(  # type: ignore[assignment]
-    OPERATORS=OPERATORS, CASES=CASES, TUNED=("layer-100", "layer-200"), TRAFFIC={"planted": lambda p, c: 1.0},
-    layers=lambda target: iter(()), kinds=lambda one: ("fwd",), kernel_tensors=tensors, kernel_of=kernel_of,
+family = SimpleNamespace(
+    OPERATORS=OPERATORS, CASES=CASES, TUNED=("layer-100", "layer-200"), layers=lambda target: iter(()),
+    kinds=lambda one: ("fwd",), kernel_tensors=tensors, kernel_of=kernel_of,
 )  # fmt: skip
+register_family("planted", family)

@@ -71,6 +71,8 @@ def imports(source: str, module: str, is_package: bool) -> Iterator[Import]:
 
 
 def floor(module: str) -> int:
+    if module == "tritune._version":  # imports nothing
+        return 0
     package = max((name for name in FLOORS if f"{module}.".startswith(f"{name}.")), key=len)
     return FLOORS.index(package)
 
@@ -123,6 +125,7 @@ def test_imports_go_down() -> None:
         ("tritune.ops.conv", "if x:\n    from ..kernels.conv import launch", "could not be loaded"),
         ("tritune.ops.conv", "from ..autotune.gone import x", "does not exist"),
         ("tritune.autotune.store", "from . import device", "cycle: "),
+        ("tritune.autotune.store", "from ..perf import families", "a floor above"),
     ],
 )
 def test_a_breach_is_found(module: str, line: str, problem: str) -> None:
@@ -140,14 +143,35 @@ def test_a_breach_is_found(module: str, line: str, problem: str) -> None:
     assert problem in problems(modules)[0]
 
 
-def test_environment_variables_are_documented() -> None:
-    pattern = re.compile(r"\bTRITUNE_[A-Z]\w*")
-    strings = [
+def strings_of_code(source: str) -> set[str]:
+    return {
         node.value
-        for source in read_modules(ROOT).values()
         for node in ast.walk(ast.parse(source))
         if isinstance(node, ast.Constant) and isinstance(node.value, str)
-    ]
+    }
+
+
+def test_the_tuner_knows_no_family() -> None:
+    """Families register themselves; a name of one, or of a kernel, in the tuner would be a lookup by family again."""
+    modules = read_modules(ROOT)
+    families = {module.rpartition(".")[2] for module in modules if module.startswith("tritune.perf.")} & {
+        module.rpartition(".")[2] for module in modules if module.startswith("tritune.kernels.")
+    }
+    assert {"conv", "conv_pool", "pool", "rnn", "attention"} == families
+    kernels = set(re.findall(r"register\(\s*Tunable\(\s*\"(\w+)\"", "\n".join(modules.values())))
+    assert {"conv", "pool_backward", "attention_bias_grad"} < kernels, "the registered kernels are found"
+    found = {
+        f"{module}: {word}"
+        for module, source in modules.items()
+        if module.startswith("tritune.autotune")
+        for word in strings_of_code(source) & (families | kernels)
+    }
+    assert found == set()
+
+
+def test_environment_variables_are_documented() -> None:
+    pattern = re.compile(r"\bTRITUNE_[A-Z]\w*")
+    strings = set[str]().union(*map(strings_of_code, read_modules(ROOT).values()))
     in_code = {name for string in strings for name in pattern.findall(string)}
     table = (ROOT / "docs/environment.md").read_text(encoding="utf-8")
     documented = re.findall(r"^\| `(TRITUNE_\w+)`", table, flags=re.MULTILINE)

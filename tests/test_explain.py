@@ -25,11 +25,14 @@ import pytest
 import test_extremes
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn.utils import parametrizations
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import tritune
-from tritune.ops import _explain, record
+from tritune.ops import _settings, record
 from tritune.ops._dispatch import current_backend
 
 pytestmark = pytest.mark.torch
@@ -630,7 +633,7 @@ SETTINGS: dict[str, tuple[Callable[[], Any], Callable[[], Any]]] = {
         lambda: (torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")),
         lambda: torch.autocast("cpu", torch.float16).__enter__(),
     ),
-    "autocast's depth": (_explain._autocast_nesting, lambda: torch.autocast("cuda", enabled=False).__enter__()),
+    "autocast's depth": (_settings._autocast_nesting, lambda: torch.autocast("cuda", enabled=False).__enter__()),
     "hooks of saved tensors": (
         lambda: torch._C._autograd._top_saved_tensors_default_hooks(True),
         lambda: torch.autograd.graph.saved_tensors_hooks(lambda one: one, lambda one: one).__enter__(),
@@ -644,7 +647,60 @@ SETTINGS: dict[str, tuple[Callable[[], Any], Callable[[], Any]]] = {
     "level, by name": (lambda: LOGGER.level, lambda: logging.getLogger("explained").setLevel(logging.ERROR)),
     "handlers": (lambda: LOGGER.handlers[:], lambda: LOGGER.addHandler(logging.NullHandler())),
     "all loggers": (lambda: logging.root.manager.disable, lambda: logging.disable(logging.ERROR)),
+    "a mode of functions": (torch._C._len_torch_function_stack, lambda: SilentFunctions().__enter__()),
+    "a device's mode": (torch.get_default_device, lambda: torch.device("meta").__enter__()),
+    "a mode of operators": (torch._C._len_torch_dispatch_stack, lambda: Silent().__enter__()),
+    "a level of forward AD": (lambda: forward_ad._current_level, forward_ad.enter_dual_level),
+    "denormals": (_settings._flushes_denormals, lambda: torch.set_flush_denormal(True)),
+    "printing": (lambda: torch._tensor_str.PRINT_OPTS.precision, lambda: torch.set_printoptions(precision=3)),
+    "the future": (
+        torch.__future__.get_overwrite_module_params_on_conversion,
+        lambda: torch.__future__.set_overwrite_module_params_on_conversion(True),
+    ),
+    "flash attention": (torch.backends.cuda.flash_sdp_enabled, lambda: torch.backends.cuda.enable_flash_sdp(False)),
+    "precision": (
+        lambda: torch._C._get_fp32_precision_getter("cuda", "conv"),
+        lambda: torch._C._set_fp32_precision_setter("cuda", "conv", "ieee"),
+    ),
+    "precision everywhere": (
+        lambda: torch._C._get_fp32_precision_getter("generic", "all"),
+        lambda: torch._C._set_fp32_precision_setter("generic", "all", "tf32"),
+    ),
 }  # fmt: skip
+
+
+class SilentFunctions(TorchFunctionMode):
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*args, **(kwargs or {}))
+
+
+class Silent(TorchDispatchMode):
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*args, **(kwargs or {}))
+
+
+def _changed_on_torchs_side(name: str) -> tuple[Callable[[], Any], Callable[[], Any]] | None:
+    """How to read a setting of torch's C++ side, and to change it; of those that are true or false, and that this
+    processor can change."""
+    read, restore = _settings.settings_of_torch()[name]
+    before = read()
+    if not isinstance(before, bool):
+        return None
+    try:
+        restore(not before)
+    except RuntimeError:
+        return None
+    restore(before)
+    return read, lambda: restore(not read())
+
+
+ON_TORCHS_SIDE = {name: _changed_on_torchs_side(name) for name in _settings.settings_of_torch()}
+SETTINGS |= {name: found for name, found in ON_TORCHS_SIDE.items() if found is not None}
+
+
+def test_the_settings_of_torch_are_found():
+    assert len(ON_TORCHS_SIDE) > 25
+    assert {"cudnn_allow_tf32", "multithreading_enabled", "view_replay_enabled", "warnAlways"} <= SETTINGS.keys()
 
 
 @pytest.mark.parametrize("name", SETTINGS)

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 import tritune
-from tritune.perf.environment import fingerprint
+from tritune.autotune.environment import fingerprint
 from tritune.perf.gpu_results import Results
 
 pytestmark = [pytest.mark.torch, pytest.mark.slow, pytest.mark.checkout]

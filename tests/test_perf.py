@@ -21,14 +21,15 @@ import torch.nn.functional as F
 
 import tritune
 from tritune.autotune import device as devices
-from tritune.autotune import store
+from tritune.autotune import environment, store, timer
+from tritune.autotune.check import Machine, argument_sets, compare
 from tritune.autotune.config import Config
-from tritune.perf import environment, families, gpu, gpu_tests, overhead, timer, worker
+from tritune.autotune.workload import Case, random_tensors
+from tritune.perf import families, gpu, gpu_tests, overhead, worker
 from tritune.perf.calls import CALLS, DIRECTIONS, SIZES, Call
 from tritune.perf.calls import prepare as prepare_call
-from tritune.perf.case import Case, prepare, random_tensors
-from tritune.perf.check import Machine, argument_sets, compare
 from tritune.perf.families import CASES, operator_of
+from tritune.perf.providers import prepare
 
 ROOT = Path(__file__).resolve().parents[1]
 H200 = devices.named("h200")

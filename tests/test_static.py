@@ -25,18 +25,18 @@ import triton.language as tl  # noqa: E402
 
 import tritune  # noqa: E402
 from tritune import cli  # noqa: E402
-from tritune.autotune import store  # noqa: E402
+from tritune.autotune import compilers, static_profile, store, tune_worker  # noqa: E402
+from tritune.autotune.bench import Bench, Target  # noqa: E402
+from tritune.autotune.check import Machine, Verdict  # noqa: E402
 from tritune.autotune.config import Config  # noqa: E402
 from tritune.autotune.device import TARGETS, named  # noqa: E402
 from tritune.autotune.resolve import ranked, resolve  # noqa: E402
+from tritune.autotune.workload import ALL_LAYERS, Kernel  # noqa: E402
 from tritune.kernels import attention, conv, conv_pool, pool, registered, rnn  # noqa: E402
 from tritune.kernels._launch import Launch  # noqa: E402
 from tritune.ops.conv_operators import module_of, weight_grad_module_of  # noqa: E402
-from tritune.perf import compilers, families, static, tune_worker  # noqa: E402
 from tritune.perf import conv as conv_layers  # noqa: E402
-from tritune.perf.case import ALL_LAYERS, Kernel  # noqa: E402
-from tritune.perf.check import Machine, Verdict  # noqa: E402
-from tritune.perf.sweep import Bench, Target  # noqa: E402
+from tritune.perf import families, static  # noqa: E402
 
 pytestmark = pytest.mark.static
 SOURCE = Path(tritune.__file__).resolve().parents[1]
@@ -56,14 +56,14 @@ CHANNELS_LAST = conv.problem_of(
 @pytest.mark.parametrize("target", TARGETS)
 def test_shipped_configs(target, kernel):
     """No spill, within shared memory, tensor cores and wide loads where due, nothing worse than the baseline."""
-    baseline = static.load_baseline(static.BASELINES / f"static-{static.minor(static.TRITON)}.json")
-    assert baseline, f"no baseline for Triton {static.TRITON}: tritune bench static --update"
+    baseline = static.load_baseline(static.BASELINES / f"static-{static.minor(static_profile.TRITON)}.json")
+    assert baseline, f"no baseline for Triton {static_profile.TRITON}: tritune bench static --update"
     selected = list(static.rows([target], f"/{kernel}/"))
     assert len(selected) >= (7 if target in ALL_LAYERS else 2)
     bad = {}
-    for row, one in static.measure(selected, static.Row.profile):
+    for row, one in static.measure(selected, static_profile.Row.profile):
         assert row.name in baseline
-        found = static.faults(kernel, row.problem, one, target) if row.is_main else []
+        found = static_profile.faults(row.tunable, row.problem, one, target) if row.is_main else []
         found += static.regressions(baseline[row.name], one)
         if found:
             bad[row.name] = found
@@ -96,7 +96,7 @@ def test_headline_layers_use_the_machine(name, precision):
     tunables = (module.FORWARD, weight_grad, *([module.TRANSPOSE] if name != "resnet50-stem" else []))
     for tunable in tunables:
         launch = tunable.launches(problem, resolve(tunable, problem, named("sm_90")).config)[0]
-        one = static.profile(launch, "sm_90")
+        one = static_profile.profile(launch, "sm_90")
         assert one.spill_bytes == 0
         assert one.load_bytes == 16, tunable.name
         assert one.mma == ("" if "direct" in tunable.name else "HGMMA"), tunable.name
@@ -108,23 +108,23 @@ def test_headline_layers_use_the_machine(name, precision):
 def test_nchw_results_are_stored_in_runs(target, tunable):
     """16 bytes of neighbouring pixels at a time, where an image holds a whole number of them."""
     p = CHANNELS_LAST._replace(channels_last=False)
-    one = static.profile(tunable.launches(p, ranked(tunable, p, named(target))[0][0])[0], target)
+    one = static_profile.profile(tunable.launches(p, ranked(tunable, p, named(target))[0][0])[0], target)
     assert (one.spill_bytes, one.store_bytes) == (0, 16)
 
 
 def test_binaries_of_killed_runs_are_swept(tmp_path, monkeypatch):
     """They lie in the folder for temporary files, under names of ours, and are an hour old."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    static._swept_folder.cache_clear()
+    static_profile._swept_folder.cache_clear()
     for name, seconds in (("tritune-ab12_xyz.cubin", 1), ("tmpab12_xyz.cubin", 1), ("tritune-11111111.cubin", None)):
         (tmp_path / name).touch()
         os.utime(tmp_path / name, (seconds, seconds) if seconds else None)
     read = []
-    run = static._run
-    monkeypatch.setattr(static, "_run", lambda *command: read.append(command[-1]) or run(*command))
+    run = static_profile._run
+    monkeypatch.setattr(static_profile, "_run", lambda *command: read.append(command[-1]) or run(*command))
     launch = conv.FORWARD.launches(CHANNELS_LAST, ranked(conv.FORWARD, CHANNELS_LAST, named("sm_90"))[0][0])[0]
-    static.profile(launch, "sm_90")
-    static._swept_folder.cache_clear()
+    static_profile.profile(launch, "sm_90")
+    static_profile._swept_folder.cache_clear()
     assert {path.name for path in tmp_path.iterdir()} == {"tmpab12_xyz.cubin", "tritune-11111111.cubin"}
     assert all(Path(name).parent == tmp_path and static.LEFTOVERS.fullmatch(Path(name).name) for name in read)
     assert len(read) == 2
@@ -139,7 +139,7 @@ def test_the_epilogues_gradient_moves_runs_of_either_layout(target, dy, g):
     p = conv.EpilogueProblem(8 * 28 * 28, 256, torch.bfloat16, True, True, True)
     config = ranked(conv.EPILOGUE_GRAD, p, named(target))[0][0]
     launch = conv.plan_epilogue_grad(p, config, dy, torch.empty_like(dy), g, like.new_empty(256), "relu")[0]
-    one = static.profile(launch, target)
+    one = static_profile.profile(launch, target)
     assert (one.spill_bytes, one.load_bytes, one.store_bytes) == (0, 16, 16)
 
 
@@ -163,7 +163,7 @@ def test_copied_boxes_are_multiplied_from_shared_memory(window, configs, tunable
         products = re.findall(r"(?:warp_group_dot|tc_gen5_mma) .*", launch.compile(target).asm["ttgir"])
         assert products
         assert all("#ttg.dot_op" not in product and "!ttg.memdesc" in product for product in products)
-        one = static.profile(launch, target)
+        one = static_profile.profile(launch, target)
         assert (one.mma, one.spill_bytes, one.load_bytes, one.store_bytes) == (unit, 0, 16, 16), config
 
 
@@ -311,7 +311,7 @@ def planted(mode="none", block=64, warps=4, stages=3, steps=8):
     ],
 )
 def test_planted_faults_are_named(launch, target, found):
-    named_faults = static.faults("conv", CHANNELS_LAST, static.profile(launch, target), target)
+    named_faults = static_profile.faults(conv.FORWARD, CHANNELS_LAST, static_profile.profile(launch, target), target)
     assert len(named_faults) == len(found), named_faults
     for fault, expected in zip(named_faults, found, strict=True):
         assert fault.startswith(expected)
@@ -319,7 +319,7 @@ def test_planted_faults_are_named(launch, target, found):
 
 # --- the baseline ----------------------------------------------------------------------------------------------------
 
-GOOD = static.StaticProfile(100, 0, 1000, "HGMMA", 16, 16, 1000, 16)
+GOOD = static_profile.StaticProfile(100, 0, 1000, "HGMMA", 16, 16, 1000, 16)
 
 
 @pytest.mark.parametrize(
@@ -398,7 +398,7 @@ class TestTuner:
         def no_tool(launch, target):
             raise FileNotFoundError("cuobjdump")
 
-        monkeypatch.setattr(static, "profile", no_tool)
+        monkeypatch.setattr(static_profile, "profile", no_tool)
         assert self.bench(planted()).attempt(Config(BLOCK=1)).fault == ""
 
     def test_a_gpu_of_another_kind(self):
@@ -418,7 +418,7 @@ class TestTuner:
         compiled = set(tmp_path.rglob("*.cubin"))
         assert len(compiled) == 2
         for config in configs:
-            static.profile(tunable.launches(problem, config)[0], "sm_90")
+            static_profile.profile(tunable.launches(problem, config)[0], "sm_90")
         assert set(tmp_path.rglob("*.cubin")) == compiled, "the same binaries"
 
 
@@ -474,7 +474,7 @@ def test_the_command(tmp_path, capsys):
     assert command("--baseline", str(path), "--json") == 0
     document = json.loads(capsys.readouterr().out)
     (profile,) = document["profiles"].values()
-    assert (document["triton"], document["faults"], document["new"]) == (static.TRITON, {}, [])
+    assert (document["triton"], document["faults"], document["new"]) == (static_profile.TRITON, {}, [])
 
     path.write_text(path.read_text().replace(f'"warps": {profile["warps"]}', '"warps": 64'))
     assert command("--baseline", str(path)) == 1
@@ -496,21 +496,21 @@ class TestCompilers:
         return row
 
     def test_they_say_what_this_process_says(self, row):
-        with compilers.Compilers() as pool:
+        with compilers.Compilers(families.__name__) as pool:
             assert pool.attempt(row) == row.profile()
 
     def test_what_is_known_is_not_compiled_again(self, row, monkeypatch):
-        with compilers.Compilers() as pool:
+        with compilers.Compilers(families.__name__) as pool:
             first = pool.attempt(row)
         monkeypatch.setattr(compilers, "Child", None)
-        with compilers.Compilers() as pool:
+        with compilers.Compilers(families.__name__) as pool:
             assert pool.attempt(row) == first
         pool.profiles.path.write_text(pool.profiles.path.read_text() + '\n{"binary": "half a li')
         assert compilers.Profiles().find(row.binary) == first
 
     def test_what_was_read_in_another_way_is_not_believed(self, row):
         profiles = compilers.Profiles()
-        old = profiles.path.with_name(f"triton-{static.TRITON}-000000000000.jsonl")
+        old = profiles.path.with_name(f"triton-{static_profile.TRITON}-000000000000.jsonl")
         old.parent.mkdir(parents=True)
         old.write_text("")
         profiles.keep(row.binary, GOOD)
@@ -518,7 +518,7 @@ class TestCompilers:
 
     def test_a_refusal_and_a_crash_are_one_line_and_the_next_compiles(self, row, monkeypatch):
         bad = dataclasses.replace(row, config=Config({**row.config, "BLOCK_C": 3}))  # not a power of two
-        with compilers.Compilers() as pool:
+        with compilers.Compilers(families.__name__) as pool:
             refused = pool.attempt(bad)
             assert refused.startswith("does not compile: ") and "\n" not in refused
             (child,) = pool.children

@@ -20,13 +20,13 @@ from typing import Any, NamedTuple
 import pytest
 
 import tritune
-from tritune import cli, progress
-from tritune.autotune import store
+from tritune import cli
+from tritune.autotune import progress, store
 from tritune.autotune.config import Config, Estimate, Tunable
 from tritune.autotune.device import named
+from tritune.autotune.progress import Progress
 from tritune.autotune.resolve import ranked
-from tritune.autotune.tuner import Final, OutOfTime, Search, Trial, is_tuned, share, winner
-from tritune.progress import Progress
+from tritune.autotune.search import Final, OutOfTime, Search, Trial, is_tuned, share, winner
 
 pytestmark = pytest.mark.torch
 
@@ -196,7 +196,7 @@ def environment(planted: str, folder: Path) -> dict[str, str]:
 
 
 def command(folder: Path, *options: str) -> list[str]:
-    fixed = ["tune", "planted", "--rehearse", "--cases", "planted_configs", "--out", str(folder)]
+    fixed = ["tune", "planted", "--rehearse", "--families", "planted_configs", "--out", str(folder)]
     return [sys.executable, "-m", "tritune", *fixed, *options]
 
 
@@ -354,7 +354,9 @@ class Here:
 
 
 def tune_module() -> Any:
-    from tritune.perf import tune
+    """The module, with the families that ship."""
+    from tritune.autotune import tune
+    from tritune.perf import families  # noqa: F401  registers them
 
     return tune
 
@@ -500,7 +502,7 @@ class TestUsage:
 
     def test_the_defaults_are_the_modules(self):
         lists = {"ops": [], "shapes": [], "dtypes": []}
-        assert args() == tune_module().Options(**lists)
+        assert args() == tune_module().Options("tritune.perf.families", **lists)
         assert args("--budget", "5m", "--trial-limit", "1.5").budget == 300
         assert args("--budget", "5m", "--trial-limit", "1.5").trial_limit == 1.5
 
@@ -512,7 +514,8 @@ class TestUsage:
         }
 
     def test_every_family_has_what_the_tuner_asks_for(self):
-        from tritune.perf.families import FAMILIES, Family
+        from tritune.autotune.workload import Family
+        from tritune.perf.families import FAMILIES
 
         wanted = {*Family.__annotations__, *(name for name in vars(Family) if not name.startswith("_"))}
         for name, family in FAMILIES.items():
@@ -548,7 +551,7 @@ class TestUsage:
         assert (tunable.name, key["pixels"], key["window"], key["step"]) == ("conv_max_pool", 2 * 16, "3x3", "2x2")
 
     def test_a_case_survives_json(self):
-        from tritune.perf.case import Case
+        from tritune.autotune.workload import Case
         from tritune.perf.families import CASES
 
         for case in CASES:

@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 import torch
 
+from tritune.autotune.workload import Case, random_tensors
 from tritune.perf import conv, pool
-from tritune.perf.case import Case, prepare, random_tensors
 from tritune.perf.families import operator_of
+from tritune.perf.providers import prepare
 
 CASES = [*conv.CASES[:6], *pool.CASES[:4]] if torch.cuda.is_available() else []
 

@@ -12,8 +12,8 @@ import sys
 from collections.abc import Sequence
 from importlib import metadata
 
-from .paths import in_words
-from .perf.child import terminated_like_interrupted
+from .autotune.child import terminated_like_interrupted
+from .autotune.paths import in_words
 
 INTERRUPTED = 130
 # What a command may find missing, and the extra that brings it.

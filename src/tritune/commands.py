@@ -102,6 +102,7 @@ Pattern = Annotated[
 ]
 Rehearse = Annotated[bool, typer.Option(hidden=True)]  # on the CPU, tiny layers, Triton's interpreter
 Cases = Annotated[str, typer.Option(hidden=True)]  # a module of cases, for the tests
+Families = Annotated[str, typer.Option(hidden=True)]  # a module that registers families, for the tests
 
 
 # --- tritune ---------------------------------------------------------------------------------------------------------
@@ -185,20 +186,20 @@ def tune(
     pattern: Pattern = None,
     as_json: Json = False,
     rehearse: Rehearse = False,
-    cases: Cases = ".families",
+    families: Families = f"{__package__}.perf.families",
 ) -> int:
     """Find the best configs, on this GPU or without one.
 
     An interrupt keeps what was found, and the next run goes on from there. Exit status 1: a kernel without a config
     that works.
     """
-    from .perf import tune as command
+    from .autotune import tune as command
 
     dtypes = dtype.split(",") if dtype else []
     return command.main(
         command.Options(
-            ops, shapes, dtypes, direction, budget, trial_limit, force, out, dry_run, as_json, static, target, pattern,
-            rehearse, cases,
+            families, ops, shapes, dtypes, direction, budget, trial_limit, force, out, dry_run, as_json, static, target,
+            pattern, rehearse,
         )
     )  # fmt: skip
 

@@ -20,8 +20,8 @@ from .autotune import store
 from .autotune.config import Tunable
 from .autotune.device import DEVICES, named
 from .autotune.log import one_line, warnings
+from .autotune.paths import writable_file, writable_folder
 from .autotune.store import Entry, File
-from .paths import writable_file, writable_folder
 
 Store = dict[str, File]  # by its name there: "sm_90/conv.json"
 

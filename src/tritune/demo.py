@@ -25,11 +25,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .autotune.device import detect
+from .autotune.paths import writable_folder
+from .autotune.progress import Progress
 from .demo_models import MODELS, Model, with_weights
 from .demo_picture import Column, draw
 from .ops import Decision, explain, record, use_backend
-from .paths import writable_folder
-from .progress import Progress
 
 LIBRARIES = ("tritune", "torch")
 # Largest difference of a tensor, over its largest value: fp32 sums of at most 2^12 products in another order.

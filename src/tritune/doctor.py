@@ -16,8 +16,8 @@ from ._version import __version__
 from .autotune import store, variables
 from .autotune.device import DEVICES, detect, named
 from .autotune.log import warnings
+from .autotune.paths import in_words, writable_folder
 from .configs import ignored, kernels_here, say
-from .paths import in_words, writable_folder
 
 OLDEST_TRITON, FIRST_UNTESTED_TRITON = (3, 6), (3, 10)
 PACKAGES = ("torch", "triton", "numpy", "typer", "rich", "matplotlib", "scikit-learn")

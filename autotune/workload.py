@@ -1,22 +1,24 @@
-"""What a family's performance file is made of: cases as plain data, the calls that are compared, random inputs.
+"""What is tuned and measured: cases as plain data, the operators and kernels behind them, the families they come from.
 
-A case names shapes and arguments only. From it come random inputs, our call and its peers on the same inputs, the
-floor of its device time, and a tiny layer of the same kind for a rehearsal without a GPU.
+A case names shapes and arguments only. From it come random inputs, our call and torch's on the same inputs, the floor
+of its device time, and a tiny layer of the same kind for a rehearsal without a GPU.
+
+No family is known here. A module that declares one calls :func:`register_family`; whoever wants families imports the
+module that registers them (``tritune.perf.families`` for those that ship).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from functools import partial
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
 from math import prod
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from ..autotune.config import Tunable
-from ..autotune.device import DeviceSpec
+from .config import TUNABLES, Tunable
+from .device import DeviceSpec
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # How a layer's products are computed: dtype of the operands, and the name that kernels know the precision by.
@@ -26,14 +28,6 @@ PRECISIONS = {
 }  # fmt: skip
 # Targets that get a config for every layer; the others get one for each family's headline layers.
 ALL_LAYERS = ("sm_90", "gfx942")
-PROVIDERS = {
-    "tritune": "this library's kernels",
-    "torch": "torch as called: images in NCHW, every step an operator, cuDNN's own choice of algorithm",
-    "torch_channels_last": "the same in channels last with torch.backends.cudnn.benchmark",
-    "torch_bare": "torch_channels_last without bias, activation and residual",
-    "torch_compile": "torch_channels_last compiled by torch.compile",
-}
-IMAGES = ("tritune", "torch", "torch_channels_last")
 Shape = tuple[int, ...]
 Layers = tuple[str, Tunable, Any]
 """One line of the static suite: name, kernel, problem."""
@@ -156,6 +150,9 @@ class Kernel:
     torch: Callable[[dict[str, Tensor]], Tensor]
 
 
+# --- inputs ----------------------------------------------------------------------------------------------------------
+
+
 def random_tensors(operator: Operator, case: Case, device: str, seed: int) -> dict[str, Tensor]:
     """Normally distributed arguments, and ``"dy"`` of the output's shape where there is a backward; never zeros, which
     draw less power and so run at higher clocks. Weights are scaled so that outputs have a variance near 1."""
@@ -178,37 +175,6 @@ def lay_out(t: Tensor, layout: str) -> Tensor:
     return t.movedim(1, -1).contiguous().movedim(-1, 1) if layout == "nhwc" else t.contiguous()
 
 
-def prepare(
-    operator: Operator, case: Case, provider: str, tensors: dict[str, Tensor]
-) -> Callable[[], dict[str, Tensor]]:
-    """The call of one provider on its own copy of the tensors, laid out as it wants them.
-
-    Returns:
-        A function without arguments; its result holds ``"output"`` and ``"grad <name>"`` of each gradient.
-    """
-    function = {"tritune": operator.ours, "torch_bare": operator.bare}.get(provider, operator.torch)
-    assert function is not None
-    if provider == "torch_compile":
-        torch._dynamo.reset()  # it gives up after eight shapes of one function
-        function = torch.compile(function, dynamic=False)
-    layout = {"tritune": case.layout, "torch": "nchw"}.get(provider, "nhwc") if case.layout else ""
-    arguments = {name: lay_out(t, layout).detach() for name, t in tensors.items()}
-    dy = arguments.pop("dy", None)
-    for name in case.needs_grad:
-        arguments[name].requires_grad_()
-    leaves = [arguments[name] for name in case.needs_grad]
-    bound = partial(function, **arguments, **case.kwargs)
-    if not leaves:
-        return lambda: {"output": bound()}
-
-    def forward_and_backward() -> dict[str, Tensor]:
-        y = bound()
-        gradients = torch.autograd.grad(y, leaves, dy)
-        return {"output": y.detach(), **{f"grad {name}": g for name, g in zip(case.needs_grad, gradients, strict=True)}}
-
-    return forward_and_backward
-
-
 def stream_us(elements: float, flops: float, itemsize: int, rate_tflops: float, device: DeviceSpec) -> float:
     """The longer of moving ``elements`` once and of ``flops`` at the rate of their unit."""
     return max(elements * itemsize / (device.dram_gbs * 1e3), flops / (rate_tflops * 1e6))
@@ -217,3 +183,90 @@ def stream_us(elements: float, flops: float, itemsize: int, rate_tflops: float, 
 def precisions_for(target: str) -> list[str]:
     """tf32x3 is NVIDIA's; the others compile for every target."""
     return [one for one in PRECISIONS if one != "tf32x3" or target.startswith("sm_")]
+
+
+# --- families --------------------------------------------------------------------------------------------------------
+
+
+class Family(Protocol):
+    """What the module of a family declares.
+
+    Attributes:
+        OPERATORS: how the cases of each operator run.
+        CASES: the layers to measure.
+        TUNED: names of cases whose kernels a GPU run tunes, most important first.
+        layers: what ships for a target: ``(name, kernel, problem)``.
+        explicit: a training case from the shapes and options that ``tritune tune --shapes`` was given. Raises
+            TypeError or ValueError.
+        kinds: the kernels of a training case, forward first.
+        kernel_tensors, kernel_of: one of those kernels by itself, and random tensors for it. Which kernel and problem
+            it is must follow from the case's arguments alone, which may be meta tensors.
+    """
+
+    OPERATORS: dict[str, Operator]
+    CASES: tuple[Case, ...]
+    TUNED: tuple[str, ...]
+
+    def layers(self, target: str) -> Iterator[Layers]: ...
+    def explicit(self, *shapes: Any, **options: Any) -> Case: ...
+    def kinds(self, one: Case) -> tuple[str, ...]: ...
+    def kernel_tensors(self, one: Case, kind: str, device: str, seed: int) -> dict[str, Tensor]: ...
+    def kernel_of(self, one: Case, kind: str, tensors: dict[str, Tensor]) -> Kernel: ...
+
+
+FAMILIES: dict[str, Family] = {}
+
+
+def register_family(name: str, family: Any) -> None:
+    """Adds a family, most often a module with the names of :class:`Family`, to those that all below walks over."""
+    FAMILIES[name] = family
+
+
+def family_of_op(op: str) -> str:
+    """The name of the family that runs an operator's cases."""
+    return next(name for name, family in FAMILIES.items() if op in family.OPERATORS)
+
+
+def operator_of(case: Case) -> Operator:
+    return FAMILIES[family_of_op(case.op)].OPERATORS[case.op]
+
+
+def header(case: Case) -> dict[str, Any]:
+    """What names a case in a result."""
+    return {
+        "id": case.id, "family": family_of_op(case.op), "op": case.op, "shape": operator_of(case).describe(case),
+        "dtype": case.precision, "layout": case.layout, "direction": case.direction,
+    }  # fmt: skip
+
+
+def layers(target: str) -> Iterator[Layers]:
+    """``(name, kernel, problem)`` of everything that ships for a target."""
+    for family in FAMILIES.values():
+        yield from family.layers(target)
+
+
+def tiny(case: Case) -> Case:
+    """The same kind of layer, small enough for Triton's interpreter."""
+    return operator_of(case).tiny(case)
+
+
+def training_cases(family: Family) -> dict[str, Case]:
+    """One case a layer, with gradients, so that all of its kernels can run; the one that a GPU run measures, if any."""
+    forward = {case.name: replace(case, direction="fwd+bwd") for case in reversed(family.CASES)}
+    trained = {case.name: case for case in family.CASES if case.direction != "fwd" and case.rank < 3}
+    return forward | trained
+
+
+def tuned_kernels() -> list[tuple[Case, str]]:
+    """The kernels that a GPU run tunes: the forward of every layer first, the families in turn."""
+    chosen = []
+    for family in FAMILIES.values():
+        cases = training_cases(family)
+        for place, name in enumerate(family.TUNED):
+            chosen += [(kind != "fwd", place, cases[name], kind) for kind in family.kinds(cases[name])]
+    return [(case, kind) for _, _, case, kind in sorted(chosen, key=lambda row: row[:2])]
+
+
+def kernels_without_layers() -> set[str]:
+    """Registered kernels that nothing compiles; a test wants none."""
+    return set(TUNABLES) - {tunable.name for _, tunable, _ in layers("sm_90")}

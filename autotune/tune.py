@@ -23,18 +23,17 @@ from typing import Any, TextIO, get_args
 
 import torch
 
-from ..autotune import store
-from ..autotune.config import Config, Tunable
-from ..autotune.device import DeviceSpec
-from ..autotune.resolve import ranked
-from ..autotune.tuner import SEARCH_SHARE, Final, OutOfTime, Search, Trial, is_tuned, share
-from ..paths import writable_folder
-from ..progress import Progress, clock
-from .case import PRECISIONS, Case
+from . import store
+from .bench import Target, entry_environment, origin_of
 from .child import Child, child_environment, next_event
+from .config import Config, Tunable
+from .device import DeviceSpec
 from .environment import without_paths
-from .families import FAMILIES, family_of_op, operator_of, tiny, training_cases
-from .sweep import Target, entry_environment, origin_of
+from .paths import writable_folder
+from .progress import Progress, clock
+from .resolve import ranked
+from .search import SEARCH_SHARE, Final, OutOfTime, Search, Trial, is_tuned, share
+from .workload import FAMILIES, PRECISIONS, Case, family_of_op, operator_of, tiny, training_cases
 
 BUDGET_SECONDS = 120.0
 START_SECONDS = 120.0  # a worker's imports, on a machine that has not read torch from its disk yet
@@ -47,10 +46,11 @@ class Options:
     """What ``tritune tune`` was asked; the command line says what each means.
 
     Attributes:
-        rehearse, cases: for the tests: on the CPU with tiny layers in Triton's interpreter, and a module to import
-            first, which may add a family and bring a TIMER.
+        families: name of a module that registers families when it is imported; it may bring a TIMER.
+        rehearse: for the tests: on the CPU, with tiny layers in Triton's interpreter.
     """
 
+    families: str
     ops: Sequence[str] = ()
     shapes: Sequence[str] = ()
     dtypes: Sequence[str] = ()
@@ -65,7 +65,6 @@ class Options:
     target: str | None = None
     pattern: str | None = None
     rehearse: bool = False
-    cases: str = ".families"
 
 
 def operators() -> dict[str, str]:
@@ -74,8 +73,7 @@ def operators() -> dict[str, str]:
 
 
 def main(args: Options) -> int:
-    if args.cases != ".families":
-        importlib.import_module(args.cases)
+    importlib.import_module(args.families)
     if unknown := [op for op in args.ops if op not in operators()]:
         if any(case.name == unknown[0] for family in FAMILIES.values() for case in family.CASES):
             return _usage(f"{unknown[0]!r} is a layer: give each its own --shapes")
@@ -91,8 +89,11 @@ def main(args: Options) -> int:
             return _usage("--static needs a --target: which GPU shall the configs be for?")
         if args.shapes or args.dtypes:
             return _usage("--static ranks what ships for a target: choose among that with -k")
-        kernels = {kernel for op in args.ops for kernel in FAMILIES[family_of_op(op)].TRAFFIC}
-        return rank.run(args.target, kernels, args.pattern, args.out, dry_run=args.dry_run, as_json=args.json)
+        wanted = {family_of_op(op) for op in args.ops} or set(FAMILIES)
+        layers = [one for name, family in FAMILIES.items() if name in wanted for one in family.layers(args.target)]
+        return rank.run(
+            args.families, args.target, layers, args.pattern, args.out, dry_run=args.dry_run, as_json=args.json
+        )
     if args.target:
         return _usage("--target goes with --static; without it this machine's GPU is measured")
     try:
@@ -258,7 +259,7 @@ class Lost(RuntimeError):
 
 
 class Remote:
-    """The bench of :mod:`..autotune.tuner` in a worker process that is started again whenever it was lost.
+    """The bench of :mod:`.search` in a worker process that is started again whenever it was lost.
 
     Args:
         deadline: of the whole run, on the monotonic clock.
@@ -287,7 +288,7 @@ class Remote:
             self.compiler.send(json.dumps({"do": "compile", "device": asdict(device), "work": work}))
 
     def _worker(self, *options: str) -> Child:
-        command = [sys.executable, "-m", f"{__package__}.tune_worker", "--cases", self.args.cases, *options]
+        command = [sys.executable, "-m", f"{__package__}.tune_worker", "--families", self.args.families, *options]
         return Child(command, child_environment(self.args.rehearse))
 
     def open(self, target: Target) -> None:

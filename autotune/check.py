@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..autotune.device import DeviceSpec
+from .device import DeviceSpec
 from .timer import Timer
 
 EPSILON = {"fp32": 6e-8, "fp16": 5e-4, "bf16": 4e-3}
@@ -110,3 +110,15 @@ def argument_sets(tensors: dict[str, Tensor], spec: DeviceSpec) -> int:
     """How many sets of arguments hold three times what the last-level cache does."""
     size = sum(t.numel() * t.element_size() for t in tensors.values())
     return min(MAX_ARGUMENT_SETS, ceil(3 * (spec.l2_mb << 20) / size))
+
+
+def device_alive(device: str) -> bool:
+    """After an illegal access every later call of the process fails."""
+    if device == "cpu":
+        return True
+    try:
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+    except RuntimeError:
+        return False
+    return True

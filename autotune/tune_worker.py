@@ -1,6 +1,6 @@
 """The process in which ``tritune tune`` runs its trials: what crashes or hangs here costs the search one trial.
 
-    python -m tritune.perf.tune_worker
+    python -m tritune.autotune.tune_worker
 
 One JSON line a request on standard input, one JSON line an answer on standard output; the end of standard input ends
 the process, whatever it does::
@@ -29,9 +29,7 @@ import importlib
 import json
 import math
 import os
-import queue
 import sys
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
@@ -39,26 +37,24 @@ from typing import Any
 
 import torch
 
-from ..autotune.config import Config
-from ..autotune.device import DeviceSpec, detect
-from ..autotune.resolve import ranked
 from . import environment
-from .case import Case
-from .check import Machine
-from .sweep import Bench, Target, in_words
+from .bench import Bench, Target
+from .check import Machine, device_alive
+from .child import private_stdout, requests
+from .config import Config
+from .device import DeviceSpec, detect
+from .resolve import ranked
 from .timer import Timer, timer_for
-from .worker import device_alive, private_stdout
+from .workload import Case
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog=f"python -m {__spec__.name if __spec__ else __name__}")
     parser.add_argument("--rehearse", action="store_true", help="on the CPU, in Triton's interpreter")
-    parser.add_argument(
-        "--cases", default=".families", help="module to import first; its TIMER, if any, takes the time"
-    )
+    parser.add_argument("--families", required=True, help="module that registers them, and may bring a TIMER")
     parser.add_argument("--compile", action="store_true", help="only compile what is asked for first, then end")
     args = parser.parse_args(argv)
-    module = importlib.import_module(args.cases, __package__)
+    module = importlib.import_module(args.families)
     with private_stdout() as out:
         if args.compile:
             compile_ahead(next(requests()))
@@ -66,23 +62,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             timer = getattr(module, "TIMER", None) if args.rehearse else None
             serve(args.rehearse, timer, requests(), lambda answer: print(json.dumps(answer), file=out, flush=True))
     return 0
-
-
-def requests() -> Iterator[dict[str, Any]]:
-    """What the parent asks. A thread reads, so that our end comes with the parent's even while a kernel hangs."""
-    lines: queue.Queue[bytes] = queue.Queue()
-
-    def read() -> None:
-        rest = b""
-        while chunk := os.read(0, 1 << 16):  # not sys.stdin, whose lock would be held when the interpreter ends
-            *whole, rest = (rest + chunk).split(b"\n")
-            for line in whole:
-                lines.put(line)
-        os._exit(0)
-
-    threading.Thread(target=read, daemon=True).start()
-    while True:
-        yield json.loads(lines.get())
 
 
 def serve(
@@ -102,7 +81,7 @@ def serve(
                 assert bench is not None, "nothing is open"
                 found = attempt(bench, request) if request["do"] == "attempt" else final(bench, request)
         except Exception as error:
-            found = {"event": "error", "error": in_words(error)}
+            found = {"event": "error", "error": environment.in_words(error)}
         answer({**found, "alive": device_alive(device)})
 
 

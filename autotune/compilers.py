@@ -3,9 +3,10 @@ what the compiler prints as it dies stays with them.
 
 What was read of a binary is kept in the user's cache folder, so that a run goes on where an earlier one ended.
 
-    python -m tritune.perf.compilers
+    python -m tritune.autotune.compilers --families tritune.perf.families
 
-is such a process. One JSON line a request on standard input, one an answer on standard output::
+is such a process; the module registers what is compiled. One JSON line a request on standard input, one an answer on
+standard output::
 
     {"target": "sm_90", "kernel": "conv", "layer": "vgg-c3-bf16-nhwc", "config": {...}, "index": 0}
                                                    {"event": "profile", "registers": 96, ...}
@@ -14,8 +15,10 @@ is such a process. One JSON line a request on standard input, one an answer on s
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import hashlib
+import importlib
 import json
 import os
 import sys
@@ -25,15 +28,12 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from ..autotune import store
-from ..autotune.config import Config
-from .child import Child, child_environment, next_event
-from .environment import without_paths
-from .families import layers
-from .static import TRITON, Row, StaticProfile, profile
-from .sweep import in_words
-from .tune_worker import requests
-from .worker import private_stdout
+from . import store
+from .child import Child, child_environment, next_event, private_stdout, requests
+from .config import Config
+from .environment import in_words, without_paths
+from .static_profile import TRITON, Row, StaticProfile, profile
+from .workload import layers
 
 COMPILE_SECONDS = 600.0  # after which a compilation counts as hung
 MOST = 8  # processes; each takes about a gigabyte
@@ -43,9 +43,13 @@ class Compilers:
     """A pool of processes that compile, each started when it is first needed. A context manager, whose end kills them.
 
     :meth:`attempt` may be called from as many threads as there are processes, ``count``.
+
+    Args:
+        families: name of the module that registers the families whose layers are compiled.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, families: str) -> None:
+        self.families = families
         self.count = min(MOST, max(2, (os.cpu_count() or 1) // 2))
         self.idle: list[Child] = []
         self.children: set[Child] = set()
@@ -63,7 +67,7 @@ class Compilers:
                 child.kill()
 
     def attempt(self, row: Row) -> StaticProfile | str:
-        """What :func:`.static.profile` says of the row, or in a line why it does not compile."""
+        """What :func:`.static_profile.profile` says of the row, or in a line why it does not compile."""
         known = self.profiles.find(row.binary)
         if known is None:
             answer = self._ask(row)
@@ -91,7 +95,8 @@ class Compilers:
         return answer
 
     def _start(self) -> Child:
-        child = Child([sys.executable, "-m", f"{__package__}.compilers"], child_environment(rehearse=False))
+        command = [sys.executable, "-m", f"{__package__}.compilers", "--families", self.families]
+        child = Child(command, child_environment(rehearse=False))
         self.children.add(child)
         return child
 
@@ -106,7 +111,7 @@ class Profiles:
     """What earlier runs read of binaries: one JSON line each, in a file for this Triton and this way of reading."""
 
     def __init__(self) -> None:
-        reader = hashlib.sha256(Path(__file__).with_name("static.py").read_bytes()).hexdigest()[:12]
+        reader = hashlib.sha256(Path(__file__).with_name("static_profile.py").read_bytes()).hexdigest()[:12]
         self.path = store.cache_dir() / "static" / f"triton-{TRITON}-{reader}.jsonl"
         self.known: dict[str, StaticProfile] = {}
         self.lock = threading.Lock()
@@ -150,6 +155,9 @@ def compile_one(request: dict[str, Any]) -> dict[str, Any]:
 
 
 def main() -> int:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--families", required=True, help="module that registers them")
+    importlib.import_module(parser.parse_args().families)
     with private_stdout() as out:
         for request in requests():
             print(json.dumps(compile_one(request)), file=out, flush=True)

@@ -1,8 +1,8 @@
 """Configs for a machine that is not here: the cost model orders them, the compiler has the last word.
 
-``tritune tune --static --target sm_90`` shows for each layer of :mod:`.families` the best config by the model that also
-compiles clean (:func:`.static.faults`). With ``--out`` it goes into ``<out>/<target>/<kernel>.json`` as soon as it is
-known. The entries say ``"origin": "model"``: a guess that measured entries replace.
+``tritune tune --static --target sm_90`` shows for each layer of a family the best config by the model that also
+compiles clean (:func:`.static_profile.faults`). With ``--out`` it goes into ``<out>/<target>/<kernel>.json`` as soon as
+it is known. The entries say ``"origin": "model"``: a guess that measured entries replace.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import json
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence, Set
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
@@ -19,23 +19,26 @@ from typing import Any
 
 import torch
 
-from ..autotune import store
-from ..autotune.config import Config, Tunable
-from ..autotune.device import named
-from ..autotune.resolve import ranked
-from ..progress import Progress
-from .case import Layers
+from . import store
 from .compilers import Compilers
-from .families import layers
-from .static import TRITON, Row, StaticProfile, faults
+from .config import Config, Tunable
+from .device import named
+from .progress import Progress
+from .resolve import ranked
+from .static_profile import TRITON, Row, StaticProfile, faults
+from .workload import Layers
 
 CANDIDATES = 16  # of the model's order are compiled, then the layer gets no entry
 
 Best = tuple[Config | None, StaticProfile | None, list[str]]
 
 
-def rank(target: str, selected: Sequence[Layers]) -> Iterator[tuple[str, Tunable, Any, Best]]:
-    """``(layer, kernel, problem, (config, profile, passed over))``; no config if none of the first compiles clean."""
+def rank(families: str, target: str, selected: Sequence[Layers]) -> Iterator[tuple[str, Tunable, Any, Best]]:
+    """``(layer, kernel, problem, (config, profile, passed over))``; no config if none of the first compiles clean.
+
+    Args:
+        families: name of the module that registers the families of these layers.
+    """
 
     def best(compilers: Compilers, layer: str, tunable: Tunable, problem: Any) -> Best:
         passed_over: list[str] = []
@@ -43,13 +46,13 @@ def rank(target: str, selected: Sequence[Layers]) -> Iterator[tuple[str, Tunable
             one = compilers.attempt(
                 Row(target, tunable, layer, problem, config, 0, tunable.launches(problem, config)[0])
             )
-            found = faults(tunable.name, problem, one, target) if isinstance(one, StaticProfile) else [one]
+            found = faults(tunable, problem, one, target) if isinstance(one, StaticProfile) else [one]
             if isinstance(one, StaticProfile) and not found:
                 return config, one, passed_over
             passed_over.append(f"{dict(config)}: {'; '.join(found)}")
         return None, None, passed_over
 
-    compilers = Compilers()
+    compilers = Compilers(families)
     with ThreadPoolExecutor(compilers.count) as pool, compilers:  # the compilers end first: then no thread waits
         futures = [pool.submit(best, compilers, *one) for one in selected]
         try:
@@ -59,13 +62,12 @@ def rank(target: str, selected: Sequence[Layers]) -> Iterator[tuple[str, Tunable
             pool.shutdown(wait=False, cancel_futures=True)
 
 
-def run(target: str, kernels: Set[str], pattern: str | None, out: Path | None, *, dry_run: bool, as_json: bool) -> int:
-    """The command; ``kernels`` names those to rank, all if it is empty."""
-    selected = [
-        (name, tunable, problem)
-        for name, tunable, problem in layers(target)
-        if (pattern or "") in f"{tunable.name}/{name}" and (not kernels or tunable.name in kernels)
-    ]
+def run(
+    families: str, target: str, layers: Sequence[Layers], pattern: str | None, out: Path | None, *, dry_run: bool,
+    as_json: bool,
+) -> int:  # fmt: skip
+    """The command, for those of the layers whose ``<kernel>/<layer>`` contains the pattern."""
+    selected = [one for one in layers if (pattern or "") in f"{one[1].name}/{one[0]}"]
     if not selected:
         wanted = f" with {pattern!r} in its name <kernel>/<layer>" if pattern else " of these operators"
         print(f"tritune tune: no layer{wanted} is ranked for {target}", file=sys.stderr)
@@ -79,7 +81,9 @@ def run(target: str, kernels: Set[str], pattern: str | None, out: Path | None, *
     try:
         with Progress(stream, len(selected)) as progress:
             progress.update(0, state="the compilers start")
-            for done, (name, tunable, problem, (config, one, passed_over)) in enumerate(rank(target, selected), 1):
+            for done, (name, tunable, problem, (config, one, passed_over)) in enumerate(
+                rank(families, target, selected), 1
+            ):
                 for reason in passed_over:
                     progress.line(f"{tunable.name}/{name}: passed over {reason}")
                 if config is None or one is None:

@@ -7,6 +7,7 @@ import os
 import platform
 import re
 import subprocess
+import traceback
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 
 from .._version import __version__
-from ..autotune.device import detect
+from .device import detect
 
 ROOT = Path(__file__).resolve().parents[1]
 PATH = re.compile(r"(?<![\w.])~?/(?:[^\s/:'\"()\[\],]+/)*([^\s/:'\"()\[\],]*)")
@@ -125,3 +126,9 @@ def variables() -> dict[str, str]:
 def without_paths(text: str) -> str:
     """The text with every absolute path cut to its last part: where somebody keeps their files is not a result."""
     return PATH.sub(lambda match: match[1] or "/", text)
+
+
+def in_words(error: BaseException) -> str:
+    """One line, without a path."""
+    lines = "".join(traceback.format_exception_only(error)).strip().splitlines()
+    return without_paths(lines[0])[:200]

@@ -15,9 +15,9 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TextIO
 
 END = None  # what `line` returns once the child has closed its standard output
 
@@ -146,3 +146,38 @@ def terminated_like_interrupted() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+# --- in the child ----------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def private_stdout() -> Iterator[TextIO]:
+    """Standard output for the events alone: what others print goes to standard error."""
+    sys.stdout.flush()
+    with os.fdopen(os.dup(1), "w") as out:
+        os.dup2(2, 1)
+        yield out
+
+
+def end_with_parent(take: Callable[[bytes], None] = lambda line: None) -> None:
+    """Starts a thread that hands on each line of standard input, and ends this process when there are no more: a parent
+    that is killed cannot end us, and a kernel that hangs would hold the GPU for ever."""
+
+    def read() -> None:
+        rest = b""
+        while chunk := os.read(0, 1 << 16):  # not sys.stdin, whose lock would be held when the interpreter ends
+            *whole, rest = (rest + chunk).split(b"\n")
+            for line in whole:
+                take(line)
+        os._exit(0)
+
+    threading.Thread(target=read, daemon=True).start()
+
+
+def requests() -> Iterator[dict[str, Any]]:
+    """What the parent asks, one JSON line each, for as long as it lives."""
+    lines: queue.Queue[bytes] = queue.Queue()
+    end_with_parent(lines.put)
+    while True:
+        yield json.loads(lines.get())

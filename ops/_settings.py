@@ -1,0 +1,188 @@
+"""Settings of the process and of this thread that a call may change, and how :func:`explain` puts them back.
+
+A setting is a pair of functions: one that reads it and one that sets what was read. Those of ``torch._C`` are found by
+their names, so that a new one of torch is not forgotten.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import numpy as np
+import torch
+from torch._C._autograd import _top_saved_tensors_default_hooks
+from torch.autograd import forward_ad
+from torch.overrides import _pop_mode
+from torch.utils import _python_dispatch
+
+from ._dispatch import _state
+
+Setting = tuple[Callable[[], Any], Callable[[Any], Any]]
+
+
+@contextmanager
+def settings_restored() -> Iterator[None]:
+    """Puts back what a call in the block changes."""
+    settings = _settings()
+    before = [_read(read) for read, _ in settings]
+    try:
+        with warnings.catch_warnings():
+            yield
+    finally:
+        torch.clear_autocast_cache()  # of tensors without data
+        for (read, restore), value in zip(settings, before, strict=True):
+            if _read(read) != value:
+                restore(value)
+
+
+def _read(read: Callable[[], Any]) -> Any:
+    """The value; ``None`` where torch does not say it, as of TF32 that was set both the old and the new way."""
+    with suppress(RuntimeError):
+        return read()
+    return None
+
+
+# Names of torch._C with a getter and a setter that are no settings, but what torch itself is doing.
+_NO_SETTINGS = ("dispatch_mode", "tensor_metadata", "tracing_state", "value_trace", "graph_exec_group", "thread_name")
+
+
+@functools.cache
+def settings_of_torch() -> dict[str, Setting]:
+    """Every ``_get_<name>`` or ``_is_<name>`` of torch's C++ side that has a ``_set_<name>``."""
+    found: dict[str, Setting] = {}
+    for getter in dir(torch._C):
+        for start in ("_get_", "_is_"):
+            name = getter.removeprefix(start)
+            setter = getattr(torch._C, f"_set_{name}", None)
+            if getter.startswith(start) and setter is not None and name not in _NO_SETTINGS:
+                found[name] = (getattr(torch._C, getter), functools.partial(_set, setter))
+    return found
+
+
+def _set(setter: Callable[..., Any], value: Any) -> None:
+    """Two settings of cuBLAS are pairs, which their setters take apart. One that could not be read stays."""
+    if isinstance(value, tuple):
+        setter(*value)
+    elif value is not None:
+        setter(value)
+
+
+_PRODUCTS = ("all", "conv", "rnn", "matmul")
+_PRECISIONS = (("generic", "all"), *((backend, op) for backend in ("cuda", "mkldnn") for op in _PRODUCTS))
+_SDP = ("flash", "math", "mem_efficient", "cudnn")
+
+
+def _settings() -> list[Setting]:
+    """In the order in which they are restored: those that others bring with them come last."""
+    return [
+        *settings_of_torch().values(),
+        (torch.is_grad_enabled, torch._C._set_grad_enabled),
+        (torch.is_anomaly_enabled, torch.set_anomaly_enabled),
+        (torch.get_default_dtype, torch.set_default_dtype),
+        (torch.get_deterministic_debug_mode, torch.set_deterministic_debug_mode),
+        (torch.get_num_threads, torch.set_num_threads),
+        (_flushes_denormals, torch.set_flush_denormal),
+        *(
+            (getattr(torch.backends.cuda, f"{name}_sdp_enabled"), getattr(torch.backends.cuda, f"enable_{name}_sdp"))
+            for name in _SDP
+        ),
+        *(
+            (
+                functools.partial(torch._C._get_fp32_precision_getter, backend, op),
+                functools.partial(torch._C._set_fp32_precision_setter, backend, op),
+            )
+            for backend, op in _PRECISIONS
+        ),
+        *(
+            tuple(functools.partial(side, kind) for side in setting)
+            for kind in ("cpu", "cuda") for setting in (
+                (torch.is_autocast_enabled, torch.set_autocast_enabled),
+                (torch.get_autocast_dtype, torch.set_autocast_dtype),
+            )
+        ),
+        (torch.is_autocast_cache_enabled, torch.set_autocast_cache_enabled),
+        (_autocast_nesting, _set_autocast_nesting),
+        (_saved_tensors_hooks, _leave_saved_tensors_hooks),
+        (_default_device, torch.set_default_device),
+        (torch._C._len_torch_function_stack, _leave_function_modes),
+        (torch._C._len_torch_dispatch_stack, _leave_dispatch_modes),
+        (lambda: forward_ad._current_level, _leave_forward_ad),
+        (lambda: dict(vars(torch.__future__)), vars(torch.__future__).update),
+        (lambda: dict(vars(torch._tensor_str.PRINT_OPTS)), vars(torch._tensor_str.PRINT_OPTS).update),
+        (lambda: _state.backend, lambda backend: _state.set(backend, _state.recorder)),
+        (np.geterr, lambda modes: np.seterr(**modes)),
+        (lambda: dict(os.environ), _set_environment),
+        (lambda: logging.root.manager.disable, logging.disable),
+        (_loggers, _set_loggers),
+    ]  # fmt: skip
+
+
+def _default_device() -> Any:
+    context = getattr(torch._GLOBAL_DEVICE_CONTEXT, "device_context", None)
+    return context and context.device
+
+
+def _flushes_denormals() -> bool:
+    """torch has no getter: does a number below the smallest normal one survive a product?"""
+    smallest = float("5e-324")
+    return smallest * 1.0 == 0.0
+
+
+def _autocast_nesting() -> int:
+    torch.autocast_increment_nesting()
+    return torch.autocast_decrement_nesting()
+
+
+def _set_autocast_nesting(depth: int) -> None:
+    step = torch.autocast_increment_nesting if _autocast_nesting() < depth else torch.autocast_decrement_nesting
+    while step() != depth:
+        pass
+
+
+def _saved_tensors_hooks() -> Any:
+    return _top_saved_tensors_default_hooks(True)
+
+
+def _leave_saved_tensors_hooks(before: Any) -> None:
+    while _top_saved_tensors_default_hooks(True) not in (before, None):
+        torch._C._autograd._pop_saved_tensors_default_hooks()
+
+
+def _set_environment(variables: dict[str, str]) -> None:
+    os.environ.clear()
+    os.environ.update(variables)
+
+
+def _leave_function_modes(depth: int) -> None:
+    while torch._C._len_torch_function_stack() > depth:
+        _pop_mode()
+
+
+def _leave_dispatch_modes(depth: int) -> None:
+    while torch._C._len_torch_dispatch_stack() > depth:
+        _python_dispatch._pop_mode()
+
+
+def _leave_forward_ad(level: int) -> None:
+    while forward_ad._current_level > level:
+        forward_ad.exit_dual_level()
+
+
+def _loggers() -> dict[logging.Logger, tuple[Any, ...]]:
+    loggers = [one for one in logging.root.manager.loggerDict.values() if isinstance(one, logging.Logger)]
+    return {
+        one: (one.level, one.disabled, one.propagate, one.handlers[:], one.filters[:])
+        for one in (logging.root, *loggers)
+    }
+
+
+def _set_loggers(states: dict[logging.Logger, tuple[Any, ...]]) -> None:
+    for one, state in states.items():
+        level, one.disabled, one.propagate, one.handlers[:], one.filters[:] = state
+        one.setLevel(level)
