@@ -50,6 +50,7 @@ import triton.language as tl
 from ..autotune import cost
 from ..autotune.config import Config, Estimate, Tunable, register
 from ..autotune.device import DeviceSpec
+from ..autotune.schema import dtype_name
 from ._launch import Launch, descriptor, launch, layout_strides, readable, unit_divisor
 from ._math import (
     activate,
@@ -1274,10 +1275,6 @@ def _epilogue_estimate(p: EpilogueProblem, config: Config, device: DeviceSpec) -
         tile_bytes=config.BLOCK_M * config.BLOCK_N * p.dtype.itemsize,
         waste=columns * config.BLOCK_N / max(1, p.K),
     )
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    return {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}.get(dtype, str(dtype))
 
 
 def features(p: ConvProblem) -> dict[str, int | str]:

@@ -53,6 +53,7 @@ import triton.language as tl
 from ..autotune import cost
 from ..autotune.config import Config, Estimate, Tunable, register
 from ..autotune.device import DeviceSpec
+from ..autotune.schema import dtype_name
 from ._launch import Launch, launch, layout_strides, raw_strides, row_alignment, unit_divisor
 from ._math import below, column_sum, narrow, position, tile_offsets
 
@@ -1425,7 +1426,7 @@ def _features(p: PoolProblem) -> dict[str, int | str]:
         "pixels": p.N * math.prod(p.out), "C": p.C, "width": p.space[2] if p.layout == "nchw" else 0,
         "taps": window.taps, "window": "adaptive" if window.adaptive else _name(window.kernel, p.rank),
         "stride": "" if window.adaptive else _name(window.stride, p.rank), "reduce": p.reduce,
-        "dtype": str(p.dtype).removeprefix("torch."), "index": str(p.index_bytes), "layout": p.layout,
+        "dtype": dtype_name(p.dtype), "index": str(p.index_bytes), "layout": p.layout,
     }  # fmt: skip
 
 
