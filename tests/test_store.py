@@ -135,6 +135,17 @@ class TestLookup:
         key = {"window": "3x3", "bias": "None", "stride": "", "cell": "lstm", "precision": "ieee"}
         assert store.Entry.from_json({"key": key, "config": {"BLOCK": 64}, "origin": "model"}).key == key
 
+    def test_the_origin_where_nothing_is_stored(self, folders):
+        """The model ranked the configs, or saw no difference: then the order of declaration is the rule."""
+        choice = resolve.resolve(TUNABLE, Problem(128), H200)
+        assert (choice.place, choice.origin, choice.config.BLOCK) == ("none", "model", 128)
+        alike = dataclasses.replace(TUNABLE, name="alike", estimate=lambda p, c, d: Estimate(1.0, "memory"))
+        choice = resolve.resolve(alike, Problem(128), H200)
+        assert (choice.place, choice.origin, choice.config) == ("none", "rule", CONFIGS[0])
+        assert str(choice).endswith("  [rule, nothing stored]")
+        choice = resolve.resolve(TUNABLE, Problem(1), H200)  # served by one config alone
+        assert (choice.origin, choice.config) == ("rule", CONFIGS[0])
+
     def test_an_entry_must_serve_the_shape(self, folders):
         put(folders / "user", "nvidia_h200", entry(128, 256))
         assert resolve.resolve(TUNABLE, Problem(100), H200).config.BLOCK == 64
