@@ -1,8 +1,9 @@
 """From a problem to a config at call time: a pure function of files, features and device, so all ranks agree.
 
-Order: an override in force (tests, the tuner) -> an exact entry -> the nearest entry -> the cost model; each time this
-device before its siblings before its target, and there the user's store before the shipped one. Nothing is measured,
-and an entry whose config the kernel does not declare is passed over.
+Order: an override in force (tests, the tuner) -> an exact entry -> the nearest entry -> the cost model, and where that
+sees no difference the order of declaration; each time this device before its siblings before its target, and there the
+user's store before the shipped one. Nothing is measured, and an entry whose config the kernel does not declare is
+passed over.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ class Choice(NamedTuple):
             device, ``"sibling"`` for another device with the same instructions, ``"target"`` for all of those; or
             ``"none"``: nothing is stored for it.
         origin: how it was chosen: ``"measured"``, ``"model"``: ranked by the cost model, now or when it was stored,
+            ``"rule"``: the first that is declared, since the model predicts one time for all that serve,
             ``"rehearsed"``: timed on a CPU, or ``"override"``: told by :func:`override`.
         slug: the device or target that it was chosen for.
         distance: 0.0 for an exact entry, else doublings between the sizes asked for and those stored.
@@ -110,7 +112,7 @@ def _look_up(tunable: Tunable, problem: Any, device: DeviceSpec) -> Choice:
             f"TRITUNE_ASSERT_TUNED=1, and {tunable.name} was not measured on {device.slug} for {features}: "
             + (f"there is {choice}" if choice else "nothing is stored for it")
         )
-    return choice or Choice(ranked(tunable, problem, device)[0][0], "none", "model", device.slug)
+    return choice or _unstored(tunable, problem, device)
 
 
 def _stored(tunable: Tunable, problem: Any, features: dict[str, int | str], device: DeviceSpec) -> Choice | None:
@@ -128,6 +130,12 @@ def _stored(tunable: Tunable, problem: Any, features: dict[str, int | str], devi
                 times = (entry.us, entry.torch_us) if entry.origin == "measured" else (None, None)
                 return Choice(entry.config, place, entry.origin, path.parent.name, distance, entry.staleness(), *times)
     return None
+
+
+def _unstored(tunable: Tunable, problem: Any, device: DeviceSpec) -> Choice:
+    predictions = ranked(tunable, problem, device)
+    (best, us), (_, slowest_us) = predictions[0], predictions[-1]
+    return Choice(best, "none", "rule" if us == slowest_us else "model", device.slug)
 
 
 def _is_for(tunable: Tunable, entry: store.Entry, path: Path) -> bool:

@@ -22,6 +22,16 @@ DEEPEST = 20  # levels of lists and objects in an entry
 ORIGINS = ("measured", "model", "rehearsed")
 
 
+# How keys spell a dtype: as the command line does. Some kernels once wrote torch's names.
+DTYPES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
+
+
+def dtype_name(dtype: object) -> str:
+    """Of a dtype, ``None``, or a value in the key of a file, which may be something else and stays that."""
+    name = str(dtype).removeprefix("torch.")
+    return DTYPES.get(name, name)
+
+
 class Document(NamedTuple):
     """A file, taken apart.
 
@@ -97,6 +107,7 @@ def check(text: str) -> dict[str, Any]:
     for name, (holds, words) in FIELDS.items():
         if name in entry and not holds(entry[name]):
             raise ValueError(f"{name} is {reprlib.repr(entry[name])}, not {words}")
+    entry["key"] = {name: dtype_name(one) if type(one) is str else one for name, one in entry["key"].items()}
     return entry
 
 

@@ -33,6 +33,7 @@ from .paths import writable_folder
 from .progress import Progress, clock
 from .resolve import ranked
 from .search import SEARCH_SHARE, Final, OutOfTime, Search, Trial, is_tuned, share
+from .shapes import Option, is_spelled_out, parse, words_of
 from .workload import FAMILIES, PRECISIONS, Case, family_of_op, operator_of, tiny, training_cases
 
 BUDGET_SECONDS = 120.0
@@ -74,6 +75,9 @@ def operators() -> dict[str, str]:
 
 def main(args: Options) -> int:
     importlib.import_module(args.families)
+    if words := [word for word in args.ops if is_spelled_out(word)]:  # a layer in words, as `explain` takes it
+        names = [word for word in args.ops if word not in words]
+        args = replace(args, ops=names, shapes=[" ".join([*args.shapes, *words])])
     if unknown := [op for op in args.ops if op not in operators()]:
         if any(case.name == unknown[0] for family in FAMILIES.values() for case in family.CASES):
             return _usage(f"{unknown[0]!r} is a layer: give each its own --shapes")
@@ -123,7 +127,7 @@ def targets(args: Options) -> list[Target]:
     """The kernels, the forward of every layer first. Raises TypeError or ValueError for layers that make no sense."""
     ops = args.ops or list(operators())
     known = {case.name for op in ops for case in FAMILIES[family_of_op(op)].CASES if case.op == op}
-    explicit = [layer for layer in args.shapes if _is_explicit(layer)]
+    explicit = [layer for layer in args.shapes if is_spelled_out(layer)]
     if unknown := [layer for layer in args.shapes if layer not in known and layer not in explicit]:
         raise ValueError(f"{' and '.join(ops)} have no layer {unknown[0]!r}: known are {', '.join(sorted(known))}")
     if explicit and len(ops) != 1:
@@ -152,39 +156,36 @@ def _cases(op: str, layers: Sequence[str]) -> list[Case]:
     if not layers:
         return [known[name] for name in family.TUNED if name in known]
     return [
-        _explicit(op, one) if _is_explicit(one) else known[one] for one in layers if _is_explicit(one) or one in known
-    ]
-
-
-def _is_explicit(layer: str) -> bool:
-    """Shapes, not a name: it starts with a size."""
-    return layer[:1].isdigit()
+        _explicit(op, one) if is_spelled_out(one) else known[one]
+        for one in layers if is_spelled_out(one) or one in known
+    ]  # fmt: skip
 
 
 def _explicit(op: str, text: str) -> Case:
-    """``"32x64x56x56,64x64x3x3,padding=1"``: shapes first, then options. The operator itself says what does not fit."""
+    """The layer that a text such as ``"32x64x56x56,64x64x3x3,padding=1"`` spells out. What its family makes layers from
+    says which shapes and options there are, and the operator itself what does not fit."""
     explicit = FAMILIES[family_of_op(op)].explicit
-    known = inspect.signature(explicit, eval_str=True).parameters
-    parts = text.split(",")
-    options = dict(part.split("=", 1) for part in parts if "=" in part)
+    shape_names, options = [], {}
+    for one in inspect.signature(explicit, eval_str=True).parameters.values():
+        has_default = one.default is not one.empty
+        if one.kind is one.KEYWORD_ONLY:
+            kind = int if int in (one.annotation, *get_args(one.annotation)) else str
+            options[one.name] = Option(kind, one.default if has_default else None, required=not has_default)
+        else:
+            shape_names.append(f"[{one.name}]" if has_default else one.name)
+    of_op = {"transposed": int(op.startswith("conv_transpose"))} if options.pop("transposed", None) else {}
     try:
-        shapes = [tuple(_size("a size", size, 1) for size in part.split("x")) for part in parts if "=" not in part]
-        values: dict[str, Any] = dict(options)
-        for name in options.keys() & known.keys():
-            if int in (known[name].annotation, *get_args(known[name].annotation)):
-                values[name] = _size(name, options[name], 0 if known[name].default == 0 else 1)
-        case = replace(explicit(*shapes, **values), name=text)
+        shapes, values = parse([text], " ".join(shape_names), options)
+        if any(0 in shape for shape in shapes):
+            raise ValueError("a size is a whole number from 1 on, not '0'")
+        case = replace(explicit(*shapes, **values, **of_op), name=",".join(words_of([text])))
+        if case.op != op:
+            raise ValueError(f"this is a layer of {case.op}")
         operator_of(case).output_shape(case)
     except (TypeError, ValueError, RuntimeError) as error:
-        reason = str(error).partition("\n")[0].removeprefix("explicit() ")
+        reason = str(error).partition("\n")[0]
         raise ValueError(f"{op} {text}: {reason}") from None
     return case
-
-
-def _size(name: str, text: str, least: int) -> int:
-    if not (text.isascii() and text.isdigit()) or int(text) < least:
-        raise ValueError(f"{name} is a whole number from {least} on, not {text!r}")
-    return int(text)
 
 
 def with_precision(case: Case, label: str) -> Case:

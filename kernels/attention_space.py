@@ -9,6 +9,7 @@ import torch
 from ..autotune import cost
 from ..autotune.config import Config, Estimate
 from ..autotune.device import DeviceSpec
+from ..autotune.schema import dtype_name
 from ._launch import STEP
 from .attention_problem import AttentionProblem, NormalizeProblem, bias_tiles
 
@@ -182,15 +183,15 @@ def estimate_rows(
 def features(p: AttentionProblem) -> dict[str, int | str]:
     return {
         "heads": p.B * p.H, "M": p.M, "N": p.N, "D": str(p.block_d), "DV": str(p.block_dv),
-        "dtype": str(p.dtype).removeprefix("torch."), "precision": p.precision,
+        "dtype": dtype_name(p.dtype), "precision": p.precision,
         "causal": str(int(p.shift is not None)), "masked": str(int(p.masked)),
-        "bias": str(p.bias).removeprefix("torch."),
+        "bias": dtype_name(p.bias),
     }  # fmt: skip
 
 
 def row_features(p: AttentionProblem) -> dict[str, int | str]:
-    return {"rows": p.B * p.H * p.M, "D": str(p.block_dv), "dtype": str(p.dtype).removeprefix("torch.")}
+    return {"rows": p.B * p.H * p.M, "D": str(p.block_dv), "dtype": dtype_name(p.dtype)}
 
 
 def normalize_features(p: NormalizeProblem) -> dict[str, int | str]:
-    return {"rows": p.rows, "D": str(p.block_d), "dtype": str(p.dtype).removeprefix("torch.")}
+    return {"rows": p.rows, "D": str(p.block_d), "dtype": dtype_name(p.dtype)}

@@ -144,10 +144,6 @@ def dot_precision(p: ConvProblem) -> str:
     return "ieee" if p.precision == "16" else p.precision
 
 
-def dtype_name(dtype: torch.dtype) -> str:
-    return {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}.get(dtype, str(dtype))
-
-
 # --- tensors as the kernels read them --------------------------------------------------------------------------------
 
 

@@ -7,7 +7,8 @@ import math
 from ..autotune import cost
 from ..autotune.config import Config, Estimate
 from ..autotune.device import DeviceSpec
-from .conv_problem import ConvProblem, EpilogueProblem, dtype_name, line_sizes, line_tiles, merged_groups
+from ..autotune.schema import dtype_name
+from .conv_problem import ConvProblem, EpilogueProblem, line_sizes, line_tiles, merged_groups
 
 # --- configs: which tile for which shape -----------------------------------------------------------------------------
 

@@ -7,6 +7,7 @@ import math
 from ..autotune import cost
 from ..autotune.config import Config, Estimate
 from ..autotune.device import DeviceSpec
+from ..autotune.schema import dtype_name
 from ._launch import unit_divisor
 from .pool_problem import (
     GATHER_RATIO,
@@ -73,7 +74,7 @@ def features(p: PoolProblem) -> dict[str, int | str]:
         "pixels": p.N * math.prod(p.out), "C": p.C, "width": p.space[2] if p.layout == "nchw" else 0,
         "taps": window.taps, "window": "adaptive" if window.adaptive else _name(window.kernel, p.rank),
         "stride": "" if window.adaptive else _name(window.stride, p.rank), "reduce": p.reduce,
-        "dtype": str(p.dtype).removeprefix("torch."), "index": str(p.index_bytes), "layout": p.layout,
+        "dtype": dtype_name(p.dtype), "index": str(p.index_bytes), "layout": p.layout,
     }  # fmt: skip
 
 

@@ -35,6 +35,7 @@ import triton.language as tl
 from ..autotune import cost
 from ..autotune.config import Config, Estimate, Tunable, register
 from ..autotune.device import DeviceSpec
+from ..autotune.schema import dtype_name
 from ._launch import Launch, launch, readable
 from ._math import dot, narrow, only_if, sigmoid, tanh
 
@@ -321,7 +322,7 @@ STEP_CLOCKS = 500  # of a step that does nothing: barriers, and the latencies of
 def _features(p: RnnProblem) -> dict[str, int | str]:
     return {
         "cell": p.cell, "B": p.B, "H": p.H, "directions": str(p.directions),
-        "dtype": str(p.dtype).removeprefix("torch."), "precision": p.precision, "saves": str(int(p.saves)),
+        "dtype": dtype_name(p.dtype), "precision": p.precision, "saves": str(int(p.saves)),
     }  # fmt: skip
 
 

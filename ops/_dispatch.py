@@ -11,7 +11,7 @@ from contextlib import ContextDecorator, contextmanager
 from dataclasses import dataclass
 from functools import cache
 from logging import INFO
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -257,6 +257,19 @@ def _old_gpu(device: torch.device) -> str | None:
 # --- the decision ----------------------------------------------------------------------------------------------------
 
 
+class Verdict(NamedTuple):
+    """Whether the kernels win, and why (not).
+
+    Attributes:
+        because: one sentence.
+        origin: ``"measured"``, or ``"rule"``: by a rule that is written down and needs no measurement.
+    """
+
+    wins: bool
+    because: str
+    origin: str = "rule"
+
+
 @dataclass(frozen=True)
 class Decision:
     """What a call runs, and why.
@@ -267,6 +280,9 @@ class Decision:
         because: one sentence.
         kernels: of the Triton backend: name and config of each kernel, and where the config comes from.
         rejected: why the other backend was not taken.
+        origin: how ``auto`` chose the backend, as :class:`Verdict` says it. Empty where nothing was left to choose: no
+            kernel covers the call, or ``use_backend`` says what runs.
+        instead: the kernels that ``use_backend("triton")`` would run, where ``auto`` took torch by its verdict.
     """
 
     op: str
@@ -274,11 +290,15 @@ class Decision:
     because: str
     kernels: tuple[tuple[str, Choice], ...] = ()
     rejected: str = ""
+    origin: str = ""
+    instead: tuple[tuple[str, Choice], ...] = ()
 
     def __str__(self) -> str:
-        lines = [f"{self.op}: {self.backend}: {self.because}"]
+        lines = [f"{self.op}: {self.backend}: {self._why()}"]
         for name, choice in self.kernels:
             lines.append(f"  {name}: {choice}")
+        for name, choice in self.instead:
+            lines.append(f"  triton would run {name}: {choice}")
         if self.rejected:
             other = "torch" if self.backend == "triton" else "triton"
             lines.append(f"  not {other}: {self.rejected}")
@@ -287,7 +307,10 @@ class Decision:
     def summary(self) -> str:
         """The same on one line, without the configs of the kernels."""
         kernels = f" ({', '.join(name for name, _ in self.kernels)})" if self.kernels else ""
-        return f"{self.op}: {self.backend}{kernels}: {self.because}" + (f": {self.rejected}" if self.rejected else "")
+        return f"{self.op}: {self.backend}{kernels}: {self._why()}" + (f": {self.rejected}" if self.rejected else "")
+
+    def _why(self) -> str:
+        return self.because + (f"  [{self.origin}]" if self.origin else "")
 
 
 class Decisions(list[Decision]):
@@ -300,7 +323,7 @@ class Decisions(list[Decision]):
 def choose(
     op: str,
     tensors: Sequence[Tensor],
-    rule: Callable[[DeviceSpec], tuple[bool, str]],
+    rule: Callable[[DeviceSpec], Verdict],
     kernels: Callable[[DeviceSpec], tuple[tuple[str, Choice], ...]],
     limits: Callable[[], str | None],
 ) -> str:
@@ -308,13 +331,15 @@ def choose(
 
     Args:
         tensors: all tensor arguments, the input first.
-        rule: for ``"auto"``, asked only if the kernels cover the call: do they win on this device, and why (not)?
+        rule: for ``"auto"``, asked only if the kernels cover the call: do they win on this device?
         kernels: name and config of the kernels that would run, asked only when somebody wants the explanation.
         limits: asked if the tensors could be served: why this op's kernels do not cover the call, or ``None``.
     """
     backend = _state.backend
+    rejected = origin = ""
+    is_weighed = False  # the kernels against torch
     if backend == "torch":
-        chosen, because, rejected = "torch", 'use_backend("torch") is in force', ""
+        chosen, because = "torch", 'use_backend("torch") is in force'
     else:
         reason = uncovered(tensors) or limits()
         if reason is not None:
@@ -325,28 +350,34 @@ def choose(
             chosen, because, rejected = "torch", "no kernel covers the call", reason
             _log_fallback(op, reason)
         elif backend == "triton":
-            chosen, because, rejected = "triton", 'use_backend("triton") is in force', ""
+            chosen, because = "triton", 'use_backend("triton") is in force'
         elif tensors[0].device.type == "cpu":
-            chosen, because, rejected = "torch", "the interpreter is never taken unasked", ""
+            chosen, because, origin = "torch", "the interpreter is never taken unasked", "rule"
         elif torch.compiler.is_compiling():
-            chosen, because, rejected = "torch", "the compiler fuses torch's operators itself", ""
+            chosen, because, origin = "torch", "the compiler fuses torch's operators itself", "rule"
         else:
-            wins, why = rule(detect(tensors[0].device))
-            chosen, because, rejected = ("triton" if wins else "torch"), why, ""
+            wins, because, origin = rule(detect(tensors[0].device))
+            chosen, is_weighed = "triton" if wins else "torch", True
     if _state.recorder is not None:
-        used = kernels(detect(tensors[0].device)) if chosen == "triton" else ()
-        _state.recorder.append(Decision(op, chosen, because, used, rejected))
+        found = kernels(detect(tensors[0].device)) if chosen == "triton" or is_weighed else ()
+        used, instead = (found, ()) if chosen == "triton" else ((), found)
+        _state.recorder.append(Decision(op, chosen, because, used, rejected, origin, instead))
     return chosen
 
 
-def measured(choices: Sequence[tuple[str, Choice]]) -> tuple[bool, str] | None:
+def measured(choices: Sequence[tuple[str, Choice]]) -> Verdict | None:
     """Do a call's kernels, taken together, win by measurement, and by how much? ``None`` if one was not timed beside
     torch."""
     times = [(choice.us, choice.torch_us) for _, choice in choices if choice.us and choice.torch_us]
     if len(times) < len(choices):
         return None
     ours_us, torch_us = (sum(side) for side in zip(*times, strict=True))
-    return ours_us < torch_us, f"measured: {ours_us:.1f} us against {torch_us:.1f} us of torch"
+    return by_times(ours_us, torch_us)
+
+
+def by_times(ours_us: float, torch_us: float) -> Verdict:
+    """By times that were measured, in microseconds."""
+    return Verdict(ours_us < torch_us, f"measured: {ours_us:.1f} us against {torch_us:.1f} us of torch", "measured")
 
 
 DEFAULT_PRECISION = "default"

@@ -15,6 +15,8 @@ from ..autotune.resolve import Choice, resolve
 from . import attention_checks
 from ._checks import PRECISIONS
 from ._dispatch import (
+    Verdict,
+    by_times,
     choose,
     constant,
     in_transform,
@@ -97,7 +99,7 @@ def scaled_dot_product_attention(
     call = (*tensors, dropout_p, is_causal, scale, enable_gqa)
     if any(isinstance(t, Tensor) and t.is_nested for t in tensors[:3]):
         reason = "a nested tensor"
-        choose("scaled_dot_product_attention", (query,), lambda _: (False, reason), lambda _: (), lambda: reason)
+        choose("scaled_dot_product_attention", (query,), lambda _: Verdict(False, reason), lambda _: (), lambda: reason)
         if torch.compiler.is_compiling():
             return torch_attention(*call)
         with torch._C._EnableTorchFunction():  # a jagged tensor turns its override off, which computes it
@@ -361,7 +363,7 @@ def _limits(
         return None
     if mask is not None and not is_plain(mask):
         return f"attn_mask is a {type(mask).__name__}"
-    from ..kernels.attention import fits, within_reach
+    from ..kernels.attention_space import fits, within_reach
 
     asked, device = problem(), detect(where)
     if not within_reach(asked, mask):
@@ -395,7 +397,7 @@ def _kernel_choices(
     return tuple(found)
 
 
-def _auto_rule(problem: Any, device: DeviceSpec, wants_lse: bool) -> tuple[bool, str]:
+def _auto_rule(problem: Any, device: DeviceSpec, wants_lse: bool) -> Verdict:
     """By measurement if there is one: each kernel of backward was timed against torch's whole backward. Else only where
     torch has no fused operator and would write the matrix of scores."""
     choices = dict(_kernel_choices(problem, device, False, False))
@@ -403,7 +405,7 @@ def _auto_rule(problem: Any, device: DeviceSpec, wants_lse: bool) -> tuple[bool,
     if all(choice.us and choice.torch_us for choice in timed):
         ours_us = sum(choice.us or 0.0 for choice in timed)
         torch_us = (timed[0].torch_us or 0.0) + max((choice.torch_us or 0.0 for choice in timed[1:]), default=0.0)
-        return ours_us < torch_us, f"measured: {ours_us:.1f} us against {torch_us:.1f} us of torch"
+        return by_times(ours_us, torch_us)
     if wants_lse and problem.M * problem.N >= 4 * (problem.M + problem.N) * (problem.D + problem.DV):
-        return True, "not measured; torch has no fused attention that returns lse, and would write all scores"
-    return False, "not measured, and torch has a fused kernel as well: `tritune tune` can"
+        return Verdict(True, "not measured; torch has no fused attention that returns lse, and would write all scores")
+    return Verdict(False, "not measured, and torch has a fused kernel as well: `tritune tune` can")

@@ -15,7 +15,7 @@ from ..autotune.device import DeviceSpec
 from ..autotune.resolve import Choice, resolve
 from . import pool_checks
 from ._checks import Size
-from ._dispatch import are_plain, choose, is_empty, is_jit_tracing, measured, torch_validates
+from ._dispatch import Verdict, are_plain, choose, is_empty, is_jit_tracing, measured, torch_validates
 from ._layout import empty, is_channels_last
 from ._register import requires_grad, run_operator
 from .pool_checks import Ints, PoolArgs
@@ -679,7 +679,7 @@ def _serve(
     def choices(device: DeviceSpec) -> tuple[tuple[str, Choice], ...]:
         return _kernel_choices(batch(), problem(), device, needs_grad)
 
-    def rule(device: DeviceSpec) -> tuple[bool, str]:
+    def rule(device: DeviceSpec) -> Verdict:
         return _auto_rule(op, problem(), choices(device), needs_grad)
 
     backend = choose(op, (input,), rule, choices, lambda: _limits(batch(), size, windows))
@@ -726,8 +726,8 @@ def _max_unpool(
             return "kernel_size or stride is below 1"
         return _limits(batched, args.output_size, _windows(args))
 
-    def rule(device: DeviceSpec) -> tuple[bool, str]:
-        return measured(choices(device)) or _deterministic(op) or (False, _NO_PROMISE)
+    def rule(device: DeviceSpec) -> Verdict:
+        return measured(choices(device)) or _deterministic(op) or _NO_PROMISE
 
     if choose(op, (input,), rule, choices, limits) == "torch":
         return torch_unpool(input, indices, args.output_size, args.stride, args.padding)
@@ -739,7 +739,7 @@ def _max_unpool(
 # --- the choice of backend -------------------------------------------------------------------------------------------
 
 
-_NO_PROMISE = "not measured, and counted traffic does not promise a win: `tritune tune` can"
+_NO_PROMISE = Verdict(False, "not measured, and counted traffic does not promise a win: `tritune tune` can")
 
 
 def _limits(input: Tensor, size: Ints, windows: Windows) -> str | None:
@@ -797,27 +797,27 @@ def _unpool_choices(
     return tuple(kernels)
 
 
-def _deterministic(op: str) -> tuple[bool, str] | None:
+def _deterministic(op: str) -> Verdict | None:
     if op in NONDETERMINISTIC and torch.are_deterministic_algorithms_enabled():
-        return True, "torch.use_deterministic_algorithms(True) is set, and torch's own is not deterministic"
+        return Verdict(True, "torch.use_deterministic_algorithms(True) is set, and torch's own is not deterministic")
     return None
 
 
 def _auto_rule(
     op: str, problem: Any, choices: Sequence[tuple[str, Choice]], needs_grad: bool
-) -> tuple[bool, str]:  # fmt: skip
+) -> Verdict:  # fmt: skip
     """Do the kernels win? By measurement if there is one; else where they move a seventh less than torch's."""
     known = measured(choices) or ((needs_grad or "unpool" in op) and _deterministic(op))
     if known:
         return known
     wide = problem.layout == "nhwc" or (problem.layout == "nchw" and problem.space[2] * problem.dtype.itemsize % 8 == 0)
     if not wide:
-        return False, _NO_PROMISE
+        return _NO_PROMISE
     if problem.reduce in ("norm1", "norm2"):
-        return True, "not measured; one pass takes the place of torch's eight"
+        return Verdict(True, "not measured; one pass takes the place of torch's eight")
     ours = problem.forward_bytes()
     # torch's CUDA kernels always write int64 indices.
     theirs = problem._replace(index_bytes=8).forward_bytes() if problem.reduce == "max" else ours
     if theirs >= 7 / 6 * ours:
-        return True, f"not measured; small offsets save {1 - ours / theirs:.0%} of torch's bytes"
-    return False, _NO_PROMISE
+        return Verdict(True, f"not measured; small offsets save {1 - ours / theirs:.0%} of torch's bytes")
+    return _NO_PROMISE

@@ -17,6 +17,7 @@ from . import rnn_checks
 from ._checks import _is_static
 from ._dispatch import (
     DEFAULT_PRECISION,
+    Verdict,
     choose,
     in_transform,
     is_exporting,
@@ -387,7 +388,7 @@ def is_traced_as_torch(count: int) -> bool:
 
 def require_torch(op: str, tensors: Iterable[Tensor], reason: str) -> None:
     """Notes that torch serves a call which no kernel covers; under ``use_backend("triton")`` that is an error."""
-    choose(op, list(tensors), lambda _: (False, reason), lambda _: (), lambda: reason)
+    choose(op, list(tensors), lambda _: Verdict(False, reason), lambda _: (), lambda: reason)
 
 
 def _limits(problem_of: Callable[[], Any], where: torch.device) -> str | None:
@@ -408,7 +409,8 @@ def _kernel_choices(problem: Any, device: DeviceSpec) -> tuple[tuple[str, Choice
     return tuple((tunable.name, resolve(tunable, problem, device)) for tunable in tunables)
 
 
-def _auto_rule(problem: Any, device: DeviceSpec) -> tuple[bool, str]:
+def _auto_rule(problem: Any, device: DeviceSpec) -> Verdict:
     """Only measurements speak for the kernels: time here is latency, which counted bytes say nothing of."""
-    unknown = (False, "not measured, and the time of a step cannot be counted in bytes: `tritune tune` can")
-    return measured(_kernel_choices(problem, device)) or unknown
+    return measured(_kernel_choices(problem, device)) or Verdict(
+        False, "not measured, and the time of a step cannot be counted in bytes: `tritune tune` can"
+    )

@@ -19,6 +19,7 @@ import pytest
 import tritune
 from tritune import cli, doctor, explain_command
 from tritune.autotune import store
+from tritune.autotune.device import named
 
 pytest.importorskip("typer")
 from tritune import commands
@@ -82,7 +83,7 @@ class TestCommand:
             (["explain", "conv2d", "1x8x8x8", "8x8x3x3", "--pading", "1"],
              "tritune explain conv2d: No such option: --pading (Possible options: --padding)"),
             (["explain", "max_pool2d", "1x8x8x8", "--groups", "1"], "tritune explain max_pool2d: No such option"),
-            (["explain", "lstm", "5x4x8"], "tritune explain lstm: Missing option '--hidden'"),
+            (["explain", "lstm", "5x4x8"], "tritune explain: Missing option: hidden"),
             (["doctor", "--jsn"], "tritune doctor: No such option: --jsn (Possible options: --json)"),
             (["demo", "--model", "gan"], "'gan' is not one of cnn, rnn, attention"),
             (["bench", "static", "--update"], "--update needs --baseline FILE to write to"),
@@ -312,6 +313,8 @@ class TestPaths:
 
 
 class TestExplain:
+    KERNELS = ("--backend", "triton", "--device", "h200")
+
     def explain(self, capsys, *arguments):
         pytest.importorskip("triton")
         assert cli.main(["explain", *arguments]) == 0
@@ -412,11 +415,15 @@ class TestExplain:
 
     def test_convolution(self, capsys, monkeypatch):
         monkeypatch.setenv("TRITUNE_DEVICE", "")
-        text = self.explain(capsys, "conv2d", "32x64x56x56", "64x64x3x3", "--padding", "1", "--activation", "relu")
+        text = self.explain(
+            capsys, "conv2d", "32x64x56x56", "64x64x3x3", "--padding", "1", "--activation", "relu", *self.KERNELS
+        )
         assert text.startswith('conv2d: triton: use_backend("triton") is in force\n  conv: ')
 
     def test_pooling_as_json(self, capsys):
-        text = self.explain(capsys, "max_pool2d", "32x64x112x112", "--kernel", "3", "--stride", "2", "--json")
+        text = self.explain(
+            capsys, "max_pool2d", "32x64x112x112", "--kernel", "3", "--stride", "2", "--json", *self.KERNELS
+        )
         document = json.loads(text)
         assert document["backend"] == "triton"
         assert document["kernels"][0]["kernel"] == "pool"
@@ -449,12 +456,13 @@ class TestExplain:
         ],
     )
     def test_pooling(self, op, shape, options, kernel, layout, capsys):
-        document = json.loads(self.explain(capsys, op, shape, *options.split(), "--layout", layout, "--json"))
+        options = [*options.split(), "--layout", layout, *self.KERNELS]
+        document = json.loads(self.explain(capsys, op, shape, *options, "--json"))
         assert (document["op"], document["backend"]) == (op, "triton")
         assert [one["kernel"] for one in document["kernels"]] == [kernel]
 
     def test_what_is_not_covered(self, capsys):
-        text = self.explain(capsys, "conv2d", "1x8x8x8", "8x8x3x3", "--dtype", "fp64", "--backend", "auto")
+        text = self.explain(capsys, "conv2d", "1x8x8x8", "8x8x3x3", "--dtype", "fp64", "--device", "h200")
         assert text.startswith("conv2d: torch: ")
         assert "float64" in text
 
@@ -484,10 +492,10 @@ class TestExplain:
         assert set(command.OPS) == public
         for name, op in command.OPS.items():
             hidden = ["--hidden", "64"] if "--hidden" in op.options else []
-            text = self.explain(capsys, name, *op.example.split(), *hidden)
+            text = self.explain(capsys, name, *op.example.split(), *hidden, *self.KERNELS)
             assert '_backend("triton") is in force\n  ' in text
 
-    @pytest.mark.parametrize("options", ["--backend torch", "--backend auto", "--backend auto --device cpu"])
+    @pytest.mark.parametrize("options", ["--backend torch", "--backend auto", "--device cpu", "--device h200"])
     @pytest.mark.parametrize("name", explain_command.OPS)
     def test_the_function_that_was_called_is_named(self, name, options, capsys):
         """Not another one that it is made of."""
@@ -498,17 +506,19 @@ class TestExplain:
     @pytest.mark.parametrize("op, gates", [("rnn", 1), ("gru", 3), ("lstm", 4)])
     def test_recurrence(self, op, gates, capsys):
         text = self.explain(
-            capsys, op, "512x64x32", "--hidden", "64", "--bidirectional", "--dtype", "fp32", "--precision", "tf32"
-        )
+            capsys, op, "512x64x32", "--hidden", "64", "--bidirectional", "--dtype", "fp32", "--precision", "tf32",
+            *self.KERNELS,
+        )  # fmt: skip
         assert text.startswith(f'{op}: triton: use_backend("triton") is in force\n  rnn: ')
-        text = self.explain(capsys, op, "512x64x32", "--hidden", "2048", "--backend", "auto")
+        text = self.explain(capsys, op, "512x64x32", "--hidden", "2048", "--device", "h200")
         assert text.startswith(f"{op}: torch: no kernel covers the call\n  not triton: hidden_size=2048")
 
     @pytest.mark.parametrize(
         "arguments, message",
         [
-            (("conv2d", "1x8x8x8"), "conv2d takes input weight [bias]: "),
-            (("lstm", "5x2x8", "8x8", "--hidden", "4"), "lstm takes input: "),
+            (("conv2d", "1x8x8x8"), "the shapes of input weight [bias] are wanted, got 1"),
+            (("lstm", "5x2x8", "8x8", "--hidden", "4"), "the shapes of input are wanted, got 2"),
+            (("conv2d", "1,2,3,4", "8x8x3x3"), "the shapes of input weight [bias] are wanted, got 5"),
             (("conv2d", "1x8x8x8", "8x4x3x3"), "expected input"),
             (("max_pool2d", "1x8x8x8", "--padding", "-1"), "pad"),
             (("max_pool2d", "1x8x8x8", "--device", "abacus"), "unknown device 'abacus'"),
@@ -523,16 +533,92 @@ class TestExplain:
 
     def test_a_call_that_no_kernel_covers(self, capsys):
         pytest.importorskip("triton")
-        assert cli.main(["explain", "conv2d", "1x8x8x8", "8x8x3x3", "--dtype", "fp64"]) == 1
+        assert cli.main(["explain", "conv2d", "1x8x8x8", "8x8x3x3", "--dtype", "fp64", *self.KERNELS]) == 1
         captured = capsys.readouterr()
         assert "no kernel covers the call" in captured.err
         assert captured.err.count("\n") == 1 and captured.out == ""
 
-    @pytest.mark.parametrize("text", ["1,2,3,4", "x8", "8x-1", "8.5x3"])
+    @pytest.mark.parametrize("text", ["x8", "8x-1", "8.5x3", "8xx3", "8×3", "٣x8"])
     def test_what_is_not_a_shape(self, text, capsys):
         pytest.importorskip("triton")
-        assert cli.main(["explain", "conv2d", text, "8x8x3x3"]) == 2
-        assert f"{text!r} is not a shape such as 32x64x56x56" in capsys.readouterr().err
+        for command in (
+            ["conv2d", text, "8x8x3x3"],
+            ["conv2d", f"8x8x3x3,{text}"],
+            ["model", "torch.nn:Identity", text],
+        ):
+            assert cli.main(["explain", *command]) == 2
+            assert f"{text!r} is not a shape such as 32x64x56x56" in capsys.readouterr().err
+
+    CONV = ("conv2d", "32x64x56x56", "64x64x3x3", "--padding", "1")
+
+    def test_the_default_is_this_machine(self, capsys, monkeypatch):
+        """Without a GPU torch serves, whatever a GPU elsewhere would do; the last line says how to ask for that."""
+        monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+        first, why, hint = self.explain(capsys, *self.CONV).splitlines()
+        assert first == "conv2d: torch: no kernel covers the call"
+        assert why.startswith("  not triton: input is on the CPU")
+        assert "--device h200" in hint
+        document = json.loads(self.explain(capsys, *self.CONV, "--json"))
+        assert (document["backend"], document["origin"], document["instead"]) == ("torch", "", [])
+
+    def test_the_default_backend_is_auto(self, capsys):
+        """Who serves the call, why, and what the kernel's config would be: one line each."""
+        text = self.explain(capsys, *self.CONV, "--device", "h200")
+        first, kernel = text.splitlines()
+        assert re.fullmatch(r"conv2d: torch: not measured, and .*  \[rule\]", first)
+        assert re.fullmatch(r"  triton would run conv: BLOCK_K=.*  \[model, target sm_90.*\]", kernel)
+        forced = self.explain(capsys, *self.CONV, *self.KERNELS).splitlines()[1]
+        assert kernel.removeprefix("  triton would run ") == forced.removeprefix("  ")
+        document = json.loads(self.explain(capsys, *self.CONV, "--device", "h200", "--json"))
+        assert (document["backend"], document["origin"], document["kernels"]) == ("torch", "rule", [])
+        (conv,) = document["instead"]
+        assert (conv["kernel"], conv["place"], conv["origin"]) == ("conv", "target", "model")
+
+    def test_a_rule_may_choose_the_kernels(self, capsys):
+        text = self.explain(capsys, "lp_pool2d", "32x64x56x56", "--device", "h200")
+        first, kernel = text.splitlines()
+        assert re.fullmatch(r"lp_pool2d: triton: not measured; .*  \[rule\]", first)
+        assert kernel.startswith("  pool: BLOCK_")
+
+    @pytest.mark.parametrize("us, backend", [(5.0, "triton"), (50.0, "torch")])
+    def test_measurements_choose(self, us, backend, capsys, monkeypatch, tmp_path):
+        """What `tune` keeps of a layer in the same words."""
+        pytest.importorskip("triton")
+        from tritune.autotune import resolve
+        from tritune.autotune import tune
+
+        (target,) = tune.targets(tune.Options(["conv2d"], ["32x64x56x56,64x64x3x3,padding=1"], ["bf16"]))
+        tunable, problem = target.identity()
+        config, _ = resolve.ranked(tunable, problem, named("h200"))[-1]
+        entry = store.Entry(tunable.features(problem), config, "measured", us=us, torch_us=10.0)
+        store.write(tmp_path / "nvidia_h200" / "conv.json", "conv", [entry])
+        monkeypatch.setenv("TRITUNE_CONFIG_PATH", str(tmp_path))
+        resolve.clear_memo()
+        first, kernel = self.explain(capsys, *self.CONV, "--device", "h200").splitlines()
+        resolve.clear_memo()
+        assert first == f"conv2d: {backend}: measured: {us:.1f} us against 10.0 us of torch  [measured]"
+        assert sorted(kernel.partition(": ")[2].partition("  [")[0].split()) == sorted(str(config).split())
+        assert kernel.endswith("  [measured, user nvidia_h200]")
+
+    @pytest.mark.parametrize("spelling", [
+        "32x64x56x56 64x64x3x3 --padding 1 --activation relu",
+        "32x64x56x56,64x64x3x3,padding=1,activation=relu",
+        "32x64x56x56 padding=1 64x64x3x3 activation=relu",
+        "padding=1,32x64x56x56, 64x64x3x3 --activation=relu",
+    ])  # fmt: skip
+    def test_spellings_of_a_call(self, spelling, capsys):
+        expected = self.explain(capsys, *self.CONV, "--activation", "relu", "--device", "h200")
+        assert self.explain(capsys, "conv2d", *spelling.split(), "--device", "h200") == expected
+
+    def test_options_as_words(self, capsys):
+        flags = ("--hidden", "64", "--bidirectional", "--nonlinearity", "relu")
+        expected = self.explain(capsys, "rnn", "512x64x128", *flags, "--device", "h200")
+        words = "512x64x128,hidden=64,bidirectional=1,nonlinearity=relu"
+        assert self.explain(capsys, "rnn", words, "--device", "h200") == expected
+        window = ["--pool-stride", "1", "--device", "h200"]
+        expected = self.explain(capsys, "conv2d_max_pool2d", "32x3x64x64", "64x3x3x3", *window)
+        words = "32x3x64x64,64x3x3x3,pool-stride=1"
+        assert self.explain(capsys, "conv2d_max_pool2d", words, "--device", "h200") == expected
 
 
 class TestDoctor:

@@ -370,7 +370,7 @@ class TestChoice:
 
         window = ["--kernel", "3", "--pool-stride", "2", "--pool-padding", "1"]
         call = ["32x3x224x224", "64x3x7x7", "--stride", "2", "--padding", "3", *window]
-        assert cli.main(["explain", "conv2d_max_pool2d", *call]) == 0
+        assert cli.main(["explain", "conv2d_max_pool2d", *call, "--device", "h200", "--backend", "triton"]) == 0
         text = capsys.readouterr().out
         assert text.startswith("conv2d_max_pool2d: triton") and "conv_max_pool: BLOCK_K=" in text
 

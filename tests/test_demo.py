@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from tritune import cli, demo
 from tritune.demo_models import HEADS, MODELS, ReadsRowsOnTorch
+from tritune.ops import Decision
 
 pytestmark = pytest.mark.torch
 
@@ -199,3 +200,12 @@ def test_attention_looks_where_its_query_says():
             # The four pixels of a patch have its weight, row by row.
             pixels = [where[row : row + 2, column : column + 2] for row in (0, 2, 4, 6) for column in (0, 2, 4, 6)]
             torch.testing.assert_close(torch.stack(pixels), weights.view(16, 1, 1).expand(16, 2, 2))
+
+
+@pytest.mark.parametrize("origin, ending", [("rule", "  [rule]"), ("measured", "  [measured]"), ("", "")])
+def test_how_a_backend_was_chosen_is_shown(origin, ending, capsys):
+    console = pytest.importorskip("rich.console").Console()
+    call = demo.describe(Decision("conv2d", "torch", "not measured", origin=origin))
+    assert call["origin"] == origin
+    demo.show_choices({"cnn": {"ran": [call]}}, console)
+    assert capsys.readouterr().out.rstrip().endswith(f"on torch: not measured{ending}")

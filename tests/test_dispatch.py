@@ -237,6 +237,7 @@ class TestKernelsOnly:
         x = torch.randn(1, 64, 8, 8).to(memory_format=torch.channels_last)
         decision = tritune.explain(tritune.max_pool2d, x, 2)
         assert decision.backend == "torch" and "interpreter" in decision.because
+        assert (decision.origin, decision.instead) == ("rule", ())
 
     def test_threads(self, device):
         if device == "cpu":
@@ -296,6 +297,11 @@ class TestExplain:
         assert conv.kernels[0][0] == "conv" and conv.kernels[0][1].config.BLOCK_M >= 64
         assert pool.kernels[0][0] == "pool"
         assert auto.backend == "torch" and "not measured" in auto.because
+        assert (conv.origin, pool.origin, auto.origin) == ("", "", "rule")
+        assert conv.instead == pool.instead == auto.kernels == ()
+        assert [name for name, _ in auto.instead] == ["conv"]
+        assert "  triton would run conv: BLOCK_" in str(auto)
+        assert auto.summary().endswith("`tritune tune` can  [rule]")
 
     def test_auto_follows_measurements(self, monkeypatch, tmp_path):
         """An entry with both times decides, whichever way they point."""
@@ -317,7 +323,10 @@ class TestExplain:
             with FakeTensorMode(), _dispatch.record() as decisions, torch.no_grad():
                 x = torch.empty(8, 64, 32, 32, device="cuda", dtype=torch.float16)
                 tritune.max_pool2d(x.to(memory_format=torch.channels_last), 2)
-            assert decisions[0].backend == backend and "measured" in decisions[0].because
+            (decision,) = decisions[:1]
+            assert (decision.backend, decision.origin) == (backend, "measured") and "measured" in decision.because
+            ((name, choice),) = decision.kernels or decision.instead
+            assert (name, choice.origin, bool(decision.kernels)) == ("pool", "measured", backend == "triton")
 
     @pytest.mark.parametrize("norm_type", [1, 2, 2.0, 3, float("inf")])
     @pytest.mark.parametrize("backend", ["auto", "triton", "torch"])
@@ -368,6 +377,7 @@ class TestExplain:
             reasons.append(decisions[0])
         assert "deterministic" not in reasons[0].because
         assert reasons[1].backend == "triton" and "deterministic" in reasons[1].because
+        assert [reason.origin for reason in reasons] == ["rule", "rule"]
 
     def test_deterministic_is_no_reason_without_a_gradient(self, monkeypatch):
         from torch._subclasses.fake_tensor import FakeTensorMode

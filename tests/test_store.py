@@ -117,6 +117,35 @@ class TestLookup:
         store.write(path, "toy", [entry(64, 64)])
         assert [one.origin for one in store.load(path, "toy")] == ["measured", "measured"]
 
+    @pytest.mark.parametrize("old", ["float16", "torch.float16"])
+    def test_the_first_spellings_of_a_dtype_are_still_read(self, old, folders):
+        put(folders / "user", "nvidia_h200", entry(1024, 256, dtype=old))
+        path = folders / "user/nvidia_h200/toy.json"
+        assert f'"{old}"' in path.read_text()
+        choice = resolve.resolve(TUNABLE, Problem(1024), H200)
+        assert (choice.place, choice.config.BLOCK, choice.distance) == ("user", 256, 0.0)
+        assert [one.key for one in store.load(path, "toy")] == [{"size": 1024, "dtype": "fp16"}]
+        put(folders / "user", "nvidia_h200", entry(64, 64))
+        assert f'"{old}"' in path.read_text(), "what is written beside an entry leaves it as it is"
+        put(folders / "user", "nvidia_h200", entry(1024, 128))
+        assert f'"{old}"' not in path.read_text(), "a new entry takes the place of one with the same key"
+        assert resolve.resolve(TUNABLE, Problem(1024), H200).config.BLOCK == 128
+
+    def test_names_that_are_no_dtype_stay(self, folders):
+        key = {"window": "3x3", "bias": "None", "stride": "", "cell": "lstm", "precision": "ieee"}
+        assert store.Entry.from_json({"key": key, "config": {"BLOCK": 64}, "origin": "model"}).key == key
+
+    def test_the_origin_where_nothing_is_stored(self, folders):
+        """The model ranked the configs, or saw no difference: then the order of declaration is the rule."""
+        choice = resolve.resolve(TUNABLE, Problem(128), H200)
+        assert (choice.place, choice.origin, choice.config.BLOCK) == ("none", "model", 128)
+        alike = dataclasses.replace(TUNABLE, name="alike", estimate=lambda p, c, d: Estimate(1.0, "memory"))
+        choice = resolve.resolve(alike, Problem(128), H200)
+        assert (choice.place, choice.origin, choice.config) == ("none", "rule", CONFIGS[0])
+        assert str(choice).endswith("  [rule, nothing stored]")
+        choice = resolve.resolve(TUNABLE, Problem(1), H200)  # served by one config alone
+        assert (choice.origin, choice.config) == ("rule", CONFIGS[0])
+
     def test_an_entry_must_serve_the_shape(self, folders):
         put(folders / "user", "nvidia_h200", entry(128, 256))
         assert resolve.resolve(TUNABLE, Problem(100), H200).config.BLOCK == 64

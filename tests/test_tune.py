@@ -471,15 +471,22 @@ class TestUsage:
             (["conv2d", "--shapes", "8x16x14x14,32x16x3x3,stride=a"], "conv2d 8x16x14x14,32x16x3x3,stride=a: "),
             (["--shapes", "8x16x14x14,32x16x3x3"], "shapes belong to one operator"),
             (["rnn", "--shapes", "5x4x8,hidden=12,cell=qrnn"], "cell must be one of tanh, gru, lstm"),
-            (["max_pool2d", "--shapes", "5x4x8x8,hidden=12"], "unexpected keyword argument 'hidden'"),
+            (["max_pool2d", "--shapes", "5x4x8x8,hidden=12"], "No such option: hidden (Possible options: kernel"),
+            (["max_pool2d", "--shapes", "5x4x8x8,strid=2"], "No such option: strid (Possible options: stride)"),
             (["max_pool2d", "--shapes", "5x4x8x8,kernel=0"], "kernel is a whole number from 1 on, not '0'"),
             (["max_pool2d", "--shapes", "5x4x8x8,kernel=9"], "Output size is too small"),
             (["conv2d", "--shapes", "1x2x8x8,3x2x3x3,groups=0"], "groups is a whole number from 1 on, not '0'"),
             (["conv2d", "--shapes", "1x2x8x8,3x2x3x3,padding=-1"], "padding is a whole number from 0 on, not '-1'"),
             (["conv2d", "--shapes", "1x2x0x8,3x2x3x3"], "a size is a whole number from 1 on, not '0'"),
+            (["conv2d", "8x16x14x14", "32x15x3x5"], "does not fit"),
+            (["conv2d", "8x16x14", "32x16x3"], "this is a layer of conv1d"),
+            (["avg_pool2d", "8x16x14x14"], "this is a layer of max_pool2d"),
+            (["conv2d", "8x16x14x14,16x32x2x2,transposed=1"], "No such option: transposed"),
+            (["8x16x14x14", "32x16x3x3"], "shapes belong to one operator"),
+            (["conv2d", "--shapes", "8x16x14x14", "--shapes", "8x16x14x14", "8x16x3x3"], "got 3"),
             (["rnn", "--shapes", "5x4x8,hidden="], "hidden is a whole number from 1 on, not ''"),
             (["rnn", "--shapes", "5x4x8,hidden=8,directions=3"], "one direction or two"),
-            (["rnn", "--shapes", "5x4x8"], "missing 1 required keyword-only argument: 'hidden'"),
+            (["rnn", "--shapes", "5x4x8"], "Missing option: hidden"),
             (["attention", "--shapes", "2x6x8x16,2x4x8x16"], "a divisor of its heads"),
             (["attention", "--shapes", "2x6x8x16,score=norm"], "score is dot or cosine"),
             (["attention", "--shapes", ""], "attention have no layer ''"),
@@ -538,6 +545,8 @@ class TestUsage:
         assert tunable.name == "conv"
         key = tunable.features(problem)
         assert (key["pixels"], key["C"], key["K"], key["stride"], key["precision"]) == (8 * 49, 16, 32, "1x2x2", "tf32")
+        (transposed,) = self.targets("conv_transpose2d", "--shapes", "8x16x14x14,16x32x2x2,stride=2")
+        assert transposed.identity()[0].name == "conv_transpose"
         (lstm,) = self.targets("rnn", "--shapes", "5x4x8,hidden=12,cell=lstm", "--dtype", "fp16")
         tunable, problem = lstm.identity()
         assert tunable.features(problem)["cell"] == "lstm" and tunable.features(problem)["H"] == 12
@@ -549,6 +558,41 @@ class TestUsage:
         tunable, problem = fused.identity()
         key = tunable.features(problem)
         assert (tunable.name, key["pixels"], key["window"], key["step"]) == ("conv_max_pool", 2 * 16, "3x3", "2x2")
+
+    @pytest.mark.parametrize("layer", [
+        ["8x16x14x14", "32x16x3x3", "padding=1"],
+        ["8x16x14x14,32x16x3x3,padding=1"],
+        ["--shapes", "8x16x14x14 32x16x3x3 padding=1"],
+        ["--shapes", "padding=1, 8x16x14x14, 32x16x3x3"],
+        ["--shapes", "8x16x14x14", "32x16x3x3", "padding=1"],
+    ], ids=" ".join)  # fmt: skip
+    def test_spellings_of_a_layer(self, layer, capsys, monkeypatch):
+        """All of them come to the same kernel."""
+        tune = tune_module()
+        chosen = []
+        monkeypatch.setattr(tune, "tune", lambda options, targets: chosen.append(targets) or 0)
+        for words in (["--shapes", "8x16x14x14,32x16x3x3,padding=1"], layer):
+            assert cli.main(["tune", "conv2d", *words, "--rehearse"]) == 0
+        ((expected,), (target,)) = chosen
+        assert target.identity() == expected.identity() and target.case.shapes == expected.case.shapes
+
+    @pytest.mark.parametrize("op, layer, message", [
+        ("conv2d", "8x16x14x14,32xax3x3", "'32xax3x3' is not a shape such as 32x64x56x56"),
+        ("conv2d", "8x16x14x14,32x-1x3x3", "'32x-1x3x3' is not a shape such as 32x64x56x56"),
+        ("conv2d", "8x16x14x14,32x16x3x3,pading=1", "No such option: pading (Possible options: padding)"),
+        ("conv2d_max_pool2d", "8x3x9x9,4x3x3x3,pool-strid=1",
+         "No such option: pool-strid (Possible options: pool_stride, stride)"),
+        ("max_pool2d", "8x16x14x14,kernel=3,kernel=2", "kernel is given twice"),
+        ("conv2d", "8x16x14x14,32x16x3x3,stride=0", "stride is a whole number from 1 on, not '0'"),
+        ("conv2d", "8x16x14x14,32x16x3x3,padding=a", "padding is a whole number from 0 on, not 'a'"),
+        ("rnn", "5x4x8", "Missing option: hidden"),
+        ("max_pool2d", "8x16x14x14,8x16x14x14", "the shapes of input are wanted, got 2"),
+    ])  # fmt: skip
+    def test_the_same_fault_has_the_same_text_as_of_explain(self, op, layer, message, capsys):
+        for command in (["tune", op, "--shapes", layer], ["explain", op, layer], ["explain", op, *layer.split(",")]):
+            assert cli.main(command) == 2
+            captured = capsys.readouterr()
+            assert message in captured.err and captured.err.count("\n") == 1
 
     def test_a_case_survives_json(self):
         from tritune.autotune.workload import Case

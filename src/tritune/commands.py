@@ -20,6 +20,7 @@ from typer.core import TyperGroup
 from . import explain_command
 from ._version import __version__
 from .autotune.device import TARGETS
+from .autotune.shapes import Option, Shape, shape
 
 # What is wrong with the arguments. Each version of typer keeps this class of click's in another place.
 UsageError = typer.BadParameter.__base__
@@ -85,10 +86,11 @@ def _seconds(text: str | float) -> float:
     return float(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[match[2]]
 
 
-def _shape(text: str) -> tuple[int, ...]:
-    if not re.fullmatch(r"\d+(x\d+)*", text):
-        raise typer.BadParameter(f"{text!r} is not a shape such as 32x64x56x56")
-    return tuple(int(part) for part in text.split("x"))
+def _shape(text: str) -> Shape:
+    try:
+        return shape(text)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
 
 
 def _time(help: str) -> Any:
@@ -164,8 +166,8 @@ def tune(
         list[str],
         typer.Option(
             metavar="LAYER",
-            help="The name of a layer in perf/, or shapes with options: "
-            "32x64x56x56,64x64x3x3,padding=1. May be repeated.",
+            help="The name of a layer in perf/, or shapes with options: 32x64x56x56,64x64x3x3,padding=1, which may "
+            "also be words behind the operator. May be repeated.",
         ),
     ] = [],
     dtype: Annotated[
@@ -209,40 +211,43 @@ def tune(
 
 def _explain(name: str, op: explain_command.Op) -> None:
     """Adds the command for one operator, whose options are those of the operator."""
-    shapes = Annotated[list[str], typer.Argument(parser=_shape, metavar="SHAPE", help=f"{op.shapes}: {op.example}")]
+    words = Annotated[
+        list[str],
+        typer.Argument(metavar="SHAPE", help=f"{op.shapes}: {op.example}; with commas, and options as NAME=VALUE, too"),
+    ]
     dtype = Annotated[str, typer.Option(help="Of the tensors.", **_one_of(explain_command.DTYPES))]
-    device = Annotated[str, typer.Option(metavar="NAME", help="A device or target such as h200 or sm_90, or cpu.")]
+    device = Annotated[
+        str | None, typer.Option(metavar="NAME", help="Such as h200, sm_90 or cpu; default: this machine.")
+    ]
     backend = Annotated[str, typer.Option(help="As of use_backend.", **_one_of(("auto", "triton", "torch")))]
     parameters = [
-        _parameter("shapes", shapes),
+        _parameter("words", words),
         *(_parameter(flag[2:].replace("-", "_"), *_option(flag, one)) for flag, one in op.options.items()),
         _parameter("dtype", dtype, "bf16"),
-        _parameter("device", device, "h200"),
-        _parameter("backend", backend, "triton"),
+        _parameter("device", device, None),
+        _parameter("backend", backend, "auto"),
         _parameter("as_json", Json, False),
     ]
 
     def command(
-        shapes: Sequence[tuple[int, ...]], dtype: str, device: str, backend: str, as_json: bool, **options: Any
+        words: Sequence[str], dtype: str, device: str | None, backend: str, as_json: bool, **options: Any
     ) -> int:
-        return explain_command.main(
-            explain_command.Request(name, shapes, options, dtype, device, backend, as_json)
-        )  # fmt: skip
+        given = {name: value for name, value in options.items() if value is not None}
+        return explain_command.main(explain_command.Request(name, words, given, dtype, device, backend, as_json))
 
     command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     explain.command(name, help=f"What {name} would run, and why.")(command)
 
 
-def _option(flag: str, one: explain_command.Option) -> tuple[Any, Any]:
-    """The annotation and the default of one option of an operator."""
+def _option(flag: str, one: Option) -> tuple[Any, Any]:
+    """The annotation and the default of one option of an operator; ``None``: it was not given."""
     more = _one_of(one.choices) if one.choices else {}
-    kind = one.kind if one.default is not None or one.required else one.kind | None
-    return Annotated[kind, typer.Option(flag, help=one.help, **more)], ... if one.required else one.default
+    default = "" if one.default is None or one.kind is bool else f"default: {one.default}"
+    help = "; ".join(filter(None, (one.help, default)))
+    return Annotated[one.kind | None, typer.Option(flag, help=help, **more)], None
 
 
 def _parameter(name: str, annotation: Any, default: Any = inspect.Parameter.empty) -> inspect.Parameter:
-    if default is ...:
-        default = inspect.Parameter.empty
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=annotation, default=default)
 
 

@@ -169,7 +169,9 @@ def describe(decision: Decision) -> dict[str, Any]:
         for name, choice in decision.kernels
     ]
     why = "; ".join(filter(None, [decision.because, decision.rejected]))
-    return {"op": decision.op, "backend": decision.backend, "why": why, "kernels": kernels}
+    return {
+        "op": decision.op, "backend": decision.backend, "why": why, "origin": decision.origin, "kernels": kernels,
+    }  # fmt: skip
 
 
 def interpreted_steps(weights: dict[str, dict[str, Tensor]], data: Data) -> dict[str, dict[str, Any]]:
@@ -366,7 +368,7 @@ def show_choices(models: dict[str, Any], console: Any) -> None:
 
 
 def _reason(call: dict[str, Any]) -> str:
-    return f"on {call['backend']}: {call['why']}"
+    return f"on {call['backend']}: {call['why']}" + (f"  \\[{call['origin']}]" if call["origin"] else "")
 
 
 def show_kernels(models: dict[str, Any], console: Any) -> None:
@@ -384,7 +386,10 @@ def show_kernels(models: dict[str, Any], console: Any) -> None:
     place = "in Triton's interpreter" if where == "interpreted" else "on this GPU"
     console.print(f"A training step of {first['images']} images on the kernels, {place}, {seconds:.1f} s:\n")
     console.print(table)
-    console.print(f"\nConfigs for {first['chosen_for']}; origin model: ranked by a cost model, not measured\n")
+    console.print(
+        f"\nConfigs for {first['chosen_for']}; origin model: ranked by a cost model, not measured; rule: the first "
+        "that is declared, where the model sees no difference\n"
+    )
 
 
 def _was_interpreted(models: dict[str, Any]) -> bool:

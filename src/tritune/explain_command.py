@@ -22,6 +22,7 @@ from torch import Tensor
 
 from . import ops
 from .autotune.device import named
+from .autotune.shapes import Option, Shape, parse
 from .ops import (
     Decision,
     attention,
@@ -47,22 +48,6 @@ from .ops._layout import empty
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "fp64": torch.float64}
 
 
-class Option(NamedTuple):
-    """One option of an operator.
-
-    Attributes:
-        kind: type of its value; ``bool`` is a switch.
-        default: ``None`` leaves it to the operator.
-        choices: if it is one of these words.
-    """
-
-    kind: type
-    default: Any = None
-    help: str = ""
-    choices: tuple[str, ...] = ()
-    required: bool = False
-
-
 Options = dict[str, Option]  # by flag, such as "--padding"
 Values = Mapping[str, Any]  # the options' values, by name, such as "padding"
 Call = tuple[Sequence[Any], dict[str, Any]]  # positional arguments and keywords
@@ -81,10 +66,6 @@ class Op(NamedTuple):
     example: str
     options: Options
     arguments: Callable[[list[Tensor], Values], Call]
-
-    def counts(self) -> range:
-        names = self.shapes.split()
-        return range(sum(name[0] != "[" for name in names), len(names) + 1)
 
 
 def _conv(tensors: list[Tensor], o: Values) -> Call:
@@ -159,7 +140,7 @@ _CONV_POOL: Options = {
     **_CONV, "--kernel": Option(int, 2, "Of the pooling"), "--pool-stride": Option(int),
     "--pool-padding": Option(int, 0),
 }  # fmt: skip
-_HIDDEN: Options = {"--hidden": Option(int, None, "Units of the state", required=True)}
+_HIDDEN: Options = {"--hidden": Option(int, None, "Units of the state; needed", required=True)}
 _LAYER: Options = {
     **_HIDDEN,
     "--bidirectional": Option(bool, False),
@@ -214,25 +195,35 @@ OPS = {
 }
 
 
+def named_options(op: Op) -> Options:
+    """By name, such as ``"padding"``."""
+    return {flag[2:].replace("-", "_"): option for flag, option in op.options.items()}
+
+
 class Request(NamedTuple):
-    """A call as the command line spells it: an operator of OPS, its shapes, and its options' values by name."""
+    """A call as the command line spells it.
+
+    Attributes:
+        op: an operator of OPS.
+        words: shapes and options, as :mod:`.autotune.shapes` reads them.
+        given: the values of more options, by name.
+        device: ``None`` is this machine.
+    """
 
     op: str
-    shapes: Sequence[tuple[int, ...]]
-    options: Values
+    words: Sequence[str]
+    given: Values
     dtype: str = "bf16"
-    device: str = "h200"
-    backend: str = "triton"
+    device: str | None = None
+    backend: str = "auto"
     json: bool = False
 
 
 def main(request: Request) -> int:
     op = OPS[request.op]
-    if len(request.shapes) not in op.counts():
-        return _fail(f"{request.op} takes {op.shapes}: {op.example}", 2)
     before = os.environ.get("TRITUNE_DEVICE")
     try:
-        if request.device != "cpu":
+        if request.device not in (None, "cpu"):
             os.environ["TRITUNE_DEVICE"] = named(request.device).slug
         # Some functions are another one with more arguments: what was asked about is named.
         decision = replace(_decide(op, request), op=request.op)
@@ -248,10 +239,12 @@ def main(request: Request) -> int:
         print(json.dumps(_document(decision), indent=1))
     else:
         print(decision)
+        if request.device is None and _is_on_cpu(request):
+            print("  on a GPU: --device h200 says what would run there")
     return 0
 
 
-def explain_model(place: str, shapes: Sequence[tuple[int, ...]], dtype: str, backend: str, as_json: bool) -> int:
+def explain_model(place: str, shapes: Sequence[Shape], dtype: str, backend: str, as_json: bool) -> int:
     """The decisions of a model on this machine, one a line. ``place`` is ``package.module:name`` of a module, or of a
     class or function that makes one without arguments."""
     module, _, name = place.partition(":")
@@ -304,20 +297,28 @@ def _only_the_answer_on_stdout() -> Iterator[TextIO]:
 
 
 def _document(decision: Decision) -> dict[str, Any]:
-    kernels = [{"kernel": name, **choice._asdict()} for name, choice in decision.kernels]
-    return {**asdict(decision), "kernels": kernels}
+    kernels, instead = (
+        [{"kernel": name, **choice._asdict()} for name, choice in choices]
+        for choices in (decision.kernels, decision.instead)
+    )
+    return {**asdict(decision), "kernels": kernels, "instead": instead}
+
+
+def _is_on_cpu(request: Request) -> bool:
+    return request.device == "cpu" or (request.device is None and not torch.cuda.is_available())
 
 
 def _decide(op: Op, request: Request) -> Decision:
     """The decision for fake tensors, which may be on a GPU that is not there."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    device = "cpu" if request.device == "cpu" else "cuda"
-    is_image = request.options.get("layout") == "nhwc"
+    shapes, options = parse(request.words, op.shapes, named_options(op), request.given)
+    device = "cpu" if _is_on_cpu(request) else "cuda"
+    is_image = options.get("layout") == "nhwc"
     with FakeTensorMode(), torch.no_grad(), use_backend(request.backend):
         like = torch.empty(0, dtype=DTYPES[request.dtype], device=device)
-        tensors = [empty(like, shape, is_image and len(shape) > 2) for shape in request.shapes]
-        arguments, keywords = op.arguments(tensors, request.options)
+        tensors = [empty(like, shape, is_image and len(shape) > 2) for shape in shapes]
+        arguments, keywords = op.arguments(tensors, options)
         with record() as decisions:
             try:
                 op.function(*arguments, **keywords)
