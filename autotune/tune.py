@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TextIO, get_args
 
@@ -164,7 +165,7 @@ def _cases(op: str, layers: Sequence[str]) -> list[Case]:
 def _explicit(op: str, text: str) -> Case:
     """The layer that a text such as ``"32x64x56x56,64x64x3x3,padding=1"`` spells out. What its family makes layers from
     says which shapes and options there are, and the operator itself what does not fit."""
-    explicit = FAMILIES[family_of_op(op)].explicit
+    explicit = partial(FAMILIES[family_of_op(op)].explicit, op)
     shape_names, options = [], {}
     for one in inspect.signature(explicit, eval_str=True).parameters.values():
         has_default = one.default is not one.empty
@@ -173,12 +174,11 @@ def _explicit(op: str, text: str) -> Case:
             options[one.name] = Option(kind, one.default if has_default else None, required=not has_default)
         else:
             shape_names.append(f"[{one.name}]" if has_default else one.name)
-    of_op = {"transposed": int(op.startswith("conv_transpose"))} if options.pop("transposed", None) else {}
     try:
         shapes, values = parse([text], " ".join(shape_names), options)
         if any(0 in shape for shape in shapes):
             raise ValueError("a size is a whole number from 1 on, not '0'")
-        case = replace(explicit(*shapes, **values, **of_op), name=",".join(words_of([text])))
+        case = replace(explicit(*shapes, **values), name=",".join(words_of([text])))
         if case.op != op:
             raise ValueError(f"this is a layer of {case.op}")
         operator_of(case).output_shape(case)

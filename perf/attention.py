@@ -317,8 +317,9 @@ GRADIENTS = {"key_value_grad": ("key", "value"), "query_grad": ("query",)}
 
 
 def explicit(
-    query: Shape, key: Shape | None = None, *, causal: int = 0, masked: int = 0, bias: str = "", score: str = "dot"
-) -> Case:
+    op: str, query: Shape, key: Shape | None = None, *, causal: int = 0, masked: int = 0, bias: str = "",
+    score: str = "dot",
+) -> Case:  # fmt: skip
     """``bias``: the dimensions of "bhmn" that it has."""
     b, h, m, d = query
     batch, kv_heads, n, features = key or query

@@ -432,11 +432,11 @@ TUNED = (
 
 
 def explicit(
-    input: Shape, weight: Shape, *, stride: int = 1, padding: int = 0, dilation: int = 1, groups: int = 1,
-    transposed: int = 0,
-) -> Case:  # fmt: skip
+    op: str, input: Shape, weight: Shape, *, stride: int = 1, padding: int = 0, dilation: int = 1, groups: int = 1
+) -> Case:
+    transposed = op.startswith("conv_transpose")
     k = weight[1] * groups if transposed else weight[0]
-    layer = Layer(input, k, weight[2:], stride, padding, dilation, groups, bool(transposed))
+    layer = Layer(input, k, weight[2:], stride, padding, dilation, groups, transposed)
     if layer.weight != weight or min(layer.output) < 1:
         raise ValueError(f"weight {weight} with {groups} groups does not fit input {input}")
     return case("explicit", layer=layer, direction="fwd+bwd")

@@ -188,10 +188,10 @@ TUNED = ("resnet50-stem-pool", "vgg-c1-pool")
 
 
 def explicit(
-    input: Shape, weight: Shape, *, stride: int = 1, padding: int = 0, dilation: int = 1, groups: int = 1,
+    op: str, input: Shape, weight: Shape, *, stride: int = 1, padding: int = 0, dilation: int = 1, groups: int = 1,
     kernel: int = 2, pool_stride: int | None = None, pool_padding: int = 0,
 ) -> Case:  # fmt: skip
-    one = conv.explicit(input, weight, stride=stride, padding=padding, dilation=dilation, groups=groups)
+    one = conv.explicit("conv2d", input, weight, stride=stride, padding=padding, dilation=dilation, groups=groups)
     return case("explicit", "", layer=Layer(conv.layer_of(one), kernel, pool_stride or kernel, pool_padding))
 
 

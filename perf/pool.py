@@ -304,12 +304,22 @@ CASES = tuple(_cases())
 TUNED = ("resnet50-maxpool", "resnet50-global", "vgg-maxpool", "resnet50d-avgpool", "pspnet-adaptive", "roi-adaptive")
 
 
-def explicit(input: Shape, *, kernel: int = 2, stride: int | None = None, padding: int = 0) -> Case:
-    rank = len(input) - 2
-    if rank not in (1, 2, 3):
+def explicit(
+    op: str, input: Shape, *, kernel: int | None = None, stride: int | None = None, padding: int = 0,
+    size: int | None = None,
+) -> Case:  # fmt: skip
+    """Fixed windows have ``kernel``, ``stride`` and ``padding``; adaptive ones the ``size`` of the output."""
+    if "adaptive" in op or "global" in op:
+        if (kernel, stride, padding) != (None, None, 0) or ("global" in op and size is not None):
+            raise ValueError(f"{op} has no window" + ("" if "global" in op else ": give it the size of the output"))
+        layer = Layer(op, input, size=size or 1)
+    elif size is not None:
+        raise ValueError(f"{op} has no size: give it kernel, stride and padding")
+    else:
+        layer = Layer(op, input, kernel or 2, stride or kernel or 2, padding)
+    if layer.rank not in (1, 2, 3):
         raise ValueError(f"input {input} has no one to three dimensions of space")
-    kwargs = {"kernel_size": kernel, "stride": stride or kernel, "padding": padding}
-    return Case("explicit", f"max_pool{rank}d", {"input": input}, kwargs, direction="fwd+bwd")
+    return Case("explicit", op, {"input": input}, layer.kwargs(), direction="fwd+bwd")
 
 
 def kinds(one: Case) -> tuple[str, ...]:

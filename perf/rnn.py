@@ -199,7 +199,7 @@ CASES = tuple(_cases())
 TUNED = ("lstm-128", "gru-128", "tanh-256", "lstm-64")
 
 
-def explicit(input: Shape, *, hidden: int, cell: str = "tanh", directions: int = 1) -> Case:
+def explicit(op: str, input: Shape, *, hidden: int, cell: str = "tanh", directions: int = 1) -> Case:
     if cell not in GATES:
         raise ValueError(f"cell must be one of {', '.join(GATES)}, not {cell!r}")
     if directions > 2:

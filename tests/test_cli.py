@@ -584,8 +584,7 @@ class TestExplain:
     def test_measurements_choose(self, us, backend, capsys, monkeypatch, tmp_path):
         """What `tune` keeps of a layer in the same words."""
         pytest.importorskip("triton")
-        from tritune.autotune import resolve
-        from tritune.autotune import tune
+        from tritune.autotune import resolve, tune
 
         (target,) = tune.targets(tune.Options(["conv2d"], ["32x64x56x56,64x64x3x3,padding=1"], ["bf16"]))
         tunable, problem = target.identity()

@@ -480,7 +480,9 @@ class TestUsage:
             (["conv2d", "--shapes", "1x2x0x8,3x2x3x3"], "a size is a whole number from 1 on, not '0'"),
             (["conv2d", "8x16x14x14", "32x15x3x5"], "does not fit"),
             (["conv2d", "8x16x14", "32x16x3"], "this is a layer of conv1d"),
-            (["avg_pool2d", "8x16x14x14"], "this is a layer of max_pool2d"),
+            (["adaptive_avg_pool2d", "8x16x14x14,kernel=2"], "has no window: give it the size of the output"),
+            (["global_avg_pool", "8x16x14x14,size=2"], "global_avg_pool has no window"),
+            (["avg_pool2d", "8x16x14x14,size=2"], "avg_pool2d has no size"),
             (["conv2d", "8x16x14x14,16x32x2x2,transposed=1"], "No such option: transposed"),
             (["8x16x14x14", "32x16x3x3"], "shapes belong to one operator"),
             (["conv2d", "--shapes", "8x16x14x14", "--shapes", "8x16x14x14", "8x16x3x3"], "got 3"),
@@ -553,6 +555,13 @@ class TestUsage:
         pool = self.targets("max_pool2d", "--shapes", "2x8x9x9,kernel=3", "--dtype", "ieee", "--direction", "fwd,bwd")
         assert [target.identity()[0].name for target in pool] == ["pool", "pool_backward"]
         assert pool[0].case.dtype == "fp32" and "precision" not in pool[0].case.kwargs
+        for op, options, reduce in (
+            ("avg_pool2d", "kernel=3,padding=1", "mean"), ("lp_pool2d", "kernel=2", "norm2"),
+            ("adaptive_max_pool2d", "size=2", "max"), ("global_avg_pool", "", "mean"),
+        ):  # fmt: skip
+            (one,) = self.targets(op, "--shapes", ",".join(filter(None, ["2x8x9x9", options])))
+            tunable, problem = one.identity()
+            assert (one.case.op, problem.reduce) == (op, reduce)
         shapes = "2x16x9x9,16x16x3x3,padding=1,kernel=3,pool_stride=2"
         (fused,) = self.targets("conv2d_max_pool2d", "--shapes", shapes, "--direction", "fwd,bwd")
         tunable, problem = fused.identity()

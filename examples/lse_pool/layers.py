@@ -59,8 +59,8 @@ CASES = tuple(
 TUNED = tuple(LAYERS)
 
 
-def explicit(input: Shape, *, kernel: int = 8) -> Case:
-    return Case("explicit", "lse_pool1d", {"input": input}, {"kernel_size": kernel}, layout="", direction="fwd+bwd")
+def explicit(op: str, input: Shape, *, kernel: int = 8) -> Case:
+    return Case("explicit", op, {"input": input}, {"kernel_size": kernel}, layout="", direction="fwd+bwd")
 
 
 def kinds(one: Case) -> tuple[str, ...]:
