@@ -317,6 +317,28 @@ def test_planted_faults_are_named(launch, target, found):
         assert fault.startswith(expected)
 
 
+# --- what keeps strides single parameters ----------------------------------------------------------------------------
+
+
+@triton.jit(do_not_specialize=["strides"])
+def _takes_a_tuple(x_ptr, strides, BLOCK: tl.constexpr):
+    tl.store(x_ptr + tl.arange(0, BLOCK) * strides[0] * strides[1], 0.0)
+
+
+@pytest.mark.compat
+def test_a_tuple_of_strides_is_specialised():
+    """By value, whatever the kernel says, so that another batch would be compiled anew (docs/decisions.md, "Strides of
+    a kernel stay single parameters"). Where this fails, tuples can shorten the kernels' parameter lists."""
+    from triton.backends.compiler import GPUTarget
+    from triton.backends.nvidia.compiler import CUDABackend
+    from triton.runtime.jit import create_function_from_signature
+
+    backend = CUDABackend(GPUTarget("cuda", 90, 32))
+    bind = create_function_from_signature(_takes_a_tuple.signature, _takes_a_tuple.params, backend)
+    kinds = {strides: bind(torch.empty(64), strides, 64)[1][1] for strides in ((1, 7), (16, 7), (3, 7), (2**31, 7))}
+    assert len(set(kinds.values())) == len(kinds)
+
+
 # --- the baseline ----------------------------------------------------------------------------------------------------
 
 GOOD = static_profile.StaticProfile(100, 0, 1000, "HGMMA", 16, 16, 1000, 16)
