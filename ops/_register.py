@@ -17,7 +17,8 @@ NAMESPACE = __name__.split(".", 1)[0]
 _library = torch.library.Library(NAMESPACE, "FRAGMENT")
 _recording: dict[Any, Callable[..., Any]] = {}  # of each operator what records its gradient
 
-# Inside this block an operator's own implementation runs, not its autograd: the wrapping Function has recorded it.
+# Inside this block an operator's implementation runs, and not what its key for autograd would: a Function around the
+# block records the gradient, or none is needed.
 below_autograd = torch._C._AutoDispatchBelowAutograd
 
 
@@ -38,10 +39,11 @@ def register(
         autograd: returns the same and records the gradient; called only where one is asked for. Everybody who calls the
             operator without our public function (an exported program, another library) gets gradients through it.
         composite: the same in torch's operators, for a ``torch.func`` transform or a level of forward AD, into which an
-            exported program or another library may bring the operator: our public functions call none there.
+            exported program or another library may bring the operator. There our public functions call no operator.
     """
 
     def by_level(*call: Any) -> Any:
+        """What the operator's key for autograd runs."""
         if in_transform():
             if composite is None or call[-1] == "triton":
                 raise UnsupportedError(

@@ -26,7 +26,7 @@ from .pool_torch import (
     TORCH_FUNCTIONS,
     differentiable_gather,
     has_ceil_mode,
-    largest_window,
+    largest_windows,
     lp_gradient,
     lp_root,
     max_of_padded,
@@ -49,17 +49,18 @@ def kernel_window(space: Sequence[int], size: Sequence[int], windows: Sequence[S
 
     kernel_size, stride, padding, dilation = windows
     if not stride:
-        kernel_size = [largest_window(full, outs) for full, outs in zip(space, size, strict=True)]
+        kernel_size = largest_windows(space, size)
         beside = all(full == taps * outs for full, taps, outs in zip(space, kernel_size, size, strict=True))
         if beside and math.prod(size) > 1 and max(kernel_size) <= 8:
-            # Windows of one size beside each other; only small ones, so that few binaries are made.
+            # Windows of one size that lie beside each other are fixed ones too. Only small ones, so that few binaries
+            # are made.
             stride, padding = kernel_size, [0] * len(kernel_size)
     return Window.of(kernel_size, stride, padding, dilation or [1] * len(stride))
 
 
 def offset_dtype(space: Sequence[int], size: Sequence[int], kernel_size: Sequence[int]) -> torch.dtype:
-    """The narrowest integer that holds every tap of a window and one more. Of an adaptive one, whose sizes may be
-    symbols, by a simple bound of its taps."""
+    """The narrowest integer that holds every tap of a window and one number more. Of an adaptive window, whose sizes
+    may be symbols, a simple bound stands for the number of taps."""
     taps = math.prod(
         kernel_size or [(full + 2 * outs - 2) // outs if outs else 1 for full, outs in zip(space, size, strict=True)]
     )

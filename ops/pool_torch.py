@@ -22,8 +22,8 @@ TORCH_FUNCTIONS: dict[str, Callable[..., Any]] = {
 
 
 def torch_first(function: Callable[..., Any], input: Tensor, *options: Any) -> Any:
-    """What torch's function of that name returns; ``None`` where it raises, and for nothing pooled or to pool: there
-    the validator has the word."""
+    """What torch's function of that name returns. ``None``, which leaves the call to our validator, where that raises
+    and where its result has no elements."""
     rejected = rejections()
     try:
         result = TORCH_FUNCTIONS[function.__name__](input, *options)
@@ -112,32 +112,38 @@ def window_taps(
     return start.view(shape), inside.int().argmax(1).view(shape), inside.any(1).view(shape)
 
 
-def largest_window(size: int, outs: int) -> int:
-    """Taps of the largest adaptive window along one dimension."""
-    return -(-(size + outs - math.gcd(size, outs)) // max(1, outs))
+def largest_windows(space: Sequence[int], size: Sequence[int]) -> list[int]:
+    """Taps of the largest adaptive window along each dimension."""
+    pairs = zip(space, size, strict=True)
+    return [-(-(full + outs - math.gcd(full, outs)) // max(1, outs)) for full, outs in pairs]
+
+
+def _no_tap(dtype: torch.dtype) -> int:
+    """What the kernels write for a window that sees only padding: a number with all bits set."""
+    return 255 if dtype is torch.uint8 else -1
 
 
 def offsets_of(winners: Tensor, space: Sequence[int], windows: Sequence[Sequence[int]], dtype: torch.dtype) -> Tensor:
-    """Places in the image as taps of their windows; NONE where a window sees only padding."""
+    """Places in the image as taps of their windows; a window that sees only padding has none."""
     size = winners.shape[2:]
     kernel_size, stride, _, dilation = windows
-    taps = kernel_size or [largest_window(full, outs) for full, outs in zip(space, size, strict=True)]
+    taps = kernel_size or largest_windows(space, size)
     offsets, seen = torch.zeros_like(winners), torch.ones_like(winners, dtype=torch.bool)
     for dim, place in enumerate(_coordinates(winners, space)):
         start, _, sees = window_taps(dim, len(size), space, size, windows, winners.device)
         offsets = offsets * taps[dim] + (place - start) // (dilation[dim] if stride else 1)
         seen = seen & sees
-    return torch.where(seen, offsets, 255 if dtype is torch.uint8 else -1).to(dtype)
+    return torch.where(seen, offsets, _no_tap(dtype)).to(dtype)
 
 
 def places_of(winners: Tensor, space: Sequence[int], windows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor | None]:
-    """The winners as places in the image, and where there is one at all."""
+    """The winners as places in the image, and which windows have one; ``None`` where all have."""
     if winners.dtype is torch.int64:
         return winners, None
     size = winners.shape[2:]
     kernel_size, stride, _, dilation = windows
-    taps = kernel_size or [largest_window(full, outs) for full, outs in zip(space, size, strict=True)]
-    valid = winners != (255 if winners.dtype is torch.uint8 else -1)
+    taps = kernel_size or largest_windows(space, size)
+    valid = winners != _no_tap(winners.dtype)
     flat = torch.zeros_like(winners, dtype=torch.int64)
     for dim, tap in enumerate(_coordinates(torch.where(valid, winners, 0).long(), taps)):
         start, _, _ = window_taps(dim, len(size), space, size, windows, winners.device)
@@ -146,6 +152,7 @@ def places_of(winners: Tensor, space: Sequence[int], windows: Sequence[Sequence[
 
 
 def differentiable_gather(input: Tensor, winners: Tensor, windows: Sequence[Sequence[int]]) -> Tensor:
+    """The input at the winners' places, and 0 for a window that has none."""
     flat, valid = places_of(winners, input.shape[2:], windows)
     picked = input.flatten(2).gather(2, flat.flatten(2)).view(winners.shape)
     return picked if valid is None else picked * valid
@@ -157,8 +164,8 @@ def differentiable_gather(input: Tensor, winners: Tensor, windows: Sequence[Sequ
 def torch_avg(
     input: Tensor, kernel_size: Any, stride: Any, padding: Any, ceil_mode: bool, include_pad: bool, divisor: int
 ) -> Tensor:  # fmt: skip
-    """torch's function, batched or not; in three dimensions its CPU kernel has no 16-bit types, which autocast widens
-    for good."""
+    """torch's function, of a batch or of one sample. In three dimensions its kernel for the CPU has no 16-bit types:
+    they are computed in float32, and stay so under autocast."""
     rank = len(kernel_size)
     if rank == 1:
         y: Tensor = TORCH_FUNCTIONS["avg_pool1d"](input, kernel_size, stride, padding, ceil_mode, include_pad)
@@ -174,6 +181,7 @@ def torch_avg(
 def torch_mean(
     input: Tensor, size: Sequence[int], windows: Sequence[Sequence[int]], include_pad: bool, divisor: int
 ) -> Tensor:  # fmt: skip
+    """The mean over windows of any kind, with a result of just that size."""
     rank = len(size)
     if not windows[1]:
         y: Tensor = torch_adaptive("avg", rank)(input, size)
@@ -186,7 +194,8 @@ def torch_mean(
 def torch_mean_backward(
     dy: Tensor, space: Sequence[int], windows: Sequence[Sequence[int]], include_pad: bool, divisor: int
 ) -> Tensor:  # fmt: skip
-    """torch's own kernels know two and three dimensions, and look at the shape of x alone."""
+    """The gradient of :func:`torch_mean`. torch's own kernels for it know two and three dimensions, and of the input
+    they look at the shape alone."""
     rank, size = len(space), dy.shape[2:]
     if rank == 1:
         flat = [[0 if place == 2 else 1, *values] if values else [] for place, values in enumerate(windows)]
@@ -204,7 +213,7 @@ def torch_mean_backward(
 
 
 def lp_root(mean: Tensor, kernel_size: Sequence[int], norm_type: int | float) -> Tensor:
-    """A power average from the mean of the powers, as torch has it: its derivative where the mean is 0 is 0."""
+    """A power average from the mean of the powers. As in torch its derivative is 0 where the mean is 0."""
     return (torch.sign(mean) * F.relu(torch.abs(mean))).mul(math.prod(kernel_size)).pow(1.0 / norm_type)
 
 
@@ -224,7 +233,7 @@ def lp_gradient(
 
 
 def torch_unpool(input: Tensor, indices: Tensor, size: Any, stride: Any, padding: Any) -> Tensor:
-    """Batched or not."""
+    """torch's unpooling, of a batch or of one sample."""
     aten: Any = torch.ops.aten
     y: Tensor
     if len(size) == 1:
