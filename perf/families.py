@@ -5,13 +5,13 @@ Adding a family: a module with the names of :class:`Family`, and its line in FAM
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any, Protocol
 
 from torch import Tensor
 
-from ..autotune.config import TUNABLES, Config
+from ..autotune.config import TUNABLES
 from . import attention, conv, conv_pool, pool, rnn
 from .case import Case, Kernel, Layers, Operator
 
@@ -23,10 +23,7 @@ class Family(Protocol):
         OPERATORS: how the cases of each operator run.
         CASES: the layers to measure.
         TUNED: names of cases whose kernels a GPU run tunes, most important first.
-        TRAFFIC: the bytes that each kernel's loads and stores should move, from problem and config.
         layers: what ships for a target: ``(name, kernel, problem)``.
-        wgmma_rows: rows of the tiles that tensor cores multiply; 0 where a kernel has no products.
-        due_load_bytes: how wide every load has to be; 0 for any width.
         explicit: a training case from the shapes and options that ``tritune tune --shapes`` was given. Raises
             TypeError or ValueError.
         kinds: the kernels of a training case, forward first.
@@ -37,11 +34,8 @@ class Family(Protocol):
     OPERATORS: dict[str, Operator]
     CASES: tuple[Case, ...]
     TUNED: tuple[str, ...]
-    TRAFFIC: dict[str, Callable[[Any, Config], float]]
 
     def layers(self, target: str) -> Iterator[Layers]: ...
-    def wgmma_rows(self, kernel: str, problem: Any) -> int: ...
-    def due_load_bytes(self, kernel: str, problem: Any) -> int: ...
     def explicit(self, *shapes: Any, **options: Any) -> Case: ...
     def kinds(self, one: Case) -> tuple[str, ...]: ...
     def kernel_tensors(self, one: Case, kind: str, device: str, seed: int) -> dict[str, Tensor]: ...
@@ -53,7 +47,6 @@ FAMILIES: dict[str, Family] = {
 }  # modules as instances  # fmt: skip
 # Most important first, whatever the family.
 CASES = tuple(sorted((case for family in FAMILIES.values() for case in family.CASES), key=lambda case: case.rank))
-TRAFFIC = {kernel: formula for family in FAMILIES.values() for kernel, formula in family.TRAFFIC.items()}
 
 
 def family_of_op(op: str) -> str:
@@ -71,10 +64,6 @@ def header(case: Case) -> dict[str, Any]:
         "id": case.id, "family": family_of_op(case.op), "op": case.op, "shape": operator_of(case).describe(case),
         "dtype": case.precision, "layout": case.layout, "direction": case.direction,
     }  # fmt: skip
-
-
-def family_of_kernel(kernel: str) -> Family:
-    return next(family for family in FAMILIES.values() if kernel in family.TRAFFIC)
 
 
 def layers(target: str) -> Iterator[Layers]:

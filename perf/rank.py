@@ -43,7 +43,7 @@ def rank(target: str, selected: Sequence[Layers]) -> Iterator[tuple[str, Tunable
             one = compilers.attempt(
                 Row(target, tunable, layer, problem, config, 0, tunable.launches(problem, config)[0])
             )
-            found = faults(tunable.name, problem, one, target) if isinstance(one, StaticProfile) else [one]
+            found = faults(tunable, problem, one, target) if isinstance(one, StaticProfile) else [one]
             if isinstance(one, StaticProfile) and not found:
                 return config, one, passed_over
             passed_over.append(f"{dict(config)}: {'; '.join(found)}")

@@ -32,7 +32,7 @@ from ..autotune.resolve import resolve
 from ..autotune.store import sweep
 from ..paths import readable_file, writable_file
 from ..progress import Progress
-from .families import family_of_kernel, layers
+from .families import layers
 
 BASELINES = Path(__file__).resolve().parent / "baselines"
 TRITON = metadata.version("triton")
@@ -154,7 +154,7 @@ def _run(*command: object) -> str:
 # --- rules -----------------------------------------------------------------------------------------------------------
 
 
-def faults(kernel: str, problem: Any, one: StaticProfile, target: str) -> list[str]:
+def faults(tunable: Tunable, problem: Any, one: StaticProfile, target: str) -> list[str]:
     """What is wrong with a profile, whatever the baseline says; each names the rule."""
     found = []
     limit = named(target).smem_kb * 1024
@@ -162,19 +162,19 @@ def faults(kernel: str, problem: Any, one: StaticProfile, target: str) -> list[s
         found.append(f"spill: {one.spill_bytes} bytes a thread")
     if one.smem_bytes > limit:
         found.append(f"shared memory: {one.smem_bytes} bytes, the target has {limit}")
-    wanted = _wanted_mma(kernel, problem, target)
+    wanted = _wanted_mma(tunable, problem, target)
     if wanted and one.mma not in wanted:
         found.append(f"tensor cores: {one.mma or 'none'}, expected {wanted[0]}")
-    due = family_of_kernel(kernel).due_load_bytes(kernel, problem)
+    due = tunable.due_load_bytes(problem)
     if one.load_bytes < due:
         found.append(f"loads: {one.load_bytes} bytes wide, expected {due}")
     return found
 
 
-def _wanted_mma(kernel: str, problem: Any, target: str) -> tuple[str, ...]:
+def _wanted_mma(tunable: Tunable, problem: Any, target: str) -> tuple[str, ...]:
     """Products of full tiles use the matrix units, the largest that the target has; fp32 in full precision has none on
     NVIDIA. Tiles of fewer than 64 rows are too small for the units of sm_90 and sm_100."""
-    rows = family_of_kernel(kernel).wgmma_rows(kernel, problem)
+    rows = tunable.product_rows(problem)
     if not rows or (problem.precision == "ieee" and not target.startswith("gfx")):
         return ()
     if target.startswith("gfx"):
@@ -347,7 +347,7 @@ def main(options: Options) -> int:
             for done, (row, one) in enumerate(measure(selected, compilers.attempt, compilers.count), 1):
                 if isinstance(one, StaticProfile):
                     profiles[row.name] = one
-                    reasons = faults(row.tunable.name, row.problem, one, row.target) if row.is_main else []
+                    reasons = faults(row.tunable, row.problem, one, row.target) if row.is_main else []
                     reasons += regressions(old[row.name], one) if row.name in old and not options.update else []
                 else:
                     reasons = [one]

@@ -181,7 +181,7 @@ def compiled(kernel: Kernel, config: Config, target: str) -> tuple[dict[str, Any
         one = static.profile(kernel.tunable.launches(kernel.problem, config)[0], target)
     except (OSError, subprocess.CalledProcessError):
         return None, ""
-    return asdict(one), "; ".join(static.faults(kernel.tunable.name, kernel.problem, one, target))
+    return asdict(one), "; ".join(static.faults(kernel.tunable, kernel.problem, one, target))
 
 
 def in_words(error: BaseException) -> str:

@@ -1,7 +1,7 @@
 """Bytes that a kernel's load and store instructions move, counted in Triton's interpreter, and what they should be.
 
-The formulas are those at the heads of the kernels, in each family's TRAFFIC. Masked elements move nothing, so padding
-makes the count smaller.
+The formulas are those at the heads of the kernels: each kernel's ``Tunable.moved_bytes``. Masked elements move nothing,
+so padding makes the count smaller.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ import numpy as np
 import torch
 
 from ..autotune.config import Config, Tunable
-from .families import TRAFFIC
 
 LIMIT = 1.1  # how much more than its formula a kernel may move
 
@@ -103,9 +102,9 @@ def measure(
     return traffic
 
 
-def fault(kernel: str, problem: Any, config: Config, traffic: Traffic) -> str:
+def fault(tunable: Tunable, problem: Any, config: Config, traffic: Traffic) -> str:
     """What is wrong with a count, or nothing."""
-    expected = TRAFFIC[kernel](problem, config)
+    expected = tunable.moved_bytes(problem, config)
     if traffic.total > LIMIT * expected:
-        return f"traffic: {traffic.total / expected:.2f} times the formula of {kernel}"
+        return f"traffic: {traffic.total / expected:.2f} times the formula of {tunable.name}"
     return ""

@@ -91,7 +91,7 @@ def main(args: Options) -> int:
             return _usage("--static needs a --target: which GPU shall the configs be for?")
         if args.shapes or args.dtypes:
             return _usage("--static ranks what ships for a target: choose among that with -k")
-        kernels = {kernel for op in args.ops for kernel in FAMILIES[family_of_op(op)].TRAFFIC}
+        kernels = {tunable.name for op in args.ops for _, tunable, _ in FAMILIES[family_of_op(op)].layers(args.target)}
         return rank.run(args.target, kernels, args.pattern, args.out, dry_run=args.dry_run, as_json=args.json)
     if args.target:
         return _usage("--target goes with --static; without it this machine's GPU is measured")

@@ -59,6 +59,7 @@ TUNABLE = Tunable(
     lambda p, c, d: True,
     lambda p, c, d: Estimate(c.BLOCK, "memory"),
     lambda p, c: [],
+    moved_bytes=lambda p, c: 1.0,
 )
 
 
@@ -119,6 +120,6 @@ OPERATORS = {
     )
 }
 FAMILIES["planted"] = SimpleNamespace(  # type: ignore[assignment]
-    OPERATORS=OPERATORS, CASES=CASES, TUNED=("layer-100", "layer-200"), TRAFFIC={"planted": lambda p, c: 1.0},
+    OPERATORS=OPERATORS, CASES=CASES, TUNED=("layer-100", "layer-200"),
     layers=lambda target: iter(()), kinds=lambda one: ("fwd",), kernel_tensors=tensors, kernel_of=kernel_of,
 )  # fmt: skip

@@ -63,7 +63,7 @@ def test_shipped_configs(target, kernel):
     bad = {}
     for row, one in static.measure(selected, static.Row.profile):
         assert row.name in baseline
-        found = static.faults(kernel, row.problem, one, target) if row.is_main else []
+        found = static.faults(row.tunable, row.problem, one, target) if row.is_main else []
         found += static.regressions(baseline[row.name], one)
         if found:
             bad[row.name] = found
@@ -311,7 +311,7 @@ def planted(mode="none", block=64, warps=4, stages=3, steps=8):
     ],
 )
 def test_planted_faults_are_named(launch, target, found):
-    named_faults = static.faults("conv", CHANNELS_LAST, static.profile(launch, target), target)
+    named_faults = static.faults(conv.FORWARD, CHANNELS_LAST, static.profile(launch, target), target)
     assert len(named_faults) == len(found), named_faults
     for fault, expected in zip(named_faults, found, strict=True):
         assert fault.startswith(expected)
