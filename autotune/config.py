@@ -46,6 +46,10 @@ class Estimate(NamedTuple):
     bound: str
 
 
+def _zero(problem: Any) -> int:
+    return 0
+
+
 @dataclass(frozen=True)
 class Tunable:
     """One kernel as the tuner sees it. ``kernels/`` declares them; a *problem* is the kernel's own NamedTuple.
@@ -58,6 +62,9 @@ class Tunable:
         accepts: does this config serve this problem at all (block sizes, shared memory)?
         estimate: predicted time of a config, used to rank configs where nothing was measured.
         launches: every kernel launch of one call, on meta tensors, for compiling without a GPU.
+        moved_bytes: what the load and store instructions of these launches move, in bytes.
+        product_rows: rows of the tiles that the matrix units multiply; 0 where a kernel has no products.
+        due_load_bytes: how wide every load has to be; 0 for any width.
         version: raised by hand when a config's parameters change their meaning.
     """
 
@@ -67,6 +74,9 @@ class Tunable:
     accepts: Callable[[Any, Config, DeviceSpec], bool]
     estimate: Callable[[Any, Config, DeviceSpec], Estimate]
     launches: Callable[[Any, Config], list[Any]] = field(repr=False)
+    moved_bytes: Callable[[Any, Config], float] = field(repr=False)
+    product_rows: Callable[[Any], int] = field(default=_zero, repr=False)
+    due_load_bytes: Callable[[Any], int] = field(default=_zero, repr=False)
     version: int = 1
 
     @cached_property

@@ -17,7 +17,7 @@ formulas and the bytes of each pass stand at the head of the file that computes 
     attention_backward.py     the gradients of key and value, of query, and of a bias
     attention_normalize.py    rows of unit length, for cosine scores
     attention_problem.py      what a call is
-    attention_space.py        configs: which there are, which fit, how long they take
+    attention_space.py        configs: which there are, which fit, what they move, how long they take
 """
 
 from __future__ import annotations
@@ -38,10 +38,23 @@ from .attention_space import (
     TILES,
     accepts,
     accepts_rows,
+    due_load_bytes,
+    due_load_bytes_of_tiles,
     estimate,
     estimate_rows,
     features,
+    moved_bias_grad,
+    moved_delta,
+    moved_forward,
+    moved_key_value_grad,
+    moved_normalize,
+    moved_normalize_grad,
+    moved_query_grad,
     normalize_features,
+    product_rows_bias_grad,
+    product_rows_forward,
+    product_rows_key_value_grad,
+    product_rows_query_grad,
     row_features,
 )
 
@@ -254,39 +267,49 @@ def _normalize_grad_launches(p: NormalizeProblem, config: Config) -> list[Launch
 
 
 FORWARD = register(
-    Tunable("attention", TILES, features, partial(accepts, "forward"), partial(estimate, "forward"), _forward_launches)
-)
+    Tunable(
+        "attention", TILES, features, partial(accepts, "forward"), partial(estimate, "forward"), _forward_launches,
+        moved_bytes=moved_forward, product_rows=product_rows_forward, due_load_bytes=due_load_bytes_of_tiles,
+    )
+)  # fmt: skip
 DELTA = register(
-    Tunable("attention_delta", ROWS, row_features, accepts_rows, partial(estimate_rows, passes=2), _delta_launches)
-)
+    Tunable(
+        "attention_delta", ROWS, row_features, accepts_rows, partial(estimate_rows, passes=2), _delta_launches,
+        moved_bytes=moved_delta, due_load_bytes=due_load_bytes,
+    )
+)  # fmt: skip
+# lse and delta of the queries that pass are loaded four bytes each, as the products' layout wants: no width is due.
 KEY_VALUE_GRAD = register(
     Tunable(
         "attention_key_value_grad", TILES, features, partial(accepts, "key_value_grad"),
-        partial(estimate, "key_value_grad"), _key_value_grad_launches,
+        partial(estimate, "key_value_grad"), _key_value_grad_launches, moved_bytes=moved_key_value_grad,
+        product_rows=product_rows_key_value_grad,
     )
 )  # fmt: skip
 QUERY_GRAD = register(
     Tunable(
         "attention_query_grad", TILES, features, partial(accepts, "query_grad"), partial(estimate, "query_grad"),
-        _query_grad_launches,
+        _query_grad_launches, moved_bytes=moved_query_grad, product_rows=product_rows_query_grad,
+        due_load_bytes=due_load_bytes_of_tiles,
     )
 )  # fmt: skip
 BIAS_GRAD = register(
     Tunable(
         "attention_bias_grad", TILES, features, partial(accepts, "bias_grad"), partial(estimate, "bias_grad"),
-        _bias_grad_launches,
+        _bias_grad_launches, moved_bytes=moved_bias_grad, product_rows=product_rows_bias_grad,
+        due_load_bytes=due_load_bytes_of_tiles,
     )
 )  # fmt: skip
 NORMALIZE = register(
     Tunable(
         "attention_normalize", ROWS, normalize_features, accepts_rows, partial(estimate_rows, passes=2),
-        _normalize_launches,
+        _normalize_launches, moved_bytes=moved_normalize, due_load_bytes=due_load_bytes,
     )
 )  # fmt: skip
 NORMALIZE_GRAD = register(
     Tunable(
         "attention_normalize_grad", ROWS, normalize_features, accepts_rows, partial(estimate_rows, passes=3),
-        _normalize_grad_launches,
+        _normalize_grad_launches, moved_bytes=moved_normalize_grad, due_load_bytes=due_load_bytes,
     )
 )  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""Which configs the kernels of attention have, which of them fit a problem, and how long they take."""
+"""Which configs the kernels of attention have, which of them fit a problem, what they move and how long they take."""
 
 from __future__ import annotations
 
@@ -175,6 +175,115 @@ def estimate_rows(
         device, programs=cost.cdiv(rows, config.BLOCK_M), issued_bytes=moved, dram_bytes=moved, config=config,
         tile_bytes=config.BLOCK_M * size * p.dtype.itemsize, waste=_row_tile(p) / max(1, size),
     )  # fmt: skip
+
+
+# --- bytes moved: the formulas at the heads of the kernels ------------------------------------------------------------
+
+
+class _Walk(NamedTuple):
+    """What goes past the tiles of one head: how many rows in all, and how many pairs of query and key."""
+
+    rows: int
+    pairs: int
+
+
+def _walk_keys(p: AttentionProblem, config: Config) -> _Walk:
+    """The keys that go past the tiles of queries."""
+    rows = pairs = 0
+    for first in range(0, p.M, config.BLOCK_M):
+        end = p.N if p.shift is None else min(max(first + config.BLOCK_M + p.shift, 0), p.N)
+        keys = min(cost.cdiv(end, config.BLOCK_N) * config.BLOCK_N, p.N)
+        rows, pairs = rows + keys, pairs + keys * min(config.BLOCK_M, p.M - first)
+    return _Walk(rows, pairs)
+
+
+def _walk_queries(p: AttentionProblem, config: Config) -> _Walk:
+    """The queries that go past the tiles of keys."""
+    rows = pairs = 0
+    for first in range(0, p.N, config.BLOCK_N):
+        begin = 0 if p.shift is None else max(first - p.shift, 0) // config.BLOCK_M * config.BLOCK_M
+        queries = max(p.M - begin, 0)
+        rows, pairs = rows + queries, pairs + queries * min(config.BLOCK_N, p.N - first)
+    return _Walk(rows, pairs)
+
+
+def _score_bytes(p: AttentionProblem, pairs: int) -> int:
+    """Mask and bias, once a pair."""
+    return pairs * (p.masked + (p.bias.itemsize if p.bias else 0))
+
+
+def moved_forward(p: AttentionProblem, config: Config) -> float:
+    walk, numbers = _walk_keys(p, config), (p.D + p.DV) * p.dtype.itemsize
+    kept = 4 * p.parts if p.saves else 4
+    return float(p.B * p.H * ((p.M + walk.rows) * numbers + kept * p.M + _score_bytes(p, walk.pairs)))
+
+
+def moved_delta(p: AttentionProblem, config: Config) -> float:
+    return float(p.B * p.H * p.M * (2 * p.DV * p.dtype.itemsize + 4))
+
+
+def moved_key_value_grad(p: AttentionProblem, config: Config) -> float:
+    walk, numbers = _walk_queries(p, config), (p.D + p.DV) * p.dtype.itemsize
+    kept = 4 * p.parts + 4
+    queries = walk.rows * (numbers + kept) + _score_bytes(p, walk.pairs)
+    return float(p.B * p.H * (queries + 2 * p.N * numbers / p.group))
+
+
+def moved_query_grad(p: AttentionProblem, config: Config) -> float:
+    walk, e = _walk_keys(p, config), p.dtype.itemsize
+    own = p.M * ((2 * p.D + p.DV) * e + 4 * p.parts + 4)
+    return float(p.B * p.H * (own + walk.rows * (p.D + p.DV) * e + _score_bytes(p, walk.pairs)))
+
+
+def moved_bias_grad(p: AttentionProblem, config: Config) -> float:
+    tiles_m, tiles_n = cost.cdiv(p.M, config.BLOCK_M), cost.cdiv(p.N, config.BLOCK_N)
+    numbers = (p.D + p.DV) * p.dtype.itemsize
+    head = p.M * tiles_n * (numbers + 12) + p.N * tiles_m * numbers + _score_bytes(p, p.M * p.N)
+    written = p.bias.itemsize if p.bias else 0
+    for dim, size in (("b", p.B), ("h", p.H), ("m", p.M), ("n", p.N)):
+        written *= size if dim in p.bias_dims else 1
+    return float(p.B * p.H * head + written)
+
+
+def moved_normalize(p: NormalizeProblem, config: Config) -> float:
+    return float(p.rows * (2 * p.D * p.dtype.itemsize + 4))
+
+
+def moved_normalize_grad(p: NormalizeProblem, config: Config) -> float:
+    return float(p.rows * (3 * p.D * p.dtype.itemsize + 4))
+
+
+# --- what the compiler must make of the kernels -----------------------------------------------------------------------
+
+
+def product_rows_forward(p: AttentionProblem) -> int:
+    """The large units where a tile of 64 queries fits, else mma.sync."""
+    return 64 if p.M >= 64 and p.precision == "16" else 16
+
+
+def product_rows_query_grad(p: AttentionProblem) -> int:
+    """The same, but not for the widest heads."""
+    return product_rows_forward(p) if p.D <= 128 else 16
+
+
+def product_rows_key_value_grad(p: AttentionProblem) -> int:
+    """The same by tiles of keys."""
+    return 64 if p.N >= 64 and p.D <= 128 and p.precision == "16" else 16
+
+
+def product_rows_bias_grad(p: AttentionProblem) -> int:
+    """Few tiles of a bias walk all that it was broadcast to, so they are small."""
+    return 16
+
+
+def due_load_bytes(p: AttentionProblem | NormalizeProblem) -> int:
+    """16 bytes a load for 16-bit heads of eights."""
+    return 16 if p.dtype.itemsize == 2 and p.D % 8 == 0 else 0
+
+
+def due_load_bytes_of_tiles(p: AttentionProblem) -> int:
+    """The same, but a mask or bias is loaded as the products' layout wants it."""
+    return 0 if p.masked or p.bias else due_load_bytes(p)
 
 
 # --- keys of the store -----------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ products and the bytes of each pass stand at the head of the file that computes 
     conv_weight_grad.py    gradient of the weights
     conv_epilogue.py       epilogue and its gradient, sums of split reductions
     conv_problem.py        what a convolution is, and tensors as the kernels read them
-    conv_space.py          configs: which there are, which fit, how long they take
+    conv_space.py          configs: which there are, which fit, what they move, how long they take
 
 Everything is deterministic: a split reduction writes partial sums that a second kernel adds in order. No atomics.
 """
@@ -71,12 +71,22 @@ from .conv_space import (
     accepts_forward,
     accepts_transpose,
     accepts_weight_grad,
+    due_load_bytes,
+    due_load_bytes_epilogue_grad,
+    due_load_bytes_weight_grad,
     epilogue_features,
     estimate_epilogue_grad,
     estimate_forward,
     estimate_transpose,
     estimate_weight_grad,
     features,
+    moved_epilogue_grad,
+    moved_forward,
+    moved_transpose,
+    moved_weight_grad,
+    product_rows_forward,
+    product_rows_transpose,
+    product_rows_weight_grad,
 )
 from .conv_transpose import conv_transpose_kernel
 from .conv_weight_grad import conv_weight_grad_kernel
@@ -337,20 +347,29 @@ def _epilogue_launches(p: EpilogueProblem, config: Config) -> list[Launch]:
     return plan_epilogue_grad(p, config, y, saved, g, bias_grad, "relu" if p.has_saved else "none")
 
 
-FORWARD = register(Tunable("conv", FORWARD_CONFIGS, features, accepts_forward, estimate_forward, _forward_launches))
+FORWARD = register(
+    Tunable(
+        "conv", FORWARD_CONFIGS, features, accepts_forward, estimate_forward, _forward_launches,
+        moved_bytes=moved_forward, product_rows=product_rows_forward, due_load_bytes=due_load_bytes,
+    )
+)  # fmt: skip
 TRANSPOSE = register(
-    Tunable("conv_transpose", TRANSPOSE_CONFIGS, features, accepts_transpose, estimate_transpose, _transpose_launches)
-)
+    Tunable(
+        "conv_transpose", TRANSPOSE_CONFIGS, features, accepts_transpose, estimate_transpose, _transpose_launches,
+        moved_bytes=moved_transpose, product_rows=product_rows_transpose, due_load_bytes=due_load_bytes,
+    )
+)  # fmt: skip
 WEIGHT_GRAD = register(
     Tunable(
         "conv_weight_grad", WEIGHT_GRAD_CONFIGS, features, accepts_weight_grad, estimate_weight_grad,
-        _weight_grad_launches,
+        _weight_grad_launches, moved_bytes=moved_weight_grad, product_rows=product_rows_weight_grad,
+        due_load_bytes=due_load_bytes_weight_grad,
     )
 )  # fmt: skip
 EPILOGUE_GRAD = register(
     Tunable(
         "conv_epilogue_grad", EPILOGUE_CONFIGS, epilogue_features, accepts_epilogue_grad, estimate_epilogue_grad,
-        _epilogue_launches,
+        _epilogue_launches, moved_bytes=moved_epilogue_grad, due_load_bytes=due_load_bytes_epilogue_grad,
     )
 )  # fmt: skip
 

@@ -36,7 +36,7 @@ from .conv_direct_tiles import MAX_ROWS, equal_block, first_run, last_run, reads
 from .conv_direct_transpose import block_input, direct_transpose_kernel
 from .conv_direct_weight_grad import direct_rows_weight_grad_kernel, direct_weight_grad_kernel
 from .conv_problem import ConvProblem, Epilogue, Geometry, channels_last, empty_output, meta_tensors, problem_of
-from .conv_space import features
+from .conv_space import due_load_bytes, features
 from .conv_windows import X_STRIDES, Y_STRIDES
 
 CHANNELS = (1, 2, 4, 8)  # of a group, and filters of a group, that the kernels know
@@ -340,7 +340,7 @@ def _weight_grad_accepts(p: ConvProblem, config: Config, device: DeviceSpec) -> 
 # --- bytes moved: by the formulas at the heads of the kernels, less what lies outside the image -----------------------
 
 
-def forward_bytes(p: ConvProblem, config: Config) -> float:
+def _moved_forward(p: ConvProblem, config: Config) -> float:
     filters = p.K * p.geometry.groups
     weights = _programs(p, config) * p.taps * p.C
     if "BLOCK_Q" in config:
@@ -354,9 +354,9 @@ def forward_bytes(p: ConvProblem, config: Config) -> float:
     return float((read + p.pixels * filters) * p.itemsize + 4 * weights)
 
 
-def transpose_bytes(p: ConvProblem, config: Config) -> float:
+def _moved_transpose(p: ConvProblem, config: Config) -> float:
     if p.geometry.parities == 1:
-        return forward_bytes(_turned(p), config)
+        return _moved_forward(_turned(p), config)
     channels, unit_c = p.C * p.geometry.groups, "BLOCK_Q" not in config
     inputs = math.prod(
         sum(_inside(size, -i, 1, blocks) for i in {block_input(tap, *shape) for tap in range(taps)})
@@ -370,7 +370,7 @@ def transpose_bytes(p: ConvProblem, config: Config) -> float:
     return float((read + p.image_pixels * channels) * p.itemsize + 4 * tiles * p.taps * p.K * channels)
 
 
-def weight_grad_bytes(p: ConvProblem, config: Config) -> float:
+def _moved_weight_grad(p: ConvProblem, config: Config) -> float:
     filters, (t, r, s) = p.K * p.geometry.groups, p.window
     weights = filters * p.taps
     if "BLOCK_Q" in config:
@@ -480,7 +480,7 @@ def _forward_estimate(p: ConvProblem, config: Config, device: DeviceSpec) -> Est
     rows = config.get("ROWS", 1)
     return _stream(
         p, config, device, programs=_programs(p, config), results=cost.cdiv(results, rows),
-        tile=_tile(p, config, _dense_run(p)), issued=forward_bytes(p, config),
+        tile=_tile(p, config, _dense_run(p)), issued=_moved_forward(p, config),
     )  # fmt: skip
 
 
@@ -492,7 +492,7 @@ def _transpose_estimate(p: ConvProblem, config: Config, device: DeviceSpec) -> E
     programs = cost.cdiv(_blocks(p), tile // block_c) * cost.cdiv(channels, block_c)
     return _stream(
         p, config, device, programs=programs, results=_blocks(p) * channels, tile=tile,
-        issued=transpose_bytes(p, config),
+        issued=_moved_transpose(p, config),
     )  # fmt: skip
 
 
@@ -512,13 +512,18 @@ def _weight_grad_estimate(p: ConvProblem, config: Config, device: DeviceSpec) ->
     return cost.stream(
         device,
         programs=programs,
-        issued_bytes=weight_grad_bytes(p, config),
+        issued_bytes=_moved_weight_grad(p, config),
         dram_bytes=p.minimal_bytes() + 8.0 * splits * filters * p.taps,
         config=config,
         tile_bytes=_tile(p, config, run) * p.itemsize,
         waste=waste * (columns * config.get("BLOCK_C", 1)) / filters,
         flops=p.flops,
     )
+
+
+def _due_load_bytes(p: ConvProblem) -> int:
+    """A load goes over the channels of neighbouring groups."""
+    return due_load_bytes(p, p.geometry.groups)
 
 
 def _forward_launches(p: ConvProblem, config: Config) -> list[Launch]:
@@ -536,16 +541,22 @@ def _weight_grad_launches(p: ConvProblem, config: Config) -> list[Launch]:
     return plan_weight_grad(p, config, x, y, w)
 
 
-FORWARD = register(Tunable("conv_direct", CONFIGS, features, _forward_accepts, _forward_estimate, _forward_launches))
+FORWARD = register(
+    Tunable(
+        "conv_direct", CONFIGS, features, _forward_accepts, _forward_estimate, _forward_launches,
+        moved_bytes=_moved_forward, due_load_bytes=_due_load_bytes,
+    )
+)  # fmt: skip
 TRANSPOSE = register(
     Tunable(
-        "conv_direct_transpose", CONFIGS, features, _transpose_accepts, _transpose_estimate, _transpose_launches
+        "conv_direct_transpose", CONFIGS, features, _transpose_accepts, _transpose_estimate, _transpose_launches,
+        moved_bytes=_moved_transpose, due_load_bytes=_due_load_bytes,
     )
 )  # fmt: skip
 WEIGHT_GRAD = register(
     Tunable(
         "conv_direct_weight_grad", WEIGHT_GRAD_CONFIGS, features, _weight_grad_accepts, _weight_grad_estimate,
-        _weight_grad_launches,
+        _weight_grad_launches, moved_bytes=_moved_weight_grad, due_load_bytes=_due_load_bytes,
     )
 )  # fmt: skip
 

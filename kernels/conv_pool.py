@@ -355,7 +355,35 @@ def _launches(p: ConvPoolProblem, config: Config) -> list[Launch]:
     return plan(p, config, x, w, y, Epilogue(bias=w.new_empty(y.shape[1]), activation="relu"))
 
 
-CONV_MAX_POOL = register(Tunable("conv_max_pool", CONFIGS, _features, _accepts, _estimate, _launches))
+def _moved_bytes(p: ConvPoolProblem, config: Config) -> float:
+    """The formula at the head of this file."""
+    conv, (strips, blocks) = p.conv, p.lanes(config)
+    tiles_m = cost.cdiv(conv.N * strips * blocks, config.BLOCK_M)
+    tiles_n = cost.cdiv(conv.K, config.BLOCK_N)
+    taps = conv.taps * (conv.C - conv.tail)
+    weights = tiles_m * p.pixels_a_lane(config) * conv.K * conv.taps * conv.C
+    elements = tiles_n * p.pixels(config) * taps + weights + p.pooled * conv.K
+    return float(elements * conv.geometry.groups * conv.itemsize)
+
+
+def _product_rows(p: ConvPoolProblem) -> int:
+    return p.pooled
+
+
+def _due_load_bytes(p: ConvPoolProblem) -> int:
+    """16 bytes a load for 16-bit channels in eights; 8 where the rows of a narrow image's windows end in fours."""
+    conv = p.conv
+    if conv.itemsize != 2 or conv.C % 8 or conv.K % 8:
+        return 0
+    return 8 if conv.tail % 8 else 16
+
+
+CONV_MAX_POOL = register(
+    Tunable(
+        "conv_max_pool", CONFIGS, _features, _accepts, _estimate, _launches, moved_bytes=_moved_bytes,
+        product_rows=_product_rows, due_load_bytes=_due_load_bytes,
+    )
+)  # fmt: skip
 
 
 # --- call ------------------------------------------------------------------------------------------------------------

@@ -1,7 +1,8 @@
-"""Which configs the kernels of convolution have, which of them fit a problem, and how long they take."""
+"""Which configs the kernels of convolution have, which of them fit a problem, what they move and how long they take."""
 
 from __future__ import annotations
 
+import itertools
 import math
 
 from ..autotune import cost
@@ -244,6 +245,87 @@ def estimate_epilogue_grad(p: EpilogueProblem, config: Config, device: DeviceSpe
         tile_bytes=config.BLOCK_M * config.BLOCK_N * p.dtype.itemsize,
         waste=columns * config.BLOCK_N / max(1, p.K),
     )
+
+
+# --- bytes moved: the formulas at the heads of the kernels ------------------------------------------------------------
+
+
+def moved_forward(p: ConvProblem, config: Config) -> float:
+    tiles_m, tiles_n = _row_tiles(p, config, p.pixels, turned=False), cost.cdiv(p.K, config.BLOCK_N)
+    output = p.pixels * p.K
+    split = config.get("SPLIT_K", 1)
+    partial = 8 * split * output if split > 1 else 0
+    reduction = p.taps * p.C
+    bytes_a_group = (tiles_n * p.pixels * reduction + tiles_m * p.K * reduction + output) * p.itemsize + partial
+    return float(p.geometry.groups * bytes_a_group)
+
+
+def moved_transpose(p: ConvProblem, config: Config) -> float:
+    g = p.geometry
+    tiles_n = cost.cdiv(p.C, config.BLOCK_N)
+    weights = 0
+    rows = p.N * math.prod(cost.cdiv(size, step) for size, step in zip(p.image, g.stride, strict=True))
+    for parity in itertools.product(*(range(step) for step in g.stride)):
+        taps = math.prod(
+            sum((tap * dil) % step == place for tap in range(window))
+            for place, window, step, dil in zip(parity, p.window, g.stride, g.dilation, strict=True)
+        )
+        weights += _row_tiles(p, config, rows, turned=True) * taps * p.K * p.C
+    output = p.image_pixels * p.C
+    split = config.get("SPLIT_K", 1)
+    partial = 8 * split * output if split > 1 else 0
+    gathered = tiles_n * p.pixels * p.taps * p.K
+    return float(g.groups * ((gathered + weights + output) * p.itemsize + partial))
+
+
+def moved_weight_grad(p: ConvProblem, config: Config) -> float:
+    merged = merged_groups(p)
+    columns, rows = p.taps * p.C * merged, p.K * merged
+    tiles_m, tiles_n = cost.cdiv(rows, config.BLOCK_M), cost.cdiv(columns, config.BLOCK_N)
+    stored = p.taps * p.C * p.K * p.geometry.groups
+    partial = 8 * config.SPLIT_K * stored if config.SPLIT_K > 1 else 0
+    operands = (tiles_m * p.pixels * columns + tiles_n * p.pixels * rows) * (p.geometry.groups // merged)
+    return float((operands + stored) * p.itemsize + partial)
+
+
+def moved_epilogue_grad(p: EpilogueProblem, config: Config) -> float:
+    splits = max(1, min(config.SPLIT_M, cost.cdiv(p.M, config.BLOCK_M)))
+    return p.minimal_bytes() + p.has_bias * p.K * (8 * splits + p.dtype.itemsize)
+
+
+def _row_tiles(p: ConvProblem, config: Config, rows: int, turned: bool) -> int:
+    """Tiles of the product's rows: of all of them, or of each line of the result."""
+    return line_tiles(p, config.BLOCK_M, turned) if "TMA" in config else cost.cdiv(rows, config.BLOCK_M)
+
+
+# --- what the compiler must make of the kernels -----------------------------------------------------------------------
+
+
+def product_rows_forward(p: ConvProblem) -> int:
+    return p.pixels
+
+
+def product_rows_transpose(p: ConvProblem) -> int:
+    return p.image_pixels // p.geometry.parities
+
+
+def product_rows_weight_grad(p: ConvProblem) -> int:
+    return p.K * merged_groups(p)
+
+
+def due_load_bytes(p: ConvProblem, groups: int = 1) -> int:
+    """16 bytes a load for 16-bit channels last, where the channels of ``groups`` groups that are read together come in
+    eights; else any width."""
+    is_wide = p.C * groups % 8 == 0 and p.K * groups % 8 == 0
+    return 16 if p.itemsize == 2 and p.channels_last and is_wide else 0
+
+
+def due_load_bytes_weight_grad(p: ConvProblem) -> int:
+    return due_load_bytes(p, merged_groups(p))
+
+
+def due_load_bytes_epilogue_grad(p: EpilogueProblem) -> int:
+    return 16 if p.dtype.itemsize == 2 and p.K % 8 == 0 else 0
 
 
 # --- keys of the store -----------------------------------------------------------------------------------------------

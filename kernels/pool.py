@@ -56,11 +56,18 @@ from .pool_space import (
     accepts_forward,
     accepts_global,
     accepts_pixels,
+    due_load_bytes,
+    due_load_bytes_backward,
     estimate_backward,
     estimate_forward,
     estimate_gather,
     estimate_global,
     features,
+    moved_backward,
+    moved_forward,
+    moved_gather,
+    moved_global,
+    moved_unpool,
 )
 from .pool_unpool import pool_gather_kernel, unpool_strays_kernel
 from .pool_windows import INDEX_STRIDES, SAVED_X_STRIDES, SAVED_Y_STRIDES, X_STRIDES, Y_STRIDES
@@ -302,15 +309,37 @@ def _gather_launches(p: PoolProblem, config: Config) -> list[Launch]:
     return plan_gather(p, config, x, index, y)
 
 
-FORWARD = register(Tunable("pool", FORWARD_CONFIGS, features, accepts_forward, estimate_forward, _forward_launches))
-GLOBAL = register(Tunable("global_pool", GLOBAL_CONFIGS, features, accepts_global, estimate_global, _global_launches))
+FORWARD = register(
+    Tunable(
+        "pool", FORWARD_CONFIGS, features, accepts_forward, estimate_forward, _forward_launches,
+        moved_bytes=moved_forward, due_load_bytes=due_load_bytes,
+    )
+)  # fmt: skip
+GLOBAL = register(
+    Tunable(
+        "global_pool", GLOBAL_CONFIGS, features, accepts_global, estimate_global, _global_launches,
+        moved_bytes=moved_global, due_load_bytes=due_load_bytes,
+    )
+)  # fmt: skip
 BACKWARD = register(
-    Tunable("pool_backward", BACKWARD_CONFIGS, features, accepts_backward, estimate_backward, _backward_launches)
-)
+    Tunable(
+        "pool_backward", BACKWARD_CONFIGS, features, accepts_backward, estimate_backward, _backward_launches,
+        moved_bytes=moved_backward, due_load_bytes=due_load_bytes_backward,
+    )
+)  # fmt: skip
+# What is gathered, and strays, lie anywhere: no width is due.
 UNPOOL = register(
-    Tunable("max_unpool", BACKWARD_CONFIGS, features, accepts_backward, estimate_backward, _unpool_launches)
-)
-GATHER = register(Tunable("pool_gather", GATHER_CONFIGS, features, accepts_pixels, estimate_gather, _gather_launches))
+    Tunable(
+        "max_unpool", BACKWARD_CONFIGS, features, accepts_backward, estimate_backward, _unpool_launches,
+        moved_bytes=moved_unpool,
+    )
+)  # fmt: skip
+GATHER = register(
+    Tunable(
+        "pool_gather", GATHER_CONFIGS, features, accepts_pixels, estimate_gather, _gather_launches,
+        moved_bytes=moved_gather,
+    )
+)  # fmt: skip
 
 
 # --- calls -----------------------------------------------------------------------------------------------------------

@@ -143,8 +143,8 @@ def accepts_global(p: PoolProblem, config: Config, device: DeviceSpec) -> bool:
 # --- bytes moved -----------------------------------------------------------------------------------------------------
 
 
-def issued_forward(p: PoolProblem, config: Config) -> float:
-    """Bytes that loads and stores move, if every tap lies in the image: the formulas of this file's head."""
+def moved_forward(p: PoolProblem, config: Config) -> float:
+    """Bytes that loads and stores move, if every tap lies in the image: the formulas at the head of the kernels."""
     _, y = p.elements()
     stored = y * (p.dtype.itemsize + p.index_bytes)
     if "BLOCK_W" not in config:
@@ -155,7 +155,7 @@ def issued_forward(p: PoolProblem, config: Config) -> float:
     return float(rows * band * p.dtype.itemsize + stored)
 
 
-def issued_backward(p: PoolProblem, config: Config) -> float:
+def moved_backward(p: PoolProblem, config: Config) -> float:
     """Bytes that loads and stores move, if every tap and every window lies in the image."""
     x, y = p.elements()
     e, most = p.dtype.itemsize, p.most_windows()
@@ -176,10 +176,31 @@ def issued_backward(p: PoolProblem, config: Config) -> float:
     return float(rows * (p.out[2] if tiles == 1 else band) * (e + saved) + stored)
 
 
-def issued_global(p: PoolProblem, config: Config) -> float:
+def moved_global(p: PoolProblem, config: Config) -> float:
     rows, split = p.N * p.C, plane_parts(p, config)
     parts = 0 if split == 1 else 2 * split * rows * (4 + 4 * (p.index_bytes > 0))
     return p.forward_bytes() + parts
+
+
+def moved_gather(p: PoolProblem, config: Config) -> float:
+    _, y = p.elements()
+    return float(y * (2 * p.dtype.itemsize + p.index_bytes))
+
+
+def moved_unpool(p: PoolProblem, config: Config) -> float:
+    """What the gather moves, and each index once more to see that it lies in its own window."""
+    _, y = p.elements()
+    return moved_backward(p, config) + y * p.index_bytes
+
+
+def due_load_bytes(p: PoolProblem) -> int:
+    """16 bytes a load for 16-bit channels last with channels in eights."""
+    return 16 if p.dtype.itemsize == 2 and p.layout == "nhwc" and p.C % 8 == 0 else 0
+
+
+def due_load_bytes_backward(p: PoolProblem) -> int:
+    """The same, but taps of one byte come eight at a time."""
+    return min(due_load_bytes(p), 8 if p.index_bytes else 16)
 
 
 # --- estimated time --------------------------------------------------------------------------------------------------
@@ -209,16 +230,15 @@ def _stream(
 
 
 def estimate_forward(p: PoolProblem, config: Config, device: DeviceSpec) -> Estimate:
-    return _stream(p, config, device, p.out, issued_forward(p, config), p.forward_bytes())
+    return _stream(p, config, device, p.out, moved_forward(p, config), p.forward_bytes())
 
 
 def estimate_backward(p: PoolProblem, config: Config, device: DeviceSpec) -> Estimate:
-    return _stream(p, config, device, p.space, issued_backward(p, config), p.backward_bytes())
+    return _stream(p, config, device, p.space, moved_backward(p, config), p.backward_bytes())
 
 
 def estimate_gather(p: PoolProblem, config: Config, device: DeviceSpec) -> Estimate:
-    _, y = p.elements()
-    moved = float(y * (2 * p.dtype.itemsize + p.index_bytes))
+    moved = moved_gather(p, config)
     return _stream(p, config, device, p.out, moved, moved)
 
 
@@ -226,7 +246,7 @@ def estimate_global(p: PoolProblem, config: Config, device: DeviceSpec) -> Estim
     L, rows = math.prod(p.space), p.N * p.C
     tiles = p.N * cost.cdiv(p.C, config.BLOCK_C) if p.layout == "nhwc" else cost.cdiv(rows, config.BLOCK_C)
     covered = tiles * config.BLOCK_C * cost.cdiv(L, config.BLOCK_L * config.SPLIT) * config.BLOCK_L * config.SPLIT
-    moved = issued_global(p, config)
+    moved = moved_global(p, config)
     estimate = cost.stream(
         device, programs=tiles * config.SPLIT, issued_bytes=moved, dram_bytes=moved, config=config,
         tile_bytes=config.BLOCK_L * config.BLOCK_C * p.dtype.itemsize, waste=covered / max(1, L * rows),

@@ -419,10 +419,46 @@ def _backward_launches(p: RnnProblem, config: Config) -> list[Launch]:
     )  # fmt: skip
 
 
-FORWARD = register(Tunable("rnn", CONFIGS, _features, _forward_accepts, _forward_estimate, _forward_launches))
+def _forward_moved(p: RnnProblem, config: Config) -> float:
+    return p.forward_bytes() + _weight_bytes(p, config) + _state_bytes(p)
+
+
+def _backward_moved(p: RnnProblem, config: Config) -> float:
+    return p.backward_bytes() + _weight_bytes(p, config) + _state_bytes(p)
+
+
+def _weight_bytes(p: RnnProblem, config: Config) -> float:
+    """Each program loads all weights of its direction."""
+    return float(_programs(p, config) * GATES[p.cell] * p.H**2 * p.dtype.itemsize)
+
+
+def _state_bytes(p: RnnProblem) -> float:
+    """The first and the last h, and LSTM's c."""
+    return float(2 * p.directions * p.B * p.H * p.dtype.itemsize * (2 if p.cell == "lstm" else 1))
+
+
+def _product_rows(p: RnnProblem) -> int:
+    """A tile has 16 sequences and up, and the hidden units: mma.sync and the larger units both serve."""
+    return 16
+
+
+def _due_load_bytes(p: RnnProblem) -> int:
+    """8 bytes a load for 16-bit states of eights, where a tile has that much for every thread of two warps."""
+    return 8 if p.dtype.itemsize == 2 and p.H % 8 == 0 and p.block_h >= 64 else 0
+
+
+FORWARD = register(
+    Tunable(
+        "rnn", CONFIGS, _features, _forward_accepts, _forward_estimate, _forward_launches,
+        moved_bytes=_forward_moved, product_rows=_product_rows, due_load_bytes=_due_load_bytes,
+    )
+)  # fmt: skip
 BACKWARD = register(
-    Tunable("rnn_backward", CONFIGS, _features, _backward_accepts, _backward_estimate, _backward_launches)
-)
+    Tunable(
+        "rnn_backward", CONFIGS, _features, _backward_accepts, _backward_estimate, _backward_launches,
+        moved_bytes=_backward_moved, product_rows=_product_rows, due_load_bytes=_due_load_bytes,
+    )
+)  # fmt: skip
 
 
 # --- calls -----------------------------------------------------------------------------------------------------------

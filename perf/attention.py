@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -10,8 +10,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..autotune.config import Config
-from ..autotune.cost import cdiv
 from ..autotune.device import DeviceSpec
 from ..autotune.workload import (
     ALL_LAYERS,
@@ -97,104 +95,6 @@ def layers(target: str) -> Iterator[Layers]:
                 rows = kernels.NormalizeProblem(layer.B * layer.H * layer.M, layer.D, dtype)
                 yield f"{name}-{label}", kernels.NORMALIZE, rows
                 yield f"{name}-{label}", kernels.NORMALIZE_GRAD, rows
-
-
-# --- what the compiler must make of them -----------------------------------------------------------------------------
-
-STREAMS = ("attention_delta", "attention_normalize", "attention_normalize_grad")
-
-
-def wgmma_rows(kernel: str, problem: Any) -> int:
-    """The large units where a tile of 64 queries or keys fits: not in the gradients of the widest heads, nor where few
-    tiles of a bias walk all that it was broadcast to."""
-    if kernel in STREAMS:
-        return 0
-    if kernel == "attention_bias_grad":
-        return 16
-    rows = problem.N if kernel == "attention_key_value_grad" else problem.M
-    return 64 if rows >= 64 and (problem.D <= 128 or kernel == "attention") and problem.precision == "16" else 16
-
-
-def due_load_bytes(kernel: str, problem: Any) -> int:
-    """16 bytes a load for 16-bit heads of eights; a mask or bias is loaded as the products' layout wants it, and so are
-    the lse and delta of the queries that pass, four bytes each."""
-    if problem.dtype.itemsize != 2 or problem.D % 8 or kernel == "attention_key_value_grad":
-        return 0
-    return 16 if kernel in STREAMS or not (problem.masked or problem.bias) else 0
-
-
-# --- bytes that load and store instructions move: the formulas at the kernels' heads ----------------------------------
-
-
-class _Walk(NamedTuple):
-    """Over the tiles of one head: how many rows pass in all, and how many pairs."""
-
-    rows: int
-    pairs: int
-
-
-def _walk_keys(p: Any, config: Config) -> _Walk:
-    """Tiles of queries, past which the keys go."""
-    rows = pairs = 0
-    for first in range(0, p.M, config.BLOCK_M):
-        end = p.N if p.shift is None else min(max(first + config.BLOCK_M + p.shift, 0), p.N)
-        keys = min(cdiv(end, config.BLOCK_N) * config.BLOCK_N, p.N)
-        rows, pairs = rows + keys, pairs + keys * min(config.BLOCK_M, p.M - first)
-    return _Walk(rows, pairs)
-
-
-def _walk_queries(p: Any, config: Config) -> _Walk:
-    """Tiles of keys, past which the queries go."""
-    rows = pairs = 0
-    for first in range(0, p.N, config.BLOCK_N):
-        begin = 0 if p.shift is None else max(first - p.shift, 0) // config.BLOCK_M * config.BLOCK_M
-        queries = max(p.M - begin, 0)
-        rows, pairs = rows + queries, pairs + queries * min(config.BLOCK_N, p.N - first)
-    return _Walk(rows, pairs)
-
-
-def _score_bytes(p: Any, pairs: int) -> int:
-    return pairs * (p.masked + (p.bias.itemsize if p.bias else 0))
-
-
-def _forward_bytes(p: Any, config: Config) -> float:
-    walk, numbers = _walk_keys(p, config), (p.D + p.DV) * p.dtype.itemsize
-    kept = 4 * p.parts if p.saves else 4
-    return float(p.B * p.H * ((p.M + walk.rows) * numbers + kept * p.M + _score_bytes(p, walk.pairs)))
-
-
-def _key_value_grad_bytes(p: Any, config: Config) -> float:
-    walk, numbers = _walk_queries(p, config), (p.D + p.DV) * p.dtype.itemsize
-    kept = 4 * p.parts + 4
-    queries = walk.rows * (numbers + kept) + _score_bytes(p, walk.pairs)
-    return float(p.B * p.H * (queries + 2 * p.N * numbers / p.group))
-
-
-def _query_grad_bytes(p: Any, config: Config) -> float:
-    walk, e = _walk_keys(p, config), p.dtype.itemsize
-    own = p.M * ((2 * p.D + p.DV) * e + 4 * p.parts + 4)
-    return float(p.B * p.H * (own + walk.rows * (p.D + p.DV) * e + _score_bytes(p, walk.pairs)))
-
-
-def _bias_grad_bytes(p: Any, config: Config) -> float:
-    tiles_m, tiles_n = cdiv(p.M, config.BLOCK_M), cdiv(p.N, config.BLOCK_N)
-    numbers = (p.D + p.DV) * p.dtype.itemsize
-    head = p.M * tiles_n * (numbers + 12) + p.N * tiles_m * numbers + _score_bytes(p, p.M * p.N)
-    written = p.bias.itemsize
-    for dim, size in (("b", p.B), ("h", p.H), ("m", p.M), ("n", p.N)):
-        written *= size if dim in p.bias_dims else 1
-    return float(p.B * p.H * head + written)
-
-
-TRAFFIC: dict[str, Callable[[Any, Config], float]] = {
-    "attention": _forward_bytes,
-    "attention_delta": lambda p, config: float(p.B * p.H * p.M * (2 * p.DV * p.dtype.itemsize + 4)),
-    "attention_key_value_grad": _key_value_grad_bytes,
-    "attention_query_grad": _query_grad_bytes,
-    "attention_bias_grad": _bias_grad_bytes,
-    "attention_normalize": lambda p, config: float(p.rows * (2 * p.D * p.dtype.itemsize + 4)),
-    "attention_normalize_grad": lambda p, config: float(p.rows * (3 * p.D * p.dtype.itemsize + 4)),
-}
 
 
 # --- calls that are compared -----------------------------------------------------------------------------------------

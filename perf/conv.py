@@ -12,8 +12,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..autotune.config import Config
-from ..autotune.cost import cdiv
 from ..autotune.device import DeviceSpec
 from ..autotune.workload import (
     ALL_LAYERS,
@@ -163,112 +161,6 @@ def layers(target: str) -> Iterator[Layers]:
             n * prod(space), k, torch.bfloat16, has_saved=True, writes_g=True, has_bias=True
         )
         yield f"{name}-bf16-nhwc", conv.EPILOGUE_GRAD, epilogue
-
-
-# --- what the compiler must make of them -----------------------------------------------------------------------------
-
-PRODUCTS = ("conv", "conv_transpose", "conv_weight_grad")
-
-
-def wgmma_rows(kernel: str, problem: Any) -> int:
-    """Rows of the tiles that the tensor cores multiply; 0 for kernels without products. WGMMA takes 64."""
-    from ..kernels.conv import merged_groups
-
-    if kernel not in PRODUCTS:
-        return 0
-    if kernel == "conv_weight_grad":
-        return int(problem.K * merged_groups(problem))
-    return int(problem.pixels if kernel == "conv" else problem.image_pixels // problem.geometry.parities)
-
-
-def due_load_bytes(kernel: str, problem: Any) -> int:
-    """How wide every load has to be: 16 bytes for 16-bit channels last with channels in eights, else 0 for any."""
-    from ..kernels.conv import merged_groups
-
-    if problem.dtype.itemsize != 2 or not getattr(problem, "channels_last", True):
-        return 0
-    if kernel == "conv_epilogue_grad":
-        return 0 if problem.K % 8 else 16
-    groups = problem.geometry.groups
-    merged = merged_groups(problem) if kernel == "conv_weight_grad" else groups if kernel not in PRODUCTS else 1
-    return 0 if problem.C * merged % 8 or problem.K * merged % 8 else 16
-
-
-# --- bytes that load and store instructions move: the formulas at the kernels' heads ----------------------------------
-
-
-def _row_tiles(p: Any, config: Config, rows: int, turned: bool) -> int:
-    """Tiles of the product's rows: of all of them, or of each line of the result."""
-    from ..kernels.conv import line_tiles
-
-    return line_tiles(p, config.BLOCK_M, turned) if "TMA" in config else cdiv(rows, config.BLOCK_M)
-
-
-def _forward_bytes(p: Any, config: Config) -> float:
-    tiles_m, tiles_n = _row_tiles(p, config, p.pixels, turned=False), cdiv(p.K, config.BLOCK_N)
-    output = p.pixels * p.K
-    split = config.get("SPLIT_K", 1)
-    partial = 8 * split * output if split > 1 else 0
-    reduction = p.taps * p.C
-    bytes_a_group = (tiles_n * p.pixels * reduction + tiles_m * p.K * reduction + output) * p.itemsize + partial
-    return float(p.geometry.groups * bytes_a_group)
-
-
-def _transpose_bytes(p: Any, config: Config) -> float:
-    g = p.geometry
-    tiles_n = cdiv(p.C, config.BLOCK_N)
-    weights = 0
-    rows = p.N * prod(cdiv(size, step) for size, step in zip(p.image, g.stride, strict=True))
-    for parity in product(*(range(step) for step in g.stride)):
-        taps = prod(
-            sum((tap * dil) % step == place for tap in range(window))
-            for place, window, step, dil in zip(parity, p.window, g.stride, g.dilation, strict=True)
-        )
-        weights += _row_tiles(p, config, rows, turned=True) * taps * p.K * p.C
-    output = p.image_pixels * p.C
-    split = config.get("SPLIT_K", 1)
-    partial = 8 * split * output if split > 1 else 0
-    gathered = tiles_n * p.pixels * p.taps * p.K
-    return float(g.groups * ((gathered + weights + output) * p.itemsize + partial))
-
-
-def _weight_grad_bytes(p: Any, config: Config) -> float:
-    from ..kernels.conv import merged_groups
-
-    merged = merged_groups(p)
-    columns, rows = p.taps * p.C * merged, p.K * merged
-    tiles_m, tiles_n = cdiv(rows, config.BLOCK_M), cdiv(columns, config.BLOCK_N)
-    stored = p.taps * p.C * p.K * p.geometry.groups
-    partial = 8 * config.SPLIT_K * stored if config.SPLIT_K > 1 else 0
-    operands = (tiles_m * p.pixels * columns + tiles_n * p.pixels * rows) * (p.geometry.groups // merged)
-    return float((operands + stored) * p.itemsize + partial)
-
-
-def _epilogue_grad_bytes(p: Any, config: Config) -> float:
-    splits = max(1, min(config.SPLIT_M, cdiv(p.M, config.BLOCK_M)))
-    return p.minimal_bytes() + p.has_bias * p.K * (8 * splits + p.dtype.itemsize)
-
-
-def _direct(name: str) -> Callable[[Any, Config], float]:
-    """The direct kernels' cost model needs their formulas, too, so they stand in their file."""
-
-    def formula(p: Any, config: Config) -> float:
-        from ..kernels import conv_direct
-
-        return float(getattr(conv_direct, name)(p, config))
-
-    return formula
-
-
-TRAFFIC: dict[str, Callable[[Any, Config], float]] = {
-    "conv": _forward_bytes,
-    "conv_transpose": _transpose_bytes,
-    "conv_weight_grad": _weight_grad_bytes,
-    "conv_epilogue_grad": _epilogue_grad_bytes,
-    "conv_direct": _direct("forward_bytes"),
-    "conv_direct_transpose": _direct("transpose_bytes"),
-    "conv_direct_weight_grad": _direct("weight_grad_bytes"),
-}
 
 
 # --- calls that are compared -----------------------------------------------------------------------------------------

@@ -3,7 +3,7 @@ move."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from math import prod
 from typing import Any, NamedTuple
@@ -11,8 +11,6 @@ from typing import Any, NamedTuple
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..autotune.config import Config
-from ..autotune.cost import cdiv
 from ..autotune.device import DeviceSpec
 from ..autotune.workload import (
     ALL_LAYERS,
@@ -77,36 +75,6 @@ def layers(target: str) -> Iterator[Layers]:
         for label in precisions_for(target) if name in HEADLINE else ["bf16"]:
             if target in ALL_LAYERS or name in (*HEADLINE, "vgg-c1-pool"):
                 yield f"{name}-{label}-nhwc", conv_pool.CONV_MAX_POOL, problem_of(layer, label)
-
-
-# --- what the compiler must make of them -----------------------------------------------------------------------------
-
-
-def wgmma_rows(kernel: str, problem: Any) -> int:
-    return int(problem.pooled)
-
-
-def due_load_bytes(kernel: str, problem: Any) -> int:
-    """16 bytes a load for 16-bit channels in eights; 8 where the rows of a narrow image's windows end in fours."""
-    one = problem.conv
-    if one.itemsize != 2 or one.C % 8 or one.K % 8:
-        return 0
-    return 8 if one.tail % 8 else 16
-
-
-# --- bytes that load and store instructions move: the formula at the kernel's head -----------------------------------
-
-
-def _bytes(p: Any, config: Config) -> float:
-    one, (strips, blocks) = p.conv, p.lanes(config)
-    tiles_m, tiles_n = cdiv(one.N * strips * blocks, config.BLOCK_M), cdiv(one.K, config.BLOCK_N)
-    taps = one.taps * (one.C - one.tail)
-    weights = tiles_m * p.pixels_a_lane(config) * one.K * one.taps * one.C
-    elements = tiles_n * p.pixels(config) * taps + weights + p.pooled * one.K
-    return float(elements * one.geometry.groups * one.itemsize)
-
-
-TRAFFIC: dict[str, Callable[[Any, Config], float]] = {"conv_max_pool": _bytes}
 
 
 # --- calls that are compared -----------------------------------------------------------------------------------------

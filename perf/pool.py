@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import ops
-from ..autotune.config import Config
 from ..autotune.device import DeviceSpec
 from ..autotune.resolve import resolve
 from ..autotune.workload import ALL_LAYERS, DTYPES, PRECISIONS, Case, Kernel, Layers, Operator, Shape, random_tensors
@@ -134,64 +133,6 @@ def layers(target: str) -> Iterator[Layers]:
                     yield row, pool.UNPOOL, problem_of(layer, dtype, 8, last, "last")
 
 
-# --- what the compiler must make of them -----------------------------------------------------------------------------
-
-
-def wgmma_rows(kernel: str, problem: Any) -> int:
-    return 0
-
-
-def due_load_bytes(kernel: str, problem: Any) -> int:
-    """16 bytes a load for 16-bit channels last with channels in eights; with taps of one byte, eight of them. What is
-    gathered, and strays, lie anywhere."""
-    if problem.dtype.itemsize != 2 or problem.layout != "nhwc" or problem.C % 8:
-        return 0
-    if kernel in ("pool_gather", "max_unpool"):
-        return 0
-    return 8 if kernel == "pool_backward" and problem.index_bytes else 16
-
-
-# --- bytes that load and store instructions move: the formulas at the kernels' heads ----------------------------------
-
-
-def _gather_bytes(p: Any, config: Config) -> float:
-    _, y = p.elements()
-    return float(y * (2 * p.dtype.itemsize + p.index_bytes))
-
-
-def _forward_bytes(p: Any, config: Config) -> float:
-    from ..kernels.pool_space import issued_forward
-
-    return issued_forward(p, config)
-
-
-def _backward_bytes(p: Any, config: Config) -> float:
-    from ..kernels.pool_space import issued_backward
-
-    return issued_backward(p, config)
-
-
-def _unpool_bytes(p: Any, config: Config) -> float:
-    """The gather, and each index once more to see that it lies in its own window."""
-    _, y = p.elements()
-    return _backward_bytes(p, config) + y * p.index_bytes
-
-
-def _global_bytes(p: Any, config: Config) -> float:
-    from ..kernels.pool_space import issued_global
-
-    return issued_global(p, config)
-
-
-TRAFFIC: dict[str, Callable[[Any, Config], float]] = {
-    "pool": _forward_bytes,
-    "pool_backward": _backward_bytes,
-    "global_pool": _global_bytes,
-    "max_unpool": _unpool_bytes,
-    "pool_gather": _gather_bytes,
-}
-
-
 # --- calls that are compared -----------------------------------------------------------------------------------------
 
 
@@ -226,7 +167,7 @@ def _traffic(case: Case, device: DeviceSpec) -> tuple[float, float]:
     passes = [(pool.GLOBAL if problem.is_global() else pool.FORWARD, problem.forward_bytes())]
     if trains:
         passes.append((pool.BACKWARD, problem.backward_bytes()))
-    moved = sum(TRAFFIC[one.name](problem, resolve(one, problem, device).config) for one, _ in passes)
+    moved = sum(one.moved_bytes(problem, resolve(one, problem, device).config) for one, _ in passes)
     return sum(needed for _, needed in passes), moved
 
 

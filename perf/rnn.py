@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..autotune.config import Config
-from ..autotune.cost import cdiv
 from ..autotune.device import DeviceSpec
 from ..autotune.workload import (
     ALL_LAYERS,
@@ -80,38 +78,6 @@ def layers(target: str) -> Iterator[Layers]:
             full = name if one.H == layer.H else f"{name}-as-{one.H}"
             yield f"{full}-{label}", kernels.FORWARD, problem_of(one, label, False)
             yield f"{full}-{label}", kernels.BACKWARD, problem_of(one, label, True)
-
-
-# --- what the compiler must make of them -----------------------------------------------------------------------------
-
-
-def wgmma_rows(kernel: str, problem: Any) -> int:
-    """A tile has 16 sequences and up, and the hidden units: mma.sync and the larger units both serve."""
-    return 16
-
-
-def due_load_bytes(kernel: str, problem: Any) -> int:
-    """16 bytes a load for 16-bit states of eights, where a tile has that much for every thread of two warps."""
-    return 8 if problem.dtype.itemsize == 2 and problem.H % 8 == 0 and problem.block_h >= 64 else 0
-
-
-# --- bytes that load and store instructions move: the formulas at the kernels' heads ----------------------------------
-
-
-def _weights(p: Any, config: Config) -> float:
-    programs = p.directions * cdiv(p.B, config.BLOCK_B)
-    return float(programs * GATES.get(p.cell, 1) * p.H**2 * p.dtype.itemsize)
-
-
-def _states(p: Any) -> float:
-    """First and last h, and LSTM's c."""
-    return float(2 * p.directions * p.B * p.H * p.dtype.itemsize * (2 if p.cell == "lstm" else 1))
-
-
-TRAFFIC: dict[str, Callable[[Any, Config], float]] = {
-    "rnn": lambda p, config: p.forward_bytes() + _weights(p, config) + _states(p),
-    "rnn_backward": lambda p, config: p.backward_bytes() + _weights(p, config) + _states(p),
-}
 
 
 # --- calls that are compared -----------------------------------------------------------------------------------------

@@ -58,6 +58,7 @@ TUNABLE = Tunable(
     lambda p, c, d: True,
     lambda p, c, d: Estimate(c.BLOCK, "memory"),
     lambda p, c: [],
+    moved_bytes=lambda p, c: 1.0,
 )
 
 

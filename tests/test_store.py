@@ -39,7 +39,7 @@ class Problem(NamedTuple):
 CONFIGS = tuple(Config(BLOCK=block, num_warps=4, num_stages=2) for block in (64, 128, 256))
 TUNABLE = Tunable(
     "toy", CONFIGS, lambda p: {"size": p.size, "dtype": p.dtype}, lambda p, c, d: max(64, p.size) >= c.BLOCK,
-    lambda p, c, d: Estimate(abs(p.size - c.BLOCK), "memory"), lambda p, c: [],
+    lambda p, c, d: Estimate(abs(p.size - c.BLOCK), "memory"), lambda p, c: [], moved_bytes=lambda p, c: 1.0,
 )  # fmt: skip
 
 
@@ -719,7 +719,7 @@ from tritune.autotune import resolve
 from tritune.autotune.config import Config, Estimate, Tunable
 from tritune.autotune.device import named
 tunable = Tunable("toy", (Config(BLOCK=64),), lambda p: {"size": p}, lambda p, c, d: True,
-                  lambda p, c, d: Estimate(1, ""), lambda p, c: [])
+                  lambda p, c, d: Estimate(1, ""), lambda p, c: [], moved_bytes=lambda p, c: 1.0)
 for size in (8, 9, 10):
     resolve.resolve(tunable, size, named("h200"))
 """

@@ -265,7 +265,7 @@ def planted(times):
         args = {"x_ptr": x, "y_ptr": y, "M": x.numel()}
         return [Launch(_copy, grid, args, {"TIMES": times, "BLOCK": config.BLOCK}, 4, 1)]
 
-    return Tunable("pool", (), None, None, None, launches)
+    return Tunable("pool", (), None, None, None, launches, pool.FORWARD.moved_bytes)
 
 
 @pytest.mark.compat
@@ -274,6 +274,7 @@ def planted(times):
 def test_doubled_traffic_is_named(times, named_as, dtype):
     problem = pooling((1, 3, 11, 13), 1, 1, dtype=dtype, index=0)
     config = Config(BLOCK=64, num_warps=4, num_stages=1)
-    counted = traffic.measure(planted(times), problem, config)
+    tunable = planted(times)
+    counted = traffic.measure(tunable, problem, config)
     assert counted.loaded == counted.stored == times * 3 * 11 * 13 * dtype.itemsize
-    assert traffic.fault(TUNABLES["pool"], problem, config, counted) == named_as
+    assert traffic.fault(tunable, problem, config, counted) == named_as

@@ -73,7 +73,7 @@ class Problem(NamedTuple):
 
 TUNABLE = Tunable(
     "toy", tuple(Config(BLOCK=block) for block in range(1, 8)), lambda p: {"size": p.size}, lambda p, c, d: True,
-    lambda p, c, d: Estimate(1, ""), lambda p, c: [], 3,
+    lambda p, c, d: Estimate(1, ""), lambda p, c: [], moved_bytes=lambda p, c: 1.0, version=3,
 )  # fmt: skip
 ENV = {"gpu": "NVIDIA H200", "triton": "3.6.0"}
 
