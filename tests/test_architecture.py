@@ -169,6 +169,38 @@ def test_the_tuner_knows_no_family() -> None:
     assert found == set()
 
 
+FAMILIES = ("conv", "conv_pool", "pool", "rnn", "attention")
+
+
+def family_of(module: str) -> str:
+    """The family that a module belongs to by its name: that of ``tritune.kernels.pool_space`` is pool."""
+    word = module.rpartition(".")[2]
+    return next((one for one in sorted(FAMILIES, key=len, reverse=True) if f"{word}_".startswith(f"{one}_")), "")
+
+
+def test_adding_a_family_touches_few_files() -> None:
+    """Beside its own files, and those of families that build on it, what imports a family's modules is where families
+    are listed: one line each."""
+    modules = read_modules(ROOT)
+    importers = set()
+    for module, source in modules.items():
+        is_package = any(name.startswith(f"{module}.") for name in modules)
+        for target, _, _ in imports(source, module, is_package):
+            imported = target if target in modules else target.rpartition(".")[0]
+            if family_of(imported) and not family_of(module):
+                importers.add(module)
+    # In the last two the import is of functions, which have the names of modules.
+    assert importers <= {
+        "tritune.ops", "tritune.nn", "tritune.perf.families", "tritune", "tritune.explain_command",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("folder", ["kernels", "ops"])
+def test_files_of_one_sitting(folder: str) -> None:
+    longest = max((len(path.read_text().splitlines()), path.name) for path in (ROOT / folder).glob("*.py"))
+    assert longest[0] <= 900, f"{longest[1]}: split it by what it holds (docs/decisions.md, Files of one sitting)"
+
+
 def test_environment_variables_are_documented() -> None:
     pattern = re.compile(r"\bTRITUNE_[A-Z]\w*")
     strings = set[str]().union(*map(strings_of_code, read_modules(ROOT).values()))

@@ -108,6 +108,7 @@ class TestKernels:
         torch.testing.assert_close(y.double(), exact, **tolerance)
         torch.testing.assert_close(dx.double(), exact_grad, **tolerance)
 
+    @pytest.mark.filterwarnings("ignore:divide by zero:RuntimeWarning")  # the interpreter takes log(0) as the GPU does
     def test_infinities(self, device):
         from lse_pool.op import lse_pool1d
 

@@ -32,7 +32,8 @@ def _lse_pool_kernel(x_ptr, y_ptr, M, K: tl.constexpr, WINDOW: tl.constexpr, BLO
     k = tl.arange(0, WINDOW)
     inside = (i < M)[:, None] & (k < K)[None, :]
     offsets = i.to(tl.int64)[:, None] * K + k[None, :]
-    x = tl.load(x_ptr + offsets, mask=inside, other=float("-inf")).to(tl.float32)  # [BLOCK, WINDOW]
+    x = tl.load(x_ptr + offsets, mask=inside, other=0.0).to(tl.float32)  # [BLOCK, WINDOW]
+    x = tl.where((k < K)[None, :], x, float("-inf"))
     top = tl.max(x, 1)
     # Where all is -inf, or something is +inf, the difference below would be NaN.
     shift = tl.where(tl.abs(top) == float("inf"), 0.0, top)

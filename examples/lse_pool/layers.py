@@ -46,7 +46,7 @@ def _floor_us(case: Case, device: DeviceSpec) -> float:
 
 OPERATORS = {
     "lse_pool1d": Operator(
-        op.lse_pool1d, op._formula, None, ("tritune", "torch"),
+        op.lse_pool1d, op.formula, None, ("tritune", "torch"),
         lambda case: f"{'x'.join(map(str, case.shapes['input']))} window {case.kwargs['kernel_size']}", _floor_us,
         lambda case: replace(case, shapes={"input": (2, 4 * case.kwargs["kernel_size"])}), compiled=True,
     )
@@ -69,7 +69,7 @@ def kinds(one: Case) -> tuple[str, ...]:
 
 def kernel_tensors(one: Case, kind: str, device: str, seed: int) -> dict[str, Tensor]:
     tensors = random_tensors(OPERATORS[one.op], one, device, seed)
-    return {**tensors, "output": op._formula(tensors["input"], one.kwargs["kernel_size"])}
+    return {**tensors, "output": op.formula(tensors["input"], one.kwargs["kernel_size"])}
 
 
 def kernel_of(one: Case, kind: str, tensors: dict[str, Tensor]) -> Kernel:
@@ -78,11 +78,11 @@ def kernel_of(one: Case, kind: str, tensors: dict[str, Tensor]) -> Kernel:
     if kind == "fwd":
         return Kernel(
             kernel.FORWARD, problem, lambda t: kernel.run_forward(t["input"], size),
-            lambda t: op._formula(t["input"], size),
+            lambda t: op.formula(t["input"], size),
         )  # fmt: skip
     return Kernel(
         kernel.BACKWARD, problem, lambda t: kernel.run_backward(t["dy"], t["input"], t["output"], size),
-        lambda t: op._gradient(t["dy"], t["input"], t["output"], size, "torch"),
+        lambda t: op.gradient(t["dy"], t["input"], t["output"], size, "torch"),
     )  # fmt: skip
 
 

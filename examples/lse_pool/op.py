@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -45,7 +46,7 @@ def lse_pool1d(input: Tensor, kernel_size: int) -> Tensor:
         lambda: None if kernel_size <= 128 else "kernel_size is above 128",
     )  # fmt: skip
     if backend == "torch":
-        return _formula(input, kernel_size)
+        return formula(input, kernel_size)
     y: Tensor = run_operator(OP, (input.contiguous(), kernel_size, "triton"), saves)
     return y
 
@@ -62,10 +63,10 @@ def _rule(choices: tuple[tuple[str, Choice], ...]) -> tuple[bool, str]:
     return measured(choices) or (True, "not measured; one pass over memory where torch's operators take four")
 
 
-def _formula(x: Tensor, kernel_size: int) -> Tensor:
+def formula(input: Tensor, kernel_size: int) -> Tensor:
     """The same in torch's operators: the fallback, and the yardstick of the tests."""
-    windows = x.unflatten(-1, (x.shape[-1] // kernel_size, kernel_size))
-    return windows.logsumexp(-1) - torch.log(torch.tensor(float(kernel_size), dtype=x.dtype, device=x.device))
+    windows = input.unflatten(-1, (input.shape[-1] // kernel_size, kernel_size))
+    return windows.logsumexp(-1) - math.log(kernel_size)
 
 
 def _forward(x: Tensor, kernel_size: int, backend: str) -> Tensor:
@@ -73,7 +74,7 @@ def _forward(x: Tensor, kernel_size: int, backend: str) -> Tensor:
         from . import kernel
 
         return kernel.run_forward(x, kernel_size)
-    return _formula(x, kernel_size)
+    return formula(x, kernel_size)
 
 
 def _backward(dy: Tensor, x: Tensor, y: Tensor, kernel_size: int, backend: str) -> Tensor:
@@ -81,13 +82,13 @@ def _backward(dy: Tensor, x: Tensor, y: Tensor, kernel_size: int, backend: str) 
         from . import kernel
 
         return kernel.run_backward(dy, x, y, kernel_size)
-    return _gradient(dy, x, y, kernel_size, backend)
+    return gradient(dy, x, y, kernel_size, backend)
 
 
-def _gradient(dy: Tensor, x: Tensor, y: Tensor, kernel_size: int, backend: str) -> Tensor:
+def gradient(dy: Tensor, x: Tensor, y: Tensor, kernel_size: int, backend: str) -> Tensor:
     """In torch's operators, so that it has derivatives: what a backward runs that is differentiated again."""
     windows = x.unflatten(-1, (y.shape[-1], kernel_size))
-    y = _formula(x, kernel_size) if torch.is_grad_enabled() else y
+    y = formula(x, kernel_size) if torch.is_grad_enabled() else y
     return (dy.unsqueeze(-1) * (windows - y.unsqueeze(-1)).exp() / kernel_size).flatten(-2)
 
 
@@ -110,12 +111,12 @@ OP: Any = register(
     implementation=_forward,
     fake=lambda x, kernel_size, backend: x.new_empty(*x.shape[:-1], x.shape[-1] // kernel_size),
     autograd=_LsePool.apply,
-    composite=lambda x, kernel_size, backend: _formula(x, kernel_size),
+    composite=lambda x, kernel_size, backend: formula(x, kernel_size),
 )
 OP_BACKWARD: Any = register(
     "lse_pool1d_backward(Tensor dy, Tensor input, Tensor output, SymInt kernel_size, str backend) -> Tensor",
     implementation=_backward,
     fake=lambda dy, x, y, kernel_size, backend: torch.empty_like(x),
-    autograd=_gradient,
-    composite=_gradient,
+    autograd=gradient,
+    composite=gradient,
 )
