@@ -43,44 +43,71 @@ def _finite(value: float) -> float | None:
     return value if value == value and abs(value) != float("inf") else None
 
 
+class Errors(NamedTuple):
+    """Of a result against float64, relative to the reference as a whole: by the largest element, and by root mean
+    square. Only where the reference is finite."""
+
+    max: float
+    rms: float
+
+    @classmethod
+    def of(cls, result: Tensor, reference: Tensor) -> Errors:
+        finite = reference.isfinite()
+        count = int(finite.sum())
+        if not count:
+            return cls(0.0, 0.0)
+        error, size = (t.masked_fill(~finite, 0.0) for t in (result.double() - reference, reference))
+        rms = (float(t.square().sum() / count) ** 0.5 for t in (error, size))
+        largest = (float(t.abs().max()) for t in (error, size))
+        return cls(*(ours / max(whole, 1e-30) for ours, whole in (largest, rms)))
+
+    def allowed(self, epsilon: float) -> Errors:
+        """For us, where these are torch's: twice as much, plus one epsilon."""
+        return Errors(2 * self.max + epsilon, 2 * self.rms + epsilon)
+
+
 def compare(
     ours: dict[str, Tensor], exact: dict[str, Tensor], torchs: dict[str, Tensor], epsilon: float
 ) -> Verdict:  # fmt: skip
-    """The error against float64, relative to the reference as a whole, once by the largest element and once by root
-    mean square: each at most twice that of torch's own operator in the same dtype, plus one epsilon. NaN fails."""
+    """Are the errors against float64 at most twice those of torch's own operator in the same dtype, plus one epsilon?
+    NaN and infinities must stand where the reference has them."""
     worst = Verdict(True, 0.0, epsilon, "")
     for name, reference in exact.items():
         if ours[name].shape != reference.shape:
             return Verdict(False, float("nan"), epsilon, f"{name}: shape")
-        ours_64, torchs_64 = ours[name].double(), torchs[name].double()
-        for measure, size in (("max", _largest), ("rms", _root_mean_square)):
-            scale = max(size(reference), 1e-30)
-            error = size(ours_64 - reference) / scale
-            allowed = 2 * size(torchs_64 - reference) / scale + epsilon
-            verdict = Verdict(error <= allowed, error, allowed, f"{name}: {measure}")
+        if not _same_where_not_finite(ours[name], reference):
+            return Verdict(False, float("nan"), epsilon, f"{name}: NaN or inf misplaced")
+        errors, allowed = Errors.of(ours[name], reference), Errors.of(torchs[name], reference).allowed(epsilon)
+        for measure in Errors._fields:
+            error, limit = getattr(errors, measure), getattr(allowed, measure)
+            verdict = Verdict(error <= limit, error, limit, f"{name}: {measure}")
             if not verdict.correct:
                 return verdict
-            if error / allowed > worst.error / worst.allowed:
+            if error / limit > worst.error / worst.allowed:
                 worst = verdict
     return worst
 
 
-def _largest(t: Tensor) -> float:
-    return float(t.abs().max())
-
-
-def _root_mean_square(t: Tensor) -> float:
-    return float(t.square().mean().sqrt())
+def _same_where_not_finite(ours: Tensor, reference: Tensor) -> bool:
+    finite = reference.isfinite()
+    if bool(finite.all()):
+        return True
+    return torch.equal(ours.double()[~finite].nan_to_num(nan=-1.0), reference[~finite].nan_to_num(nan=-1.0))
 
 
 @contextmanager
-def poisoned() -> Iterator[None]:
-    """Uninitialised memory is NaN (integers: their maximum): what nobody wrote fails the comparison."""
+def poisoned(*, strict: bool = False) -> Iterator[None]:
+    """Uninitialised memory is NaN (integers: their maximum): what nobody wrote fails the comparison.
+
+    Args:
+        strict: what torch cannot compute deterministically is an error, too.
+    """
     before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.use_deterministic_algorithms(True, warn_only=not strict)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+            if not strict:
+                warnings.simplefilter("ignore")
             yield
     finally:
         torch.use_deterministic_algorithms(before)

@@ -20,6 +20,11 @@ def cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
 
+def next_power_of_2(n: int) -> int:
+    """The smallest that is at least ``n``; 1 for 0."""
+    return 1 << max(0, n - 1).bit_length()
+
+
 def gemm_smem_bytes(block_m: int, block_n: int, block_k: int, itemsize: int, num_stages: int) -> int:
     """Shared memory of a pipelined tile loop: each stage holds one tile of either operand."""
     return num_stages * (block_m + block_n) * block_k * itemsize

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import triton
 
 from ..autotune import cost
 from ..autotune.config import Config
@@ -34,11 +33,11 @@ class AttentionProblem(NamedTuple):
 
     @property
     def block_d(self) -> int:
-        return max(16, triton.next_power_of_2(self.D))
+        return max(16, cost.next_power_of_2(self.D))
 
     @property
     def block_dv(self) -> int:
-        return max(16, triton.next_power_of_2(self.DV))
+        return max(16, cost.next_power_of_2(self.DV))
 
     @property
     def unit(self) -> str:
@@ -69,7 +68,7 @@ class NormalizeProblem(NamedTuple):
 
     @property
     def block_d(self) -> int:
-        return max(16, triton.next_power_of_2(self.D))
+        return max(16, cost.next_power_of_2(self.D))
 
 
 class Scores(NamedTuple):

@@ -70,10 +70,6 @@ EPILOGUE_CONFIGS = tuple(
 # --- which configs fit -----------------------------------------------------------------------------------------------
 
 
-def _next_power_of_2(n: int) -> int:
-    return 1 << max(0, n - 1).bit_length()
-
-
 def fits(p: ConvProblem, config: Config, device: DeviceSpec, rows: int, columns: int, reduction: int) -> bool:
     """Is the tile no larger than the problem and than the machine?"""
     stages = config.num_stages - 1 if device.is_amd else config.num_stages
@@ -83,9 +79,9 @@ def fits(p: ConvProblem, config: Config, device: DeviceSpec, rows: int, columns:
         return False  # the fp32 pipes hold whole operand rows in registers: larger tiles spill
     return (
         smem <= device.smem_kb * 1024
-        and max(32, _next_power_of_2(rows)) >= config.BLOCK_M
-        and max(16, _next_power_of_2(columns)) >= config.BLOCK_N
-        and max(16, _next_power_of_2(reduction)) >= config.BLOCK_K
+        and max(32, cost.next_power_of_2(rows)) >= config.BLOCK_M
+        and max(16, cost.next_power_of_2(columns)) >= config.BLOCK_N
+        and max(16, cost.next_power_of_2(reduction)) >= config.BLOCK_K
     )
 
 
@@ -153,7 +149,7 @@ def accepts_weight_grad(p: ConvProblem, config: Config, device: DeviceSpec) -> b
 
 
 def accepts_epilogue_grad(p: EpilogueProblem, config: Config, device: DeviceSpec) -> bool:
-    return max(16, _next_power_of_2(p.K)) >= config.BLOCK_N
+    return max(16, cost.next_power_of_2(p.K)) >= config.BLOCK_N
 
 
 # --- estimated time --------------------------------------------------------------------------------------------------

@@ -129,11 +129,6 @@ def layout_of(x: torch.Tensor, is_channels_last: bool) -> str:
     return "nchw" if x.shape[-1] == 1 or x.stride(-1) == 1 else "strided"
 
 
-def next_power_of_2(n: int) -> int:
-    """The smallest power of two that is at least n, and at least 1."""
-    return 1 << max(0, n - 1).bit_length()
-
-
 # --- how kernels walk it ---------------------------------------------------------------------------------------------
 
 
@@ -184,11 +179,11 @@ def forward_span(p: PoolProblem, config: Config, x_vec: int, y_vec: int) -> Span
             **({"written": outs} if whole else {})
         )
     if size <= config.BLOCK_W:
-        return Span(max(8, next_power_of_2(outs)), 0, outs)
+        return Span(max(8, cost.next_power_of_2(outs)), 0, outs)
     usable = config.BLOCK_W - (x_vec - 1)
     count = (usable - 2) * outs // size if window.adaptive else (usable - reach - 1) // window.stride[2] + 1
     written = max(0, count) // y_vec * y_vec
-    return Span(max(8, next_power_of_2(written)), 0, written)
+    return Span(max(8, cost.next_power_of_2(written)), 0, written)
 
 
 def backward_span(p: PoolProblem, config: Config) -> Span:
@@ -205,9 +200,9 @@ def band_columns(p: PoolProblem, columns: int, vec: int) -> int:
     (size, outs), window = (p.space[2], p.out[2]), p.window
     least = max(8, columns // GATHER_RATIO)
     if size <= columns:
-        return max(least, next_power_of_2(outs))
+        return max(least, cost.next_power_of_2(outs))
     step = cost.cdiv(columns * outs, size) if window.adaptive else cost.cdiv(columns, window.stride[2])
-    return max(least, next_power_of_2(min(cost.cdiv(outs, vec) * vec, step + p.most_windows()[2] + vec)))
+    return max(least, cost.next_power_of_2(min(cost.cdiv(outs, vec) * vec, step + p.most_windows()[2] + vec)))
 
 
 def plane_parts(p: PoolProblem, config: Config) -> int:

@@ -17,7 +17,6 @@ from .pool_problem import (
     band_columns,
     forward_span,
     has_cells,
-    next_power_of_2,
     plane_parts,
     row_phases,
 )
@@ -93,7 +92,7 @@ def accepts_pixels(p: PoolProblem, config: Config, device: DeviceSpec) -> bool:
 def _accepts_rows(p: PoolProblem, config: Config, device: DeviceSpec, width: int) -> bool:
     """Bands as wide as the rows, or the widest; each thread loads 16 bytes, as far as rows allow it."""
     vec = unit_divisor(16 // p.dtype.itemsize, width)
-    fits = config.BLOCK_W == min(256, max(8, 2 * row_phases(p), next_power_of_2(width)))
+    fits = config.BLOCK_W == min(256, max(8, 2 * row_phases(p), cost.next_power_of_2(width)))
     fills = config.BLOCK_R * config.BLOCK_W >= vec * device.warp_size * config.num_warps
     rows = p.N * p.C * max(math.prod(p.space[:2]), math.prod(p.out[:2]))
     return p.layout == "nchw" and fits and fills and rows < 2**31
@@ -136,7 +135,7 @@ def accepts_global(p: PoolProblem, config: Config, device: DeviceSpec) -> bool:
         along, across, size = (config.BLOCK_C, config.BLOCK_L, p.C)
     vec = unit_divisor(16 // p.dtype.itemsize, size)
     fills = along * across >= vec * device.warp_size * config.num_warps
-    wide = along >= min(8, next_power_of_2(size)) and (along <= 64 or along < 2 * size)
+    wide = along >= min(8, cost.next_power_of_2(size)) and (along <= 64 or along < 2 * size)
     return fills and wide and (config.SPLIT == 1 or config.SPLIT * config.BLOCK_L <= L)
 
 

@@ -254,7 +254,7 @@ class RnnProblem(NamedTuple):
 
     @property
     def block_h(self) -> int:
-        return max(16, triton.next_power_of_2(self.H))
+        return max(16, cost.next_power_of_2(self.H))
 
     def forward_bytes(self) -> float:
         """Once over the memory bus, but for the weights."""

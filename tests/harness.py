@@ -12,7 +12,7 @@ import itertools
 import math
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
@@ -24,11 +24,14 @@ from torch.utils._pytree import tree_leaves
 
 import tritune
 from tritune.autotune.check import EPSILON as EPSILON_BY_NAME
+from tritune.autotune.check import Errors
+from tritune.autotune.check import poisoned as _poisoned
 from tritune.autotune.workload import DTYPES
 
 EPSILON = {torch.float64: 1e-14, **{DTYPES[name]: epsilon for name, epsilon in EPSILON_BY_NAME.items()}}
 TORCH_SAMPLES = 16  # draws of a case's inputs that torch's error is taken from, at most
 MAX_INTERPRETED_DOTS = 2000  # about 0.8 ms each
+poisoned = functools.partial(_poisoned, strict=True)
 
 
 @dataclass(frozen=True)
@@ -110,28 +113,12 @@ def lay_out(t: Tensor, layout: str) -> Tensor:
     return t
 
 
-class Errors(NamedTuple):
-    """Of a result against float64, relative to the reference as a whole: the largest, and the root mean square."""
-
-    max: float
-    rms: float
-
-    @classmethod
-    def of(cls, result: Tensor, reference: Tensor) -> Errors:
-        finite = reference.isfinite()
-        reference, error = reference[finite], (result.double().cpu() - reference)[finite]
-        if error.numel() == 0:
-            return cls(0.0, 0.0)
-        rms = error.square().mean().sqrt() / reference.square().mean().sqrt().clamp_min(1e-30)
-        return cls(float(error.abs().max() / reference.abs().max().clamp_min(1e-30)), float(rms))
-
-
 def assert_close(name: str, ours: Tensor, reference: Tensor, torchs: Tensor, others: Iterable[Errors] = ()) -> None:
     """The only tolerance: our error against float64 is at most twice that of torch's own operator, plus one epsilon.
 
-    ``others`` are torch's errors for other values of the inputs. They are asked for where the first would reject us:
-    the largest error of a few fp32 numbers is a matter of luck, and of torch's own it rejects one in thirty.
-    NaN and infinities must stand in the same places.
+    ``others`` are torch's errors for other values of the inputs. They are asked for where the first would reject our
+    largest error: that of a few fp32 numbers is a matter of luck, and of torch's own it rejects one in thirty. The root
+    mean square is no such matter, and is held to the first. NaN and infinities must stand in the same places.
     """
     assert ours.shape == reference.shape, f"{name}: shape {tuple(ours.shape)}, expected {tuple(reference.shape)}"
     assert ours.dtype == torchs.dtype, f"{name}: dtype {ours.dtype}, torch gives {torchs.dtype}"
@@ -140,11 +127,12 @@ def assert_close(name: str, ours: Tensor, reference: Tensor, torchs: Tensor, oth
     strange = ours[~finite].double()
     torch.testing.assert_close(strange, reference[~finite], equal_nan=True, msg=f"{name}: NaN or inf misplaced")
     errors, epsilon = Errors.of(ours, reference), EPSILON[ours.dtype]
-    allowed = Errors(0.0, 0.0)
-    for sample in itertools.chain([Errors.of(torchs, reference)], others):
-        allowed = Errors(*(max(was, 2 * new + epsilon) for was, new in zip(allowed, sample, strict=True)))
-        if errors.max <= allowed.max and errors.rms <= allowed.rms:
-            return
+    allowed = Errors.of(torchs, reference).allowed(epsilon)
+    if errors.rms <= allowed.rms:
+        for sample in itertools.chain([allowed], (other.allowed(epsilon) for other in others)):
+            allowed = allowed._replace(max=max(allowed.max, sample.max))
+            if errors.max <= allowed.max:
+                return
     raise AssertionError(
         f"{name}: max error {errors.max:.2e}, allowed {allowed.max:.2e}; rms {errors.rms:.2e}, {allowed.rms:.2e}"
     )
@@ -169,18 +157,6 @@ class Allocations(TorchDispatchMode):
         known = {one.data_ptr() for one in given if isinstance(one, torch.UntypedStorage)}
         self.bytes += sum(one.nbytes() for one in storages if one.data_ptr() not in known)
         return result
-
-
-@contextlib.contextmanager
-def poisoned() -> Iterator[None]:
-    """Uninitialised memory is NaN (integers: their maximum), so an element that nobody wrote fails the comparison."""
-    before = torch.are_deterministic_algorithms_enabled()
-    assert torch.utils.deterministic.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(True)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(before)
 
 
 @contextlib.contextmanager

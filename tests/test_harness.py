@@ -33,10 +33,20 @@ class TestAssertClose:
         with pytest.raises(AssertionError, match="rms"):
             assert_close("y", everywhere, EXACT, off_by(1e-6))
 
-    def test_other_samples_count_only_where_they_are_worse(self):
-        assert_close("y", off_by(3e-6), EXACT, off_by(1e-6), [Errors(2e-6, 2e-6)])
-        with pytest.raises(AssertionError):
-            assert_close("y", off_by(3e-6), EXACT, off_by(1e-6), [Errors(0.0, 0.0), Errors(1e-6, 1e-6)])
+    def test_other_samples_count_for_the_largest_error(self):
+        exact = torch.linspace(1, 2, 100, dtype=torch.float64)
+        everywhere, one = (exact * (1 + 1e-6)).float(), exact.float()
+        one[-1] *= 1 + 3e-6
+        errors, first = Errors.of(one, exact), Errors.of(everywhere, exact).allowed(EPSILON[torch.float32])
+        assert errors.max > first.max and errors.rms < first.rms
+        assert_close("y", one, exact, everywhere, [Errors(2e-6, 0.0)])
+        with pytest.raises(AssertionError, match="max error"):
+            assert_close("y", one, exact, everywhere, [Errors(0.0, 0.0), Errors(1e-6, 1e-6)])
+
+    def test_the_root_mean_square_is_held_to_the_first(self):
+        everywhere = (EXACT * (1 + 3e-6)).float()
+        with pytest.raises(AssertionError, match="rms"):
+            assert_close("y", everywhere, EXACT, off_by(1e-6), [Errors(1.0, 1.0)])
 
     @pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
     def test_what_is_not_finite(self, wrong):

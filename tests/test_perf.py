@@ -317,7 +317,7 @@ class TestVerdict:
     def test_rounded_is_right(self):
         assert self.verdict(self.exact.to(torch.bfloat16)) == (True, "y: max")
 
-    @pytest.mark.parametrize("change, where", [(0.1, "y: max"), (float("nan"), "y: max")])
+    @pytest.mark.parametrize("change, where", [(0.1, "y: max"), (float("nan"), "y: max"), (float("inf"), "y: max")])
     def test_one_wrong_element(self, change, where):
         ours = self.exact.to(torch.bfloat16)
         ours[500] += change
@@ -329,6 +329,15 @@ class TestVerdict:
 
     def test_shape(self):
         assert self.verdict(self.exact[1:]) == (False, "y: shape")
+
+    @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+    def test_what_is_not_finite_in_the_reference(self, value):
+        exact = self.exact.clone()
+        exact[7] = value
+        right, wrong = exact.to(torch.bfloat16), exact.to(torch.bfloat16)
+        wrong[7] = 1.0
+        for ours, correct in ((right, True), (wrong, False), (-right, False)):
+            assert compare({"y": ours}, {"y": exact}, {"y": right}, 4e-3).correct is correct
 
 
 @pytest.mark.torch
@@ -478,7 +487,7 @@ class TestMerge:
 class TestSweep:
     def test_targets(self):
         pytest.importorskip("triton")
-        from tritune.perf.sweep import sweep_targets
+        from tritune.perf.sweep import sweep_header, sweep_targets
 
         targets = sweep_targets(CASES)
         assert targets[0].case.name == "resnet50-s1-3x3"
@@ -486,7 +495,7 @@ class TestSweep:
         assert ("resnet50-maxpool", "bwd") in kinds
         assert ("resnet50-stem", "weight_grad") in kinds
         assert ("resnet50-stem", "input_grad") not in kinds
-        assert len({target.header()["id"] for target in targets}) == len(targets)
+        assert len({sweep_header(target)["id"] for target in targets}) == len(targets)
 
 
 @pytest.mark.torch
