@@ -18,7 +18,7 @@ PYTEST = OMP_NUM_THREADS=1 $(BIN)/pytest -q
 PARALLEL = -n $(JOBS)
 
 .PHONY: help setup demo test test-torch test-interpret test-static test-wheel test-all quick compat \
-	lint format bench overhead static gpu clean
+	lint format bench overhead static mutants gpu clean
 
 help:
 	@echo 'make demo      train three models on handwritten digits with tritune and torch; results in build/demo/'
@@ -30,6 +30,7 @@ help:
 	@echo 'make bench     CPU benchmarks         make static    compile-time profile of the shipped kernels'
 	@echo 'make overhead  what our calls cost above torch'"'"'s own on the CPU; for perf/results/cpu and README.md'
 	@echo 'make gpu       measure on this machine'"'"'s GPU with $$(PYTHON) as it is; OUT=folder for the results'
+	@echo 'make mutants   plant faults in the kernels and see which ones the short interpreted suite finds; an hour or two'
 	@echo 'make setup     only create .venv      make clean     remove all that make created'
 	@echo
 	@echo 'variables      PYTHON=python3  TORCH_INDEX=url (index for torch alone)  JOBS=2  OUT=perf/results'
@@ -125,6 +126,9 @@ overhead: $(READY)
 
 static: $(READY)
 	$(BIN)/python -m tritune bench static
+
+mutants: $(READY)
+	$(BIN)/python tests/mutants.py --full --jobs $(JOBS)
 
 gpu:
 	PYTHONPATH=src$${PYTHONPATH:+:$$PYTHONPATH} $(PYTHON) -m tritune.perf.gpu --out $(OUT)
