@@ -3,6 +3,7 @@
 One table holds them all; a new module fails :func:`test_every_module_is_in_the_table` until it has a row.
 """
 
+import contextlib
 import copy
 import functools
 import inspect
@@ -19,6 +20,7 @@ from torch.ao import quantization
 from torch.ao.quantization.quantize_fx import convert_fx, prepare_fx
 from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.nn.utils import fusion, parametrizations, parametrize, prune, skip_init
+from torch_errors import call, outcome
 
 import tritune
 
@@ -326,6 +328,53 @@ def test_our_functions_in_the_place_of_torchs_are_not_called_by_modules(name, mo
             monkeypatch.setattr(F, function, getattr(tritune, function))
     monkeypatch.setattr(F, "pad", None)
     torch.testing.assert_close(module(*x), wanted)
+
+
+SET_AFTERWARDS = (None, 0, 1, 2, 3, 0.5, 2.0, "same", "zeros", "circular", "reflect", "RNN_RELU", "GRU", "LSTM")
+# Of these the functions themselves judge otherwise than torch's: docs/differences.md.
+JUDGED_OTHERWISE = {
+    ("LPPool", "kernel_size", tuple), ("LPPool", "kernel_size", list),
+    *(("MaxUnpool", name, str) for name in ("kernel_size", "stride", "padding")),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("watched", [False, True], ids=["", "watched"])
+@pytest.mark.parametrize("name", OF_TORCH)
+def test_attributes_that_are_set_afterwards_count_as_in_torch(name, watched):
+    ours, theirs = build(name), build(name, torch.nn)
+    theirs.load_state_dict(ours.state_dict())
+    tensors = inputs(name)
+    rank = 1 if name in RECURRENT else int(name[-2])
+    attributes = {one for one in vars(theirs) if one[0] != "_"} - set(vars(torch.nn.Module()))
+    compared = 0
+    for attribute in attributes:
+        for value in (*SET_AFTERWARDS, (1,) * rank, (2,) * rank, [2] * rank):
+            if (name[:-2], attribute, type(value)) in JUDGED_OTHERWISE:
+                continue
+            outcomes = []
+            for module in (theirs, ours):
+                changed = copy.deepcopy(module)
+                setattr(changed, attribute, value)
+                with tritune.ops.record() if watched else contextlib.nullcontext():
+                    outcomes.append(outcome(changed, call(*tensors)))
+            expected, got = outcomes
+            compared += 1
+            if isinstance(expected, Exception):
+                assert type(got) is type(expected), f"{attribute}={value!r}: torch: {expected!r}, ours: {got!r}"
+            else:
+                assert not isinstance(got, Exception), f"{attribute}={value!r}: {got!r}"
+                for one, other in zip(values(got), values(expected), strict=True):
+                    torch.testing.assert_close(one, other, rtol=0, atol=0, equal_nan=True)
+    assert compared >= len(SET_AFTERWARDS)
+
+
+@pytest.mark.parametrize("kind", ["ConvTranspose", "ConvTransposeActivation"])
+@pytest.mark.parametrize("rank", [1, 2, 3])
+def test_a_transposed_convolution_pads_with_zeros_only(kind, rank):
+    module = build(f"{kind}{rank}d")
+    module.padding_mode = "circular"
+    with pytest.raises(ValueError, match=f"^Only `zeros` padding mode is supported for ConvTranspose{rank}d"):
+        module(*inputs(f"{kind}{rank}d"))
 
 
 @pytest.mark.parametrize("name", TABLE)

@@ -37,6 +37,7 @@ class _Epilogue(Quantizable):
     padding: Any
     dilation: Any
     groups: Any
+    padding_mode: Any
     output_padding: Any
 
     def __new__(cls, *args: Any, activation: str | None = None, **kwargs: Any) -> Self:
@@ -76,7 +77,6 @@ class _Epilogue(Quantizable):
 
 class _Conv(_Epilogue):
     _reversed_padding_repeated_twice: Any
-    padding_mode: Any
 
     def __init__(
         self, in_channels: int, out_channels: int, kernel_size: Size, stride: Size = 1, padding: Size | str = 0,
@@ -110,6 +110,7 @@ class _Conv(_Epilogue):
 
 class _ConvTranspose(_Epilogue):
     kernel_size: Any
+    _rank: ClassVar[int]
     _output_padding: Any = _ConvTransposeNd._output_padding
 
     def __init__(
@@ -125,8 +126,13 @@ class _ConvTranspose(_Epilogue):
 
     def forward(self, input: Tensor, output_size: list[int] | None = None, residual: Tensor | None = None) -> Tensor:
         """``output_size`` as in torch; ``residual`` has the output's shape and is added before the activation."""
+        # The constructor rejects both, but attributes may be set afterwards.
+        if self.padding_mode != "zeros":
+            raise ValueError(f"Only `zeros` padding mode is supported for ConvTranspose{self._rank}d")
+        if not isinstance(self.padding, tuple):
+            raise AssertionError("self.padding must be a tuple")
         output_padding = self._output_padding(
-            input, output_size, self.stride, self.padding, self.kernel_size, len(self.kernel_size), self.dilation
+            input, output_size, self.stride, self.padding, self.kernel_size, self._rank, self.dilation
         )
         return self._run(
             input, self.weight, self.bias, self.stride, self.padding, output_padding, self.groups, self.dilation,
@@ -235,6 +241,7 @@ class ConvTranspose1d(_ConvTranspose, torch.nn.ConvTranspose1d):
     """
 
     _run = staticmethod(conv_transpose1d)
+    _rank = 1
 
 
 class ConvTranspose2d(_ConvTranspose, torch.nn.ConvTranspose2d):
@@ -255,6 +262,7 @@ class ConvTranspose2d(_ConvTranspose, torch.nn.ConvTranspose2d):
     """
 
     _run = staticmethod(conv_transpose2d)
+    _rank = 2
 
 
 class ConvTranspose3d(_ConvTranspose, torch.nn.ConvTranspose3d):
@@ -264,6 +272,7 @@ class ConvTranspose3d(_ConvTranspose, torch.nn.ConvTranspose3d):
     """
 
     _run = staticmethod(conv_transpose3d)
+    _rank = 3
 
 
 class ConvActivation1d(_Conv, _WithActivation):
@@ -308,6 +317,7 @@ class ConvTransposeActivation1d(_ConvTranspose, _WithActivation):
 
     _plain = torch.nn.ConvTranspose1d
     _run = staticmethod(conv_transpose1d)
+    _rank = 1
 
 
 class ConvTransposeActivation2d(_ConvTranspose, _WithActivation):
@@ -315,6 +325,7 @@ class ConvTransposeActivation2d(_ConvTranspose, _WithActivation):
 
     _plain = torch.nn.ConvTranspose2d
     _run = staticmethod(conv_transpose2d)
+    _rank = 2
 
 
 class ConvTransposeActivation3d(_ConvTranspose, _WithActivation):
@@ -322,6 +333,7 @@ class ConvTransposeActivation3d(_ConvTranspose, _WithActivation):
 
     _plain = torch.nn.ConvTranspose3d
     _run = staticmethod(conv_transpose3d)
+    _rank = 3
 
 
 _WITH_ACTIVATION: dict[type, Any] = {
