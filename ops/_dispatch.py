@@ -130,6 +130,21 @@ def torch_validates(input: Any) -> bool:
     return input.is_cpu or _is_tracing() if backend == "auto" else backend == "torch" and not input.is_meta
 
 
+def torch_computes(input: Any) -> bool:
+    """Does torch serve a call on this real tensor, whoever looks on? Looking on must not change what runs, so a module
+    that may take a way of its own there goes by this; whether :func:`choose` has to be told is :func:`is_watched`."""
+    kind = type(input)
+    if (kind is not Tensor and kind is not Parameter) or is_dynamo_compiling():
+        return False
+    backend = _state.backend
+    return input.is_cpu or _is_tracing() if backend == "auto" else backend == "torch" and not input.is_meta
+
+
+def is_watched() -> bool:
+    """Does somebody record or log decisions?"""
+    return _state.recorder is not None or logger.isEnabledFor(INFO)
+
+
 # How torch's functions reject arguments. Other exceptions belong to hooks that run inside of them: by one of its own
 # activation checkpointing ends a call when it has recomputed enough.
 TORCH_ERRORS = (TypeError, ValueError, RuntimeError, IndexError, AttributeError, ArithmeticError)
