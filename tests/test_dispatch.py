@@ -58,6 +58,24 @@ class TestUseBackend:
         with tritune.use_backend("torch"), ThreadPoolExecutor(1) as pool:
             assert pool.submit(_dispatch.current_backend).result() == "auto"
 
+    def test_one_object_in_two_threads(self):
+        shared = tritune.use_backend("torch")
+        meet = threading.Barrier(2, timeout=60)
+
+        def use(name: str) -> list[str]:
+            with tritune.use_backend(name):
+                meet.wait()
+                with shared:
+                    meet.wait()  # both are inside
+                    within = _dispatch.current_backend()
+                    meet.wait()
+                return [within, _dispatch.current_backend()]
+
+        with ThreadPoolExecutor(2) as pool:
+            results = list(pool.map(use, ("auto", "triton")))
+        assert results == [["torch", "auto"], ["torch", "triton"]]
+        assert not shared.previous
+
     def test_unknown_name(self):
         with pytest.raises(ValueError, match="auto, triton, torch"):
             tritune.use_backend("cuda")
