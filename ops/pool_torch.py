@@ -13,7 +13,6 @@ from torch import Tensor
 from ._dispatch import rejections
 from .pool_checks import Ints, pool_output_size
 
-
 _max_of_cells = torch.adaptive_max_pool1d
 
 
