@@ -14,13 +14,13 @@ from ..ops._checks import PRECISIONS
 from ..ops._dispatch import Verdict, choose, in_transform, is_plain, is_watched, torch_computes
 from ..ops.attention_checks import ALIGNMENTS, SCORES, check_eps, check_scale
 from ..ops.attention_torch import pool_and_project
-from ._of_torch import Scriptable
+from ._of_torch import OfTorch
 
 # What is shown of a module only where it is otherwise.
 _USUAL = {"is_causal": False, "causal_alignment": "top_left", "enable_gqa": False, "eps": 1e-6, "precision": None}
 
 
-class _Scored(Scriptable, torch.nn.Module):
+class _Scored(OfTorch, torch.nn.Module):
     """What the attention modules share: scores, and a scale that may be learned."""
 
     logit_scale: torch.nn.Parameter | None

@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
+from torch.fx import Proxy
 from torch.nn.functional import pad
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
@@ -90,6 +91,8 @@ class _Conv(_Epilogue):
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         """``residual`` has the output's shape and is added before the activation."""
+        if isinstance(input, Proxy) and (leaf := self._leaf(input, residual)) is not None:
+            return leaf
         if residual is None:
             return self._conv_forward(input, self.weight, self.bias)
         return self._conv_forward(input, self.weight, self.bias, residual)
@@ -113,6 +116,14 @@ class _ConvTranspose(_Epilogue):
     _rank: ClassVar[int]
     _output_padding: Any = _ConvTransposeNd._output_padding
 
+    def _leaf(self, *args: Any) -> Proxy | None:
+        """torch.ao.quantization would refuse this leaf: by default it chooses weights that it cannot observe for all
+        transposed convolutions, but those of torch's exact classes. It traces into ours."""
+        if type(args[0].tracer).__module__.startswith("torch.ao.quantization"):
+            self._warn_of_quantization()
+            return None
+        return super()._leaf(*args)
+
     def __init__(
         self, in_channels: int, out_channels: int, kernel_size: Size, stride: Size = 1, padding: Size = 0,
         output_padding: Size = 0, groups: int = 1, bias: bool = True, dilation: Size = 1, padding_mode: str = "zeros",
@@ -126,6 +137,8 @@ class _ConvTranspose(_Epilogue):
 
     def forward(self, input: Tensor, output_size: list[int] | None = None, residual: Tensor | None = None) -> Tensor:
         """``output_size`` as in torch; ``residual`` has the output's shape and is added before the activation."""
+        if isinstance(input, Proxy) and (leaf := self._leaf(input, output_size, residual)) is not None:
+            return leaf
         # The constructor rejects both, but attributes may be set afterwards.
         if self.padding_mode != "zeros":
             raise ValueError(f"Only `zeros` padding mode is supported for ConvTranspose{self._rank}d")
