@@ -6,7 +6,7 @@ their names, so that a new one of torch is not forgotten.
 
 from __future__ import annotations
 
-import _signal  # signal wraps each handler that it returns, which takes a hundred times as long
+import _signal  # type: ignore[import-not-found]  # signal wraps each handler that it returns, which takes a hundred times as long
 import decimal
 import functools
 import gc
@@ -157,7 +157,7 @@ def _settings_of_python() -> list[Setting]:
         (lambda: locale.setlocale(locale.LC_ALL), lambda name: locale.setlocale(locale.LC_ALL, name)),
         (_decimal_context, _set_decimal_context),
         (lambda: threading.excepthook, functools.partial(setattr, threading, "excepthook")),
-        (_folder, lambda folder: folder and os.chdir(folder)),
+        (_folder, _set_folder),
         (lambda: logging.raiseExceptions, functools.partial(setattr, logging, "raiseExceptions")),
     ]
 
@@ -167,6 +167,11 @@ def _folder() -> str | None:
     with suppress(OSError):
         return str(Path.cwd())
     return None
+
+
+def _set_folder(folder: str | None) -> None:
+    if folder is not None:
+        os.chdir(folder)
 
 
 def _signal_handlers() -> dict[int, Any]:
@@ -203,7 +208,7 @@ def _set_decimal_context(state: tuple[Any, ...]) -> None:
 def _dynamo_config() -> dict[str, Any]:
     """Empty where it has not been imported, so that nobody has set anything."""
     config: Any = sys.modules.get("torch._dynamo.config")
-    return config.get_config_copy() if config else {}  # type: ignore[no-any-return]
+    return config.get_config_copy() if config else {}
 
 
 def _set_dynamo_config(before: dict[str, Any]) -> None:

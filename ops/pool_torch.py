@@ -22,7 +22,7 @@ def _max_pool(rank: int) -> Callable[..., Any]:
     both = getattr(torch if rank == 1 else torch._C._nn, f"max_pool{rank}d_with_indices")
 
     def pool(
-        input: Tensor, kernel_size: Ints, stride: Ints | None = None, padding: Ints = 0, dilation: Ints = 1,
+        input: Tensor, kernel_size: Any, stride: Any = None, padding: Any = 0, dilation: Any = 1,
         ceil_mode: bool = False, return_indices: bool = False,
     ) -> Any:  # fmt: skip
         function = both if return_indices else maxima
@@ -31,7 +31,7 @@ def _max_pool(rank: int) -> Callable[..., Any]:
     return pool
 
 
-def _adaptive_max_pool1d(input: Tensor, output_size: Ints, return_indices: bool = False) -> Any:
+def _adaptive_max_pool1d(input: Tensor, output_size: Any, return_indices: bool = False) -> Any:
     """As :func:`_max_pool`."""
     both = _max_of_cells(input, output_size)
     return both if return_indices else both[0]
@@ -256,7 +256,7 @@ def torch_unpool(input: Tensor, indices: Tensor, size: Any, stride: Any, padding
     aten: Any = torch.ops.aten
     y: Tensor
     if len(size) == 1:
-        y = aten.max_unpool2d(input.unsqueeze(-2), indices.unsqueeze(-2), [1, *size]).squeeze(-2)
+        y = aten.max_unpool2d(input.unsqueeze(-1), indices.unsqueeze(-1), [*size, 1]).squeeze(-1)
     elif len(size) == 2:
         y = aten.max_unpool2d(input, indices, size)
     else:

@@ -89,6 +89,10 @@ class Quantizable(OfTorch):
         if value is not None or _is_quantized_dynamically(theirs):
             self._warn_of_quantization()
 
+    @qconfig.deleter
+    def qconfig(self) -> None:
+        self.__dict__.pop("qconfig", None)
+
     def _warn_of_quantization(self) -> None:
         theirs = counterpart(type(self))
         advice = "build it from modules of torch.nn"
@@ -99,10 +103,6 @@ class Quantizable(OfTorch):
             f"{type(self).__name__}: {advice} before you quantise it",
             stacklevel=3,
         )
-
-    @qconfig.deleter
-    def qconfig(self) -> None:
-        self.__dict__.pop("qconfig", None)
 
 
 def _is_quantized_dynamically(theirs: type[torch.nn.Module] | None) -> bool:
