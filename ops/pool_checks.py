@@ -553,8 +553,8 @@ def _is_channels_last(input: Tensor) -> bool:
 
 
 def _kernel_name(name: str, rank: int, input: Tensor) -> str:
-    """torch's CPU kernel. Lines are images of one row, and channels last has kernels of its own; but for unpooling lines
-    are images of one column, whose strides are never those."""
+    """torch's CPU kernel. Lines are images of one row, and channels last has kernels of its own; but in unpooling lines
+    are images of one column, and those are never channels last."""
     images = input
     if rank == 1 and name != "max_unpool":
         images = input.unsqueeze(-2)
