@@ -66,21 +66,19 @@ class Choice(NamedTuple):
 
 
 _memo: dict[tuple[Any, ...], Choice] = {}
-_overrides: dict[str, Config] = {}
+_overrides: dict[object, tuple[str, Config]] = {}  # of all threads, since backward runs in one of its own
 
 
 @contextmanager
 def override(tunable: Tunable, config: Config) -> Iterator[None]:
-    """Runs a block with this config for every call of one kernel; for tests and for the tuner."""
-    previous = _overrides.get(tunable.name)
-    _overrides[tunable.name] = config
+    """Runs a block with this config for every call of one kernel, in all threads; for tests and for the tuner. Of
+    several the one that was entered last counts, whichever ends first."""
+    mine = object()
+    _overrides[mine] = (tunable.name, config)
     try:
         yield
     finally:
-        if previous is None:
-            del _overrides[tunable.name]
-        else:
-            _overrides[tunable.name] = previous
+        del _overrides[mine]
 
 
 def clear_memo() -> None:
@@ -91,8 +89,10 @@ def clear_memo() -> None:
 
 def resolve(tunable: Tunable, problem: Any, device: DeviceSpec) -> Choice:
     """The config that a call runs with. A problem seen before costs one dictionary lookup."""
-    if _overrides and tunable.name in _overrides:
-        return Choice(_overrides[tunable.name], "none", "override")
+    if _overrides:
+        for name, config in reversed(list(_overrides.values())):
+            if name == tunable.name:
+                return Choice(config, "none", "override")
     key = (tunable.name, problem, device.slug)
     choice = _memo.get(key)
     if choice is None:

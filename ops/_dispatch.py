@@ -41,6 +41,13 @@ DEFAULT_BACKEND = word("TRITUNE_BACKEND") or "auto"
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
+def constant(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """:func:`torch.compiler.assume_constant_result`, which would import the compiler: torch.compile calls the function
+    instead of tracing it."""
+    fn._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return fn
+
+
 class _State(threading.local):
     def __init__(self) -> None:
         # In every thread attributes of the instance: torch.compile does not see one that comes to hide a class's.
@@ -79,7 +86,7 @@ class use_backend(ContextDecorator):  # a context manager, named like torch.no_g
         if name not in BACKENDS:
             raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {name!r}")
         self.name = name
-        self.previous: list[str] = []
+        self.previous: dict[int, list[str]] = {}  # by thread, since several may use one object
 
     def __call__(self, func: Any) -> Any:
         if inspect.isgeneratorfunction(func) or inspect.iscoroutinefunction(func) or inspect.isasyncgenfunction(func):
@@ -93,12 +100,20 @@ class use_backend(ContextDecorator):  # a context manager, named like torch.no_g
         return use_backend(self.name)
 
     def __enter__(self) -> use_backend:
-        self.previous.append(_state.backend)
+        self.previous.setdefault(_thread(), []).append(_state.backend)
         _state.set(self.name, _state.recorder)
         return self
 
     def __exit__(self, *exc_info: object) -> None:
-        _state.set(self.previous.pop(), _state.recorder)
+        before = self.previous[_thread()]
+        _state.set(before.pop(), _state.recorder)
+        if not before:
+            del self.previous[_thread()]
+
+
+@constant  # Dynamo cannot trace the question, and undoes within a graph what it has noted there
+def _thread() -> int:
+    return threading.get_ident()
 
 
 def current_backend() -> str:
@@ -128,6 +143,21 @@ def torch_validates(input: Any) -> bool:
     ):  # fmt: skip
         return backend != "" and _is_tracing()
     return input.is_cpu or _is_tracing() if backend == "auto" else backend == "torch" and not input.is_meta
+
+
+def torch_computes(input: Any) -> bool:
+    """Does torch serve a call on this real tensor, whoever looks on? Looking on must not change what runs, so a module
+    that may take a way of its own there goes by this; whether :func:`choose` has to be told is :func:`is_watched`."""
+    kind = type(input)
+    if (kind is not Tensor and kind is not Parameter) or is_dynamo_compiling():
+        return False
+    backend = _state.backend
+    return input.is_cpu or _is_tracing() if backend == "auto" else backend == "torch" and not input.is_meta
+
+
+def is_watched() -> bool:
+    """Does somebody record or log decisions?"""
+    return _state.recorder is not None or logger.isEnabledFor(INFO)
 
 
 # How torch's functions reject arguments. Other exceptions belong to hooks that run inside of them: by one of its own
@@ -168,13 +198,6 @@ _LARGEST_SIZE = 2**31 - 1
 
 
 # --- what the kernels cover ------------------------------------------------------------------------------------------
-
-
-def constant(fn: Callable[..., Any]) -> Callable[..., Any]:
-    """:func:`torch.compiler.assume_constant_result`, which would import the compiler: torch.compile calls the function
-    instead of tracing it."""
-    fn._dynamo_marked_constant = True  # type: ignore[attr-defined]
-    return fn
 
 
 @cache

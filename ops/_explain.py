@@ -41,8 +41,9 @@ def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Decision | Dec
     counters (integers on the CPU, in at most one dimension) keep their values. Whatever ``fn`` reaches is copied with
     them: attributes and buffers, what a closure holds, what your functions name of their globals, of classes and of
     your modules, and the hooks of all modules and optimizers. The states of the random generators are restored, as are
-    settings of the process and the thread (modes of torch, the environment, loggers, filters of warnings), and modules
-    of yours that the call imports are forgotten. What the call does to the world outside, such as a file that it writes
+    settings of the process and the thread (modes of torch, the environment, loggers, filters of warnings, folder,
+    signals, names replaced in ``torch`` and ``torch.nn.functional``), and modules of yours that the call imports are
+    forgotten. What the call does to the world outside, such as a file that it writes
     or what an installed library remembers, cannot be undone. No other thread should run ``fn`` meanwhile.
 
     Raises:

@@ -6,12 +6,21 @@ their names, so that a new one of torch is not forgotten.
 
 from __future__ import annotations
 
+import _signal  # type: ignore[import-not-found]  # signal wraps each handler that it returns, which takes a hundred times as long
+import decimal
 import functools
+import gc
+import locale
 import logging
 import os
+import signal
+import sys
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -116,11 +125,107 @@ def _settings() -> list[Setting]:
         (lambda: dict(vars(torch.__future__)), vars(torch.__future__).update),
         (lambda: dict(vars(torch._tensor_str.PRINT_OPTS)), vars(torch._tensor_str.PRINT_OPTS).update),
         (lambda: _state.backend, lambda backend: _state.set(backend, _state.recorder)),
+        (
+            lambda: torch.backends.cudnn.benchmark_limit,
+            functools.partial(setattr, torch.backends.cudnn, "benchmark_limit"),
+        ),
+        (torch.multiprocessing.get_sharing_strategy, torch.multiprocessing.set_sharing_strategy),
+        (_dynamo_config, _set_dynamo_config),
+        *((vars(space).copy, functools.partial(_set_names, space)) for space in (torch, torch.nn.functional)),
+        *_settings_of_python(),
         (np.geterr, lambda modes: np.seterr(**modes)),
+        (np.get_printoptions, lambda options: np.set_printoptions(**options)),
         (lambda: dict(os.environ), _set_environment),
         (lambda: logging.root.manager.disable, logging.disable),
         (_loggers, _set_loggers),
     ]  # fmt: skip
+
+
+def _settings_of_python() -> list[Setting]:
+    names = ("stdin", "stdout", "stderr", "excepthook", "displayhook", "unraisablehook")
+    return [
+        *((functools.partial(getattr, sys, name), functools.partial(setattr, sys, name)) for name in names),
+        (lambda: sys.path[:], lambda path: sys.path.__setitem__(slice(None), path)),
+        (sys.getrecursionlimit, sys.setrecursionlimit),
+        (sys.get_int_max_str_digits, sys.set_int_max_str_digits),
+        (sys.getswitchinterval, sys.setswitchinterval),
+        (sys.getprofile, sys.setprofile),
+        (sys.gettrace, sys.settrace),
+        (gc.isenabled, lambda is_enabled: gc.enable() if is_enabled else gc.disable()),
+        (gc.get_threshold, lambda thresholds: gc.set_threshold(*thresholds)),
+        (_signal_handlers, _set_signal_handlers),
+        (lambda: locale.setlocale(locale.LC_ALL), lambda name: locale.setlocale(locale.LC_ALL, name)),
+        (_decimal_context, _set_decimal_context),
+        (lambda: threading.excepthook, functools.partial(setattr, threading, "excepthook")),
+        (_folder, _set_folder),
+        (lambda: logging.raiseExceptions, functools.partial(setattr, logging, "raiseExceptions")),
+    ]
+
+
+def _folder() -> str | None:
+    """None where it has been removed."""
+    with suppress(OSError):
+        return str(Path.cwd())
+    return None
+
+
+def _set_folder(folder: str | None) -> None:
+    if folder is not None:
+        os.chdir(folder)
+
+
+def _signal_handlers() -> dict[int, Any]:
+    """Only the main thread may set them."""
+    if threading.current_thread() is not threading.main_thread():
+        return {}
+    return {number: _signal.getsignal(number) for number in range(1, signal.NSIG)}
+
+
+def _set_signal_handlers(handlers: dict[int, Any]) -> None:
+    for number, handler in handlers.items():
+        if handler is not None and _signal.getsignal(number) != handler:  # None was not set from Python
+            signal.signal(number, handler)
+
+
+_DECIMAL = ("prec", "rounding", "Emin", "Emax", "capitals", "clamp")
+
+
+def _decimal_context() -> tuple[Any, ...]:
+    """The context itself and what it holds."""
+    context = decimal.getcontext()
+    return context, [getattr(context, name) for name in _DECIMAL], dict(context.flags), dict(context.traps)
+
+
+def _set_decimal_context(state: tuple[Any, ...]) -> None:
+    context, values, flags, traps = state
+    decimal.setcontext(context)
+    for name, value in zip(_DECIMAL, values, strict=True):
+        setattr(context, name, value)
+    context.flags.update(flags)
+    context.traps.update(traps)
+
+
+def _dynamo_config() -> dict[str, Any]:
+    """Empty where it has not been imported, so that nobody has set anything."""
+    config: Any = sys.modules.get("torch._dynamo.config")
+    return config.get_config_copy() if config else {}
+
+
+def _set_dynamo_config(before: dict[str, Any]) -> None:
+    for name, value in _dynamo_config().items():
+        if name in before and value != before[name]:
+            setattr(sys.modules["torch._dynamo.config"], name, before[name])
+
+
+def _set_names(space: Any, before: dict[str, Any]) -> None:
+    """Puts back what was replaced and takes away what was added, but not modules, which stay imported."""
+    for name, value in dict(vars(space)).items():
+        if name in before and value is not before[name]:
+            setattr(space, name, before[name])
+        elif name not in before and not isinstance(value, ModuleType):
+            delattr(space, name)
+    for name in before.keys() - vars(space).keys():
+        setattr(space, name, before[name])
 
 
 def _default_device() -> Any:

@@ -105,15 +105,22 @@ def scaled_dot_product_attention(
         with torch._C._EnableTorchFunction():  # a jagged tensor turns its override off, which computes it
             return torch_attention(*call)
     attention_checks.check_scaled_dot_product_attention(*call)
+
+    def torchs() -> Tensor | None:
+        if not is_torchs(*call) or not has_rows(query) or (dropout_p == 0.0 and in_transform()):
+            return None
+        out = torch_attention(*call)
+        return out if dropout_p else twice_differentiable(out, query, key, value, attn_mask, is_causal, scale)
+
     if torch_serves(query):  # compiled, fake or meta tensors, or an error that is torch's alone
         q, k, v, given = autocast(*tensors)
         attention_checks.check_operands(q, k, v, (("attn_mask", given),), scale, enable_gqa)
-        if is_torchs(*call) and has_rows(query) and (dropout_p != 0.0 or not in_transform()):
-            out = torch_attention(*call)
-            return out if dropout_p else twice_differentiable(out, query, key, value, attn_mask, is_causal, scale)
+        served = torchs()
+        if served is not None:
+            return served
     mask, bias = mask_and_bias(attn_mask)
     return _attend(
-        "scaled_dot_product_attention", query, key, value, mask, bias, scale=scale, is_causal=is_causal,
+        "scaled_dot_product_attention", torchs, query, key, value, mask, bias, scale=scale, is_causal=is_causal,
         enable_gqa=enable_gqa, dropout_p=dropout_p,
     )[0]  # fmt: skip
 
@@ -197,14 +204,20 @@ def attention(
         query, key, value, attn_mask, bias, score=score, scale=scale, causal_alignment=causal_alignment, eps=eps,
         precision=precision,
     )  # fmt: skip
+
+    def torchs() -> Tensor | None:
+        if return_lse or in_transform():
+            return None
+        return by_torch(query, key, value, attn_mask, bias, score, scale, is_causal, causal_alignment, enable_gqa, eps)
+
     if not return_lse and torch_serves(query) and not in_transform():  # compiled, fake or meta tensors
         q, k, v, added = autocast(query, key, value, bias)
         attention_checks.check_operands(q, k, v, (("attn_mask", attn_mask), ("bias", added)), scale, enable_gqa)
-        out = by_torch(query, key, value, attn_mask, bias, score, scale, is_causal, causal_alignment, enable_gqa, eps)
+        out = torchs()
         if out is not None:
             return out
     out, lse = _attend(
-        "attention", query, key, value, attn_mask, bias, score=score, scale=scale, is_causal=is_causal,
+        "attention", torchs, query, key, value, attn_mask, bias, score=score, scale=scale, is_causal=is_causal,
         bottom_right=causal_alignment == "bottom_right", enable_gqa=enable_gqa, wants_lse=return_lse, eps=eps,
         precision=precision,
     )  # fmt: skip
@@ -260,11 +273,16 @@ def attention_pool(
 
 
 def _attend(
-    op: str, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, bias: Tensor | None, *, scale: Any,
-    is_causal: bool, enable_gqa: bool, score: str = "dot", bottom_right: bool = False, wants_lse: bool = False,
-    eps: float = 1e-6, precision: str | None = None, dropout_p: float = 0.0,
+    op: str, torchs: Callable[[], Tensor | None], query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None,
+    bias: Tensor | None, *, scale: Any, is_causal: bool, enable_gqa: bool, score: str = "dot",
+    bottom_right: bool = False, wants_lse: bool = False, eps: float = 1e-6, precision: str | None = None,
+    dropout_p: float = 0.0,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """Every call, of any number of dimensions: ``(out, lse)``."""
+    """Every call, of any number of dimensions: ``(out, lse)``.
+
+    ``torchs`` computes the call as it is computed where torch serves and nobody looks on, so that to be recorded or
+    logged changes nothing; it gives ``None`` for what torch's own attention does not compute.
+    """
     query, key, value, bias = autocast(query, key, value, bias)
     masks = (("attn_mask", mask), ("bias" if op == "attention" else "attn_mask", bias))
     args = attention_checks.check_operands(query, key, value, masks, scale, enable_gqa)
@@ -291,6 +309,9 @@ def _attend(
         lambda device: _kernel_choices(problem(), device, score == "cosine", bias is not None and bias.requires_grad),
         lambda: _limits(problem, max(q.shape[3], v.shape[3]), mask, dropout_p, q.device),
     )  # fmt: skip
+    served = torchs() if backend == "torch" else None
+    if served is not None:
+        return served, None
     if score == "cosine":
         q, k = (_normalized(t, eps, backend) for t in (q, k))
     if isinstance(scale, Tensor):

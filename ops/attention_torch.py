@@ -9,7 +9,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C import _is_any_autocast_enabled
+from torch._C import (
+    _get_dispatch_mode,
+    _is_any_autocast_enabled,
+    _len_torch_dispatch_stack,
+    _TorchDispatchModeKey,
+)
 from torch.nn import Linear
 from torch.nn.functional import scaled_dot_product_attention as _sdpa
 from torch.utils.checkpoint import CheckpointError
@@ -429,9 +434,9 @@ def unit_rows(t: Tensor, eps: float) -> Tensor:
     if torch.compiler.is_compiling() or is_jit_tracing() or in_transform():
         unit = t / row_lengths(t, eps)
         return unit if unit.dtype is t.dtype else unit.to(t.dtype)
-    if 0 < t.numel() <= _FEW and t.is_cpu and not torch._C._len_torch_dispatch_stack():
+    if 0 < t.numel() <= _FEW and t.is_cpu and not _are_operators_traced():
         lengths = torch.linalg.vector_norm(t, 2, -1, True)
-        if type(lengths) is Tensor:  # a fake tensor has no numbers to look at
+        if type(lengths) is Tensor and lengths.is_cpu:  # a fake or meta tensor has no numbers to look at
             least, most = torch.aminmax(lengths.detach())
             if least.item() >= eps and eps >= _LEAST_SQUARED and most.item() < inf:
                 return t / lengths
@@ -441,6 +446,13 @@ def unit_rows(t: Tensor, eps: float) -> Tensor:
     return (t / measured_lengths(t, eps)).to(t.dtype)
 
 
+def _are_operators_traced() -> bool:
+    """Is a mode of torch's own tracing operators, so that no number can be read from a tensor? Modes of others look on,
+    and what they look at stays the same."""
+    return _len_torch_dispatch_stack() > 0 and any(map(_get_dispatch_mode, _TRACING_MODES))
+
+
+_TRACING_MODES = (_TorchDispatchModeKey.FAKE, _TorchDispatchModeKey.PROXY, _TorchDispatchModeKey.FUNCTIONAL)
 _FEW = 1 << 15  # so few numbers take less time in torch's operators than an autograd Function takes to be called
 
 
@@ -459,9 +471,9 @@ def measured_lengths(t: Tensor, eps: float) -> Tensor:
     """The values of :func:`row_lengths` without derivatives. On the CPU squares are added in float32, which takes a
     quarter of the time, unless the sum of a row overflows."""
     wide = torch.promote_types(t.dtype, torch.float32)
-    if t.is_cpu and eps >= _LEAST_SQUARED and not torch._C._len_torch_dispatch_stack():
+    if t.is_cpu and eps >= _LEAST_SQUARED and not _are_operators_traced():
         lengths = _norm(t, wide)
-        if type(lengths) is Tensor and lengths.sum().item() < inf:  # a fake tensor has no numbers
+        if type(lengths) is Tensor and lengths.is_cpu and lengths.sum().item() < inf:
             return lengths.clamp_min_(eps)
     return _norm(t, torch.float64).clamp_min_(eps).to(wide)
 

@@ -553,8 +553,13 @@ def _is_channels_last(input: Tensor) -> bool:
 
 
 def _kernel_name(name: str, rank: int, input: Tensor) -> str:
-    """torch's CPU kernel: lines are images of one row, and channels last has kernels of its own."""
-    images = input.unsqueeze(-2) if rank == 1 else input
+    """torch's CPU kernel. Lines are images of one row, and channels last has kernels of its own; but in unpooling lines
+    are images of one column, and those are never channels last."""
+    images = input
+    if rank == 1 and name != "max_unpool":
+        images = input.unsqueeze(-2)
+    elif rank == 3 and input.dim() == 4:
+        images = input.unsqueeze(0)
     return f"{name}{max(rank, 2)}d" + ("_channels_last" if _is_channels_last(images) else "")
 
 

@@ -13,11 +13,39 @@ from torch import Tensor
 from ._dispatch import rejections
 from .pool_checks import Ints, pool_output_size
 
+_max_of_cells = torch.adaptive_max_pool1d
+
+
+def _max_pool(rank: int) -> Callable[..., Any]:
+    """That of torch.nn.functional, which finds its operators by their names in ``torch`` when it is called."""
+    maxima = getattr(torch, f"max_pool{rank}d")
+    both = getattr(torch if rank == 1 else torch._C._nn, f"max_pool{rank}d_with_indices")
+
+    def pool(
+        input: Tensor, kernel_size: Any, stride: Any = None, padding: Any = 0, dilation: Any = 1,
+        ceil_mode: bool = False, return_indices: bool = False,
+    ) -> Any:  # fmt: skip
+        function = both if return_indices else maxima
+        return function(input, kernel_size, [] if stride is None else stride, padding, dilation, ceil_mode)
+
+    return pool
+
+
+def _adaptive_max_pool1d(input: Tensor, output_size: Any, return_indices: bool = False) -> Any:
+    """As :func:`_max_pool`."""
+    both = _max_of_cells(input, output_size)
+    return both if return_indices else both[0]
+
+
 # torch's own, as they are when this is imported: people put ours in their place.
 TORCH_FUNCTIONS: dict[str, Callable[..., Any]] = {
-    f"{kind}{rank}d": getattr(F, f"{kind}{rank}d")
-    for kind in ("max_pool", "avg_pool", "adaptive_max_pool", "adaptive_avg_pool", "lp_pool", "max_unpool")
-    for rank in (1, 2, 3)
+    **{
+        f"{kind}{rank}d": getattr(F, f"{kind}{rank}d")
+        for kind in ("avg_pool", "adaptive_max_pool", "adaptive_avg_pool", "lp_pool", "max_unpool")
+        for rank in (1, 2, 3)
+    },
+    **{f"max_pool{rank}d": _max_pool(rank) for rank in (1, 2, 3)},
+    "adaptive_max_pool1d": _adaptive_max_pool1d,
 }
 
 
@@ -237,7 +265,7 @@ def torch_unpool(input: Tensor, indices: Tensor, size: Any, stride: Any, padding
     aten: Any = torch.ops.aten
     y: Tensor
     if len(size) == 1:
-        y = aten.max_unpool2d(input.unsqueeze(-2), indices.unsqueeze(-2), [1, *size]).squeeze(-2)
+        y = aten.max_unpool2d(input.unsqueeze(-1), indices.unsqueeze(-1), [*size, 1]).squeeze(-1)
     elif len(size) == 2:
         y = aten.max_unpool2d(input, indices, size)
     else:

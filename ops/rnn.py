@@ -214,7 +214,9 @@ def elman_step(
     rnn_checks.check_elman_step(*tensors)
     if torch_serves(x):
         return _torch_step(*tensors)
-    _, hidden, _ = _recur("elman_step", "tanh", x.unsqueeze(0), W_xh, W_hh, b_h, None, h.unsqueeze(0))
+    _, hidden, _ = _recur(
+        "elman_step", "tanh", x.unsqueeze(0), W_xh, W_hh, b_h, None, h.unsqueeze(0), layer_of_torch=_step_layer
+    )
     o, y = elman_head(hidden[0], W_ho, b_o, W_yh)
     return hidden[0], o, y
 
@@ -237,19 +239,31 @@ def _torch_step(
     return hidden, *elman_head(hidden, W_ho, b_o, W_yh)
 
 
+def _step_layer(
+    cell: str, input: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None, b_hh: Tensor | None, h0: Tensor,
+    *others: Any,
+) -> tuple[Tensor, Tensor, None]:  # fmt: skip
+    """:func:`_torch_step` without its head, as a layer over one step."""
+    hidden = _torch_step(input[0], h0[0], w_ih, w_hh, b_ih, None, None, None)[0].unsqueeze(0)
+    return hidden, hidden, None
+
+
 # --- from arguments to a call ----------------------------------------------------------------------------------------
 
 
 def _recur(
     op: str, cell: str, input: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None, b_hh: Tensor | None,
     h0: Tensor | None, c0: Tensor | None = None, reverse: bool = False, batch_first: bool = False,
-    precision: str | None = None,
+    precision: str | None = None, layer_of_torch: Callable[..., Any] = torch_layer,
 ) -> tuple[Tensor, Tensor, Any]:  # fmt: skip
-    """One layer of any cell, in one or two directions, over a batch or one sequence: ``(output, h_n, c_n)``."""
+    """One layer of any cell, in one or two directions, over a batch or one sequence: ``(output, h_n, c_n)``.
+
+    ``layer_of_torch`` is called where torch serves, whether or not somebody looks on.
+    """
     if precision is None and calls_torch(input):
         rejected = rejections()
         try:
-            result = torch_layer(cell, input, w_ih, w_hh, b_ih, b_hh, h0, c0, reverse, batch_first)
+            result = layer_of_torch(cell, input, w_ih, w_hh, b_ih, b_hh, h0, c0, reverse, batch_first)
         except rejected:
             result = None  # The validator has better words for it; what it accepts fails once more below.
         if result is not None:
@@ -274,7 +288,7 @@ def _recur(
     )  # fmt: skip
     traced = torch.compiler.is_compiling()
     if backend == "torch" and not in_transform() and (not traced or is_traced_as_torch(steps.shape[0])):
-        result = torch_layer(cell, input, w_ih, w_hh, b_ih, b_hh, h0, c0, reverse, batch_first)
+        result = layer_of_torch(cell, input, w_ih, w_hh, b_ih, b_hh, h0, c0, reverse, batch_first)
         assert result is not None
         return result
     if not args.is_batched:
@@ -386,9 +400,10 @@ def is_traced_as_torch(count: int) -> bool:
 # --- the choice of backend -------------------------------------------------------------------------------------------
 
 
-def require_torch(op: str, tensors: Iterable[Tensor], reason: str) -> None:
-    """Notes that torch serves a call which no kernel covers; under ``use_backend("triton")`` that is an error."""
-    choose(op, list(tensors), lambda _: Verdict(False, reason), lambda _: (), lambda: reason)
+def require_torch(op: str, tensors: Iterable[Tensor], reason: str | None) -> None:
+    """Notes that torch serves a call: one which no kernel covers, for a reason, which is an error under
+    ``use_backend("triton")``; or one for which the kernels are not asked, as on the CPU."""
+    choose(op, list(tensors), lambda _: Verdict(False, reason or ""), lambda _: (), lambda: reason)
 
 
 def _limits(problem_of: Callable[[], Any], where: torch.device) -> str | None:

@@ -30,6 +30,7 @@ import tritune
 from tritune.autotune.variables import WORDS
 from tritune.ops import _dispatch, conv_operators, conv_pool_operators, rnn_operators
 from tritune.ops import _layout as ops_layout
+from tritune.perf.calls import CALLS, prepare
 
 
 @pytest.mark.torch
@@ -57,6 +58,24 @@ class TestUseBackend:
     def test_is_per_thread(self):
         with tritune.use_backend("torch"), ThreadPoolExecutor(1) as pool:
             assert pool.submit(_dispatch.current_backend).result() == "auto"
+
+    def test_one_object_in_two_threads(self):
+        shared = tritune.use_backend("torch")
+        meet = threading.Barrier(2, timeout=60)
+
+        def use(name: str) -> list[str]:
+            with tritune.use_backend(name):
+                meet.wait()
+                with shared:
+                    meet.wait()  # both are inside
+                    within = _dispatch.current_backend()
+                    meet.wait()
+                return [within, _dispatch.current_backend()]
+
+        with ThreadPoolExecutor(2) as pool:
+            results = list(pool.map(use, ("auto", "triton")))
+        assert results == [["torch", "auto"], ["torch", "triton"]]
+        assert not shared.previous
 
     def test_unknown_name(self):
         with pytest.raises(ValueError, match="auto, triton, torch"):
@@ -264,6 +283,20 @@ def test_interpreter_in_threads():
     with ThreadPoolExecutor(4) as threads:
         for result in threads.map(work, range(8)):
             assert torch.equal(result, F.max_pool2d(x, 2))
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("namespace", [torch, F], ids=["torch", "functional"])
+def test_ours_work_in_the_place_of_torchs(namespace, monkeypatch):
+    """With all that torch has of these names replaced: torch's own functions find each other by name."""
+    calls = [prepare(call, "small", "training")[0] for call in CALLS]
+    before = [call() for call in calls]
+    replaced = [name for name in tritune.__all__ if hasattr(namespace, name)]
+    assert len(replaced) >= 12
+    for name in replaced:
+        monkeypatch.setattr(namespace, name, getattr(tritune, name))
+    for call, call_of_the_table, grads in zip(calls, CALLS, before, strict=True):
+        assert all(map(torch.equal, call(), grads)), call_of_the_table.name
 
 
 @pytest.mark.torch

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import decimal
 import enum
 import functools
+import gc
 import importlib
+import io
+import locale
 import logging
 import os
 import random
 import re
+import signal
 import sys
 import threading
 import warnings
@@ -24,7 +29,9 @@ import numpy as np
 import pytest
 import test_extremes
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._dynamo import config as dynamo
 from torch.autograd import forward_ad
 from torch.nn.utils import parametrizations
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
@@ -615,6 +622,10 @@ def inner_variable(name: str) -> Any:
     return getenv(name.encode())
 
 
+def other_locale() -> str:
+    return "C" if locale.setlocale(locale.LC_CTYPE) != "C" else "C.UTF-8"
+
+
 LOGGER = logging.getLogger("explained")
 SETTINGS: dict[str, tuple[Callable[[], Any], Callable[[], Any]]] = {
     "grad mode": (torch.is_grad_enabled, lambda: torch.set_grad_enabled(False)),
@@ -662,6 +673,34 @@ SETTINGS: dict[str, tuple[Callable[[], Any], Callable[[], Any]]] = {
         lambda: torch._C._get_fp32_precision_getter("cuda", "conv"),
         lambda: torch._C._set_fp32_precision_setter("cuda", "conv", "ieee"),
     ),
+    "cuDNN's search": (
+        lambda: torch.backends.cudnn.benchmark_limit, lambda: setattr(torch.backends.cudnn, "benchmark_limit", 3),
+    ),
+    "shared memory": (
+        torch.multiprocessing.get_sharing_strategy, lambda: torch.multiprocessing.set_sharing_strategy("file_system"),
+    ),
+    "Dynamo's config": (lambda: dynamo.recompile_limit, lambda: setattr(dynamo, "recompile_limit", 3)),
+    "a function of torch": (lambda: torch.relu, lambda: setattr(torch, "relu", torch.sigmoid)),
+    "a new name in torch": (lambda: hasattr(torch, "explained"), lambda: setattr(torch, "explained", 1)),
+    "a function of torch.nn": (lambda: F.conv2d, lambda: setattr(F, "conv2d", tritune.conv2d)),
+    "a function less": (lambda: hasattr(F, "conv2d"), lambda: delattr(F, "conv2d")),
+    "folder": (os.getcwd, lambda: os.chdir(os.sep)),
+    "places of modules": (lambda: sys.path[:], lambda: sys.path.append(os.sep)),
+    "recursion": (sys.getrecursionlimit, lambda: sys.setrecursionlimit(sys.getrecursionlimit() + 1)),
+    "digits": (sys.get_int_max_str_digits, lambda: sys.set_int_max_str_digits(1000)),
+    "switches of threads": (sys.getswitchinterval, lambda: sys.setswitchinterval(0.1)),
+    "profile": (sys.getprofile, lambda: sys.setprofile(lambda *_: None)),
+    "standard output": (lambda: id(sys.stdout), lambda: setattr(sys, "stdout", io.StringIO())),
+    "uncaught exceptions": (lambda: sys.excepthook, lambda: setattr(sys, "excepthook", print)),
+    "those of threads": (lambda: threading.excepthook, lambda: setattr(threading, "excepthook", print)),
+    "garbage": (gc.isenabled, gc.disable),
+    "its thresholds": (gc.get_threshold, lambda: gc.set_threshold(1)),
+    "signals": (lambda: signal.getsignal(signal.SIGTERM), lambda: signal.signal(signal.SIGTERM, signal.SIG_IGN)),
+    "decimals": (lambda: decimal.getcontext().prec, lambda: setattr(decimal.getcontext(), "prec", 5)),
+    "another context of decimals": (decimal.getcontext, lambda: decimal.setcontext(decimal.Context(5))),
+    "numpy's printing": (np.get_printoptions, lambda: np.set_printoptions(precision=2)),
+    "locale": (lambda: locale.setlocale(locale.LC_ALL), lambda: locale.setlocale(locale.LC_CTYPE, other_locale())),
+    "errors of logging": (lambda: logging.raiseExceptions, lambda: setattr(logging, "raiseExceptions", False)),
     "precision everywhere": (
         lambda: torch._C._get_fp32_precision_getter("generic", "all"),
         lambda: torch._C._set_fp32_precision_setter("generic", "all", "tf32"),

@@ -653,6 +653,41 @@ def test_16_bits_in_three_dimensions(dtype, kind):
         assert getattr(tritune, f"{kind}3d")(*made.args).dtype == f.theirs(*made.args).dtype == torch.float32
 
 
+NAMED = [
+    f"{kind}{rank}d"
+    for kind in ("max_pool", "avg_pool", "lp_pool", "adaptive_max_pool", "adaptive_avg_pool", "max_unpool")
+    for rank in (1, 2, 3)
+]
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels last", "transposed", "sliced"])
+@pytest.mark.parametrize("op", NAMED)
+def test_kernels_are_named_as_torchs(op, layout):
+    """By the text for a dtype without a kernel, whatever the strides; of lines, images and volumes, unbatched too."""
+    rank = int(op[-2])
+    args = {"lp_pool": (2.0, 2)}.get(op[:-2], (2,))
+    for n, channels, size, is_batched in itertools.product((1, 2), (1, 4), (2, 6), (True, False)):
+        full = torch.ones(n, channels, *(size,) * rank, dtype=torch.complex64)
+        full = {
+            "contiguous": full,
+            "channels last": full.movedim(1, -1).contiguous().movedim(-1, 1),
+            "transposed": full.transpose(0, 1).contiguous().transpose(0, 1),
+            "sliced": full.repeat(1, 2, *(1,) * rank)[:, ::2],
+        }[layout]
+        input = full if is_batched else full[0]
+        operands = (input, torch.zeros_like(input, dtype=torch.int64)) if "unpool" in op else (input,)
+        made = call(*operands, *args)
+        assert_same_error(outcome(getattr(F, op), made), outcome(getattr(tritune, op), made), made)
+
+
+@pytest.mark.parametrize("rank", [1, 2, 3])
+def test_an_index_outside_is_named_as_by_torch(rank):
+    input = torch.ones(1, 1, *(3,) * rank)
+    made = call(input, torch.full(input.shape, 10**6), 2)
+    op = f"max_unpool{rank}d"
+    assert_same_error(outcome(getattr(F, op), made), outcome(getattr(tritune, op), made), made)
+
+
 @pytest.mark.parametrize("dtype", [torch.int8, torch.uint8], ids=str)
 @pytest.mark.parametrize("rank", [2, 3])
 def test_bytes_in_channels_last(dtype, rank):

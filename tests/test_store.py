@@ -174,6 +174,20 @@ class TestLookup:
             with resolve.override(TUNABLE, CONFIGS[0]):
                 assert resolve.resolve(TUNABLE, Problem(1024), H200).config is CONFIGS[0]
             assert resolve.resolve(TUNABLE, Problem(1024), H200) == resolve.Choice(forced, "none", "override")
+
+    def test_overrides_of_two_threads_end_in_any_order(self, folders):
+        def config() -> Config:
+            return resolve.resolve(TUNABLE, Problem(1024), H200).config
+
+        alone = config()
+        one, other = (resolve.override(TUNABLE, config) for config in CONFIGS[:2])
+        one.__enter__()
+        other.__enter__()
+        assert config() == CONFIGS[1]
+        one.__exit__(None, None, None)
+        assert config() == CONFIGS[1]
+        other.__exit__(None, None, None)
+        assert config() == alone
         assert resolve.resolve(TUNABLE, Problem(1024), H200).place == "none"
 
     def test_assert_tuned(self, folders, monkeypatch):

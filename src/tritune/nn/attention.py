@@ -11,16 +11,16 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from ..ops import attention, attention_pool
 from ..ops._checks import PRECISIONS
-from ..ops._dispatch import in_transform, is_plain, torch_validates
+from ..ops._dispatch import Verdict, choose, in_transform, is_plain, is_watched, torch_computes
 from ..ops.attention_checks import ALIGNMENTS, SCORES, check_eps, check_scale
 from ..ops.attention_torch import pool_and_project
-from ._of_torch import Scriptable
+from ._of_torch import OfTorch
 
 # What is shown of a module only where it is otherwise.
 _USUAL = {"is_causal": False, "causal_alignment": "top_left", "enable_gqa": False, "eps": 1e-6, "precision": None}
 
 
-class _Scored(Scriptable, torch.nn.Module):
+class _Scored(OfTorch, torch.nn.Module):
     """What the attention modules share: scores, and a scale that may be learned."""
 
     logit_scale: torch.nn.Parameter | None
@@ -152,6 +152,9 @@ class AttentionPool(_Scored):
     def forward(self, input: Tensor, attn_mask: Tensor | None = None) -> Tensor:
         """``attn_mask``: bool ``[B, N]``, or ``[N]``: True at the elements that count."""
         if self._projects_last(input, attn_mask):
+            if is_watched():
+                reason = "pooled first and projected afterwards, in torch's operators"
+                choose("attention", (input,), lambda _: Verdict(False, reason), lambda _: (), lambda: reason)
             pooled = pool_and_project(self.query, self.key, self.value, input, attn_mask, self.scale)
             projected: Tensor = self.out(pooled)
             return projected.squeeze(-2) if self.num_queries == 1 else projected
@@ -166,9 +169,9 @@ class AttentionPool(_Scored):
         return result.squeeze(-2) if self.num_queries == 1 else result
 
     def _projects_last(self, input: Tensor, attn_mask: Tensor | None) -> bool:
-        """Does torch serve a batch for which it is faster to project what is pooled, and does nobody look at the
+        """Does torch serve a batch for which it is faster to project what is pooled, and does no hook look at the
         projected sequence?"""
-        if self.score != "dot" or not torch_validates(input) or not input.is_cpu:
+        if self.score != "dot" or not torch_computes(input) or not input.is_cpu:
             return False
         spared = input.numel() * (self.embed_dim - 2 * self.num_heads * self.num_queries)
         if spared < _MANY or input.dim() != 3 or input.dtype not in (torch.float32, torch.float64):

@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
+from torch.fx import Proxy
 from torch.nn.functional import pad
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
@@ -37,6 +38,7 @@ class _Epilogue(Quantizable):
     padding: Any
     dilation: Any
     groups: Any
+    padding_mode: Any
     output_padding: Any
 
     def __new__(cls, *args: Any, activation: str | None = None, **kwargs: Any) -> Self:
@@ -76,7 +78,6 @@ class _Epilogue(Quantizable):
 
 class _Conv(_Epilogue):
     _reversed_padding_repeated_twice: Any
-    padding_mode: Any
 
     def __init__(
         self, in_channels: int, out_channels: int, kernel_size: Size, stride: Size = 1, padding: Size | str = 0,
@@ -90,6 +91,8 @@ class _Conv(_Epilogue):
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         """``residual`` has the output's shape and is added before the activation."""
+        if isinstance(input, Proxy) and (leaf := self._leaf(input, residual)) is not None:
+            return leaf
         if residual is None:
             return self._conv_forward(input, self.weight, self.bias)
         return self._conv_forward(input, self.weight, self.bias, residual)
@@ -110,7 +113,16 @@ class _Conv(_Epilogue):
 
 class _ConvTranspose(_Epilogue):
     kernel_size: Any
+    _rank: ClassVar[int]
     _output_padding: Any = _ConvTransposeNd._output_padding
+
+    def _leaf(self, *args: Any) -> Proxy | None:
+        """torch.ao.quantization would refuse this leaf: by default it chooses weights that it cannot observe for all
+        transposed convolutions, but those of torch's exact classes. It traces into ours."""
+        if type(args[0].tracer).__module__.startswith("torch.ao.quantization"):
+            self._warn_of_quantization()
+            return None
+        return super()._leaf(*args)
 
     def __init__(
         self, in_channels: int, out_channels: int, kernel_size: Size, stride: Size = 1, padding: Size = 0,
@@ -125,8 +137,15 @@ class _ConvTranspose(_Epilogue):
 
     def forward(self, input: Tensor, output_size: list[int] | None = None, residual: Tensor | None = None) -> Tensor:
         """``output_size`` as in torch; ``residual`` has the output's shape and is added before the activation."""
+        if isinstance(input, Proxy) and (leaf := self._leaf(input, output_size, residual)) is not None:
+            return leaf
+        # The constructor rejects both, but attributes may be set afterwards.
+        if self.padding_mode != "zeros":
+            raise ValueError(f"Only `zeros` padding mode is supported for ConvTranspose{self._rank}d")
+        if not isinstance(self.padding, tuple):
+            raise AssertionError("self.padding must be a tuple")
         output_padding = self._output_padding(
-            input, output_size, self.stride, self.padding, self.kernel_size, len(self.kernel_size), self.dilation
+            input, output_size, self.stride, self.padding, self.kernel_size, self._rank, self.dilation
         )
         return self._run(
             input, self.weight, self.bias, self.stride, self.padding, output_padding, self.groups, self.dilation,
@@ -235,6 +254,7 @@ class ConvTranspose1d(_ConvTranspose, torch.nn.ConvTranspose1d):
     """
 
     _run = staticmethod(conv_transpose1d)
+    _rank = 1
 
 
 class ConvTranspose2d(_ConvTranspose, torch.nn.ConvTranspose2d):
@@ -255,6 +275,7 @@ class ConvTranspose2d(_ConvTranspose, torch.nn.ConvTranspose2d):
     """
 
     _run = staticmethod(conv_transpose2d)
+    _rank = 2
 
 
 class ConvTranspose3d(_ConvTranspose, torch.nn.ConvTranspose3d):
@@ -264,6 +285,7 @@ class ConvTranspose3d(_ConvTranspose, torch.nn.ConvTranspose3d):
     """
 
     _run = staticmethod(conv_transpose3d)
+    _rank = 3
 
 
 class ConvActivation1d(_Conv, _WithActivation):
@@ -308,6 +330,7 @@ class ConvTransposeActivation1d(_ConvTranspose, _WithActivation):
 
     _plain = torch.nn.ConvTranspose1d
     _run = staticmethod(conv_transpose1d)
+    _rank = 1
 
 
 class ConvTransposeActivation2d(_ConvTranspose, _WithActivation):
@@ -315,6 +338,7 @@ class ConvTransposeActivation2d(_ConvTranspose, _WithActivation):
 
     _plain = torch.nn.ConvTranspose2d
     _run = staticmethod(conv_transpose2d)
+    _rank = 2
 
 
 class ConvTransposeActivation3d(_ConvTranspose, _WithActivation):
@@ -322,6 +346,7 @@ class ConvTransposeActivation3d(_ConvTranspose, _WithActivation):
 
     _plain = torch.nn.ConvTranspose3d
     _run = staticmethod(conv_transpose3d)
+    _rank = 3
 
 
 _WITH_ACTIVATION: dict[type, Any] = {

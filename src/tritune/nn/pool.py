@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx import Proxy
 
 from ..ops import (
     adaptive_avg_pool1d,
@@ -26,58 +27,70 @@ from ..ops import (
     max_unpool2d,
     max_unpool3d,
 )
-from ._of_torch import Scriptable
+from ._of_torch import OfTorch
 
 
-class _MaxPool(Scriptable, torch.nn.modules.pooling._MaxPoolNd):
+class _MaxPool(OfTorch, torch.nn.modules.pooling._MaxPoolNd):
     _run: Callable[..., Any]
 
     def forward(self, input: Tensor) -> Any:
         """The maxima; with ``return_indices`` also where they lie."""
+        if isinstance(input, Proxy) and (leaf := self._leaf(input)) is not None:
+            return leaf
         return self._run(
             input, self.kernel_size, self.stride, self.padding, self.dilation, self.ceil_mode, self.return_indices
         )
 
 
-class _AvgPool(Scriptable, torch.nn.modules.pooling._AvgPoolNd):
+class _AvgPool(OfTorch, torch.nn.modules.pooling._AvgPoolNd):
     _run: Callable[..., Tensor]
     divisor_override: int | None
 
     def forward(self, input: Tensor) -> Tensor:
+        if isinstance(input, Proxy) and (leaf := self._leaf(input)) is not None:
+            return leaf
         return self._run(
             input, self.kernel_size, self.stride, self.padding, self.ceil_mode, self.count_include_pad,
             self.divisor_override,
         )  # fmt: skip
 
 
-class _AdaptiveMaxPool(Scriptable, torch.nn.modules.pooling._AdaptiveMaxPoolNd):
+class _AdaptiveMaxPool(OfTorch, torch.nn.modules.pooling._AdaptiveMaxPoolNd):
     _run: Callable[..., Any]
 
     def forward(self, input: Tensor) -> Any:
         """The maxima; with ``return_indices`` also where they lie."""
+        if isinstance(input, Proxy) and (leaf := self._leaf(input)) is not None:
+            return leaf
         return self._run(input, self.output_size, self.return_indices)
 
 
-class _AdaptiveAvgPool(Scriptable, torch.nn.modules.pooling._AdaptiveAvgPoolNd):
+class _AdaptiveAvgPool(OfTorch, torch.nn.modules.pooling._AdaptiveAvgPoolNd):
     _run: Callable[..., Tensor]
 
     def forward(self, input: Tensor) -> Tensor:
+        if isinstance(input, Proxy) and (leaf := self._leaf(input)) is not None:
+            return leaf
         return self._run(input, self.output_size)
 
 
-class _LPPool(Scriptable, torch.nn.modules.pooling._LPPoolNd):
+class _LPPool(OfTorch, torch.nn.modules.pooling._LPPoolNd):
     _run: Callable[..., Tensor]
 
     def forward(self, input: Tensor) -> Tensor:
+        if isinstance(input, Proxy) and (leaf := self._leaf(input)) is not None:
+            return leaf
         return self._run(input, float(self.norm_type), self.kernel_size, self.stride, self.ceil_mode)
 
 
-class _MaxUnpool(Scriptable, torch.nn.modules.pooling._MaxUnpoolNd):
+class _MaxUnpool(OfTorch, torch.nn.modules.pooling._MaxUnpoolNd):
     _torchs_can_be_scripted = False  # TorchScript fails on torch's own three with an internal assertion
     _run: Callable[..., Tensor]
 
     def forward(self, input: Tensor, indices: Tensor, output_size: list[int] | None = None) -> Tensor:
         """``output_size`` as in torch: the sizes of the result, or its whole shape."""
+        if isinstance(input, Proxy) and (leaf := self._leaf(input, indices, output_size)) is not None:
+            return leaf
         return self._run(input, indices, self.kernel_size, self.stride, self.padding, output_size)
 
 
@@ -109,13 +122,15 @@ class MaxPool3d(_MaxPool, torch.nn.MaxPool3d):
     _run = staticmethod(max_pool3d)
 
 
-class AvgPool1d(Scriptable, torch.nn.AvgPool1d):
+class AvgPool1d(OfTorch, torch.nn.AvgPool1d):
     """:class:`torch.nn.AvgPool1d` on :func:`tritune.avg_pool1d`.
 
     Shape: ``[N, C, L]`` or ``[C, L]`` to ``[N, C, Q]`` or ``[C, Q]``.
     """
 
     def forward(self, input: Tensor) -> Tensor:
+        if isinstance(input, Proxy) and (leaf := self._leaf(input)) is not None:
+            return leaf
         return avg_pool1d(input, self.kernel_size, self.stride, self.padding, self.ceil_mode, self.count_include_pad)
 
 

@@ -5,16 +5,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C import _is_any_autocast_enabled
 from torch.fx import Proxy
 from torch.nn.functional import dropout
 from torch.nn.utils.rnn import PackedSequence
 
 from ..ops import elman_step, rnn
-from ..ops._dispatch import in_transform, is_exporting, torch_serves
-from ..ops.rnn import calls_torch, elman_head, is_traced_as_torch, require_torch, sequence_layer
+from ..ops._dispatch import in_transform, is_exporting, is_watched, torch_computes, torch_serves
+from ..ops.rnn import elman_head, is_traced_as_torch, require_torch, sequence_layer
 from ..ops.rnn_checks import check_dtypes, check_input_dims, check_nonlinearity, check_state_dims
 from ..ops.rnn_torch import TORCH_LAYERS
-from ._of_torch import Quantizable, Scriptable
+from ._of_torch import OfTorch, Quantizable
 
 
 class _Recurrent(Quantizable, torch.nn.RNNBase):
@@ -32,14 +33,16 @@ class _Recurrent(Quantizable, torch.nn.RNNBase):
     def forward(self, input: Any, hx: Any = None) -> Any:
         """As in torch. On our kernels one layer over a padded batch; torch's own module serves the rest."""
         data = input.data if isinstance(input, PackedSequence) else input
-        if calls_torch(data) and data.is_floating_point() and not in_transform():
+        if (
+            torch_computes(data) and data.is_floating_point() and not _is_any_autocast_enabled() and not in_transform()
+        ):  # fmt: skip
+            if is_watched():
+                require_torch(self._torch.__name__.lower(), [data, *self.parameters()], self._uncovered(input))
             if hx is not None:
                 check_dtypes(data, self._states(hx))
             return self._torch.forward(self, input, hx)
-        if isinstance(input, Proxy):
-            # Of torch.fx, which takes a module for a leaf by the name of its package, and traces into all others.
-            path = input.tracer.path_of_module(self)  # type: ignore[attr-defined]
-            return input.tracer.create_proxy("call_module", path, (input, hx), {})
+        if isinstance(input, Proxy) and (leaf := self._leaf(input, hx)) is not None:
+            return leaf
         if not isinstance(data, Tensor):
             return self._torch.forward(self, input, hx)  # raises
         if not torch_serves(data):
@@ -217,7 +220,7 @@ class LSTM(_Recurrent):
         return tuple(states)
 
 
-class ElmanRNN(Scriptable, torch.nn.Module):
+class ElmanRNN(OfTorch, torch.nn.Module):
     r"""An Elman network with its output head, step by step or over a sequence.
 
     .. math:: h_t = \tanh(W_{hh} h_{t-1} + W_{xh} x_t + b_h), \quad o_t = W_{ho} h_t + b_o, \quad
