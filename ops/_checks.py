@@ -113,9 +113,9 @@ def _is_symbolic(value: object) -> bool:
 
 
 def _is_static(size: int) -> bool:
-    # Dynamo shows a symbolic size as an int; the import is slow and needed by nobody else.
+    # Dynamo shows a symbolic size as an int, and torch.jit.trace as a tensor; the import is slow.
     if not torch.compiler.is_dynamo_compiling() and not _is_symbolic(size):
-        return True
+        return type(size) is int
     from torch.fx.experimental.symbolic_shapes import has_static_value
 
     return has_static_value(size)

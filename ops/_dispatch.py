@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch._C import _is_tracing, _len_torch_dispatch_stack
 from torch._C._autograd import _top_saved_tensors_default_hooks
-from torch._C._functorch import peek_interpreter_stack
+from torch._C._functorch import get_interpreter_stack, peek_interpreter_stack
 from torch.autograd import forward_ad
 from torch.compiler import is_dynamo_compiling
 from torch.nn import Parameter
@@ -26,6 +26,7 @@ from ..autotune.device import DeviceSpec, detect
 from ..autotune.log import logger
 from ..autotune.resolve import Choice
 from ..autotune.variables import WORDS, word
+from ._checks import _is_static
 
 BACKENDS = WORDS["TRITUNE_BACKEND"]
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -129,9 +130,9 @@ def torch_serves(input: Any) -> bool:
 
 
 def torch_validates(input: Any) -> bool:
-    """May the public function call torch's own at once? There torch serves, and its checks are those that count: the
-    checks of meta and fake tensors, and so those under torch.compile, let more pass. Nor where a mode looks at every
-    operator, or hooks at what is saved: an exception of theirs is not to be taken for a rejection. But in
+    """Does torch serve a call on this input, and may its own function be called before our checks, which are asked
+    where it raises? Not on meta and fake tensors, on which torch's checks let more pass, nor where a mode looks at
+    every operator, or hooks at what is saved: an exception of theirs is not to be taken for a rejection. But in
     torch.jit.trace torch's own has every call, since our checks would make its sizes constants."""
     kind = type(input)
     if (kind is not Tensor and kind is not Parameter) or is_dynamo_compiling():
@@ -171,27 +172,42 @@ def rejections() -> tuple[type[Exception], ...]:
     return () if _is_tracing() else TORCH_ERRORS
 
 
-def are_plain(sizes: tuple[Any, ...], least: int = 0) -> bool:
+def torch_errors(input: Any) -> tuple[type[Exception], ...] | None:
+    """May the public function call torch's own before our checks, and after which exceptions are they asked? ``None``
+    if it may not. None of them, ``()``, while sizes are recorded: our checks would ask about sizes, and each answer
+    would be recorded, too, as a guard or a constant. So there torch's own has the call, whatever it says."""
+    if torch_validates(input):
+        return () if _is_tracing() else TORCH_ERRORS
+    return () if records_sizes(input) and torch_serves(input) else None
+
+
+def records_sizes(input: Any) -> bool:
+    """Is the call compiled or exported, or are the sizes of ``input`` symbols, as those that make_fx traces? Those of
+    a nested tensor always are."""
+    if torch.compiler.is_compiling():
+        return True
+    return getattr(input, "_has_symbolic_sizes_strides", False) and not input.is_nested
+
+
+def are_plain(sizes: tuple[Any, ...], least: int = 0, *, recorded: bool) -> bool:
     """Is each of these an int from ``least`` on that fits into 31 bits, or a tuple or list of such? What else torch
-    takes for ints, or takes and computes something with, is for the validators; but in torch.jit.trace, where a size
-    may be computed from the input's, it has to stay what it is."""
+    takes for ints, or takes and computes something with, is for the validators. But where sizes are ``recorded``, one
+    that is computed from the input's has to stay what it is, and nothing is asked of it."""
     for size in sizes:
         kind = type(size)
         if kind is int:
-            if not least <= size < _LARGEST_SIZE:
+            if (not recorded or _is_static(size)) and not least <= size < _LARGEST_SIZE:
                 return False
         elif kind is tuple or kind is list or kind is torch.Size:
             for one in size:
-                if type(one) is not int or not least <= one < _LARGEST_SIZE:
-                    return _is_tracing()
-        else:
-            return _is_tracing()
+                if type(one) is not int:
+                    if not recorded:
+                        return False
+                elif (not recorded or _is_static(one)) and not least <= one < _LARGEST_SIZE:
+                    return False
+        elif not recorded:
+            return False
     return True
-
-
-def is_empty(t: Tensor) -> bool:
-    """Has it no elements? torch.jit.trace is told no."""
-    return not is_jit_tracing() and t.numel() == 0
 
 
 _LARGEST_SIZE = 2**31 - 1
@@ -233,6 +249,12 @@ def in_transform() -> bool:
 @constant  # traced, the comparison with None would be True everywhere
 def _in_functorch() -> bool:
     return peek_interpreter_stack() is not None
+
+
+@constant
+def open_transforms() -> list[str]:
+    """The kinds of the open functorch transforms, the outermost first: Grad, Jvp, Vmap, Functionalize."""
+    return [level.key().name for level in get_interpreter_stack() or ()]
 
 
 def is_plain(tensor: Tensor) -> bool:

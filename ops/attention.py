@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention as _sdpa
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from ..autotune.device import DeviceSpec, detect
@@ -22,8 +22,10 @@ from ._dispatch import (
     in_transform,
     is_plain,
     matmul_setting,
+    records_sizes,
     rejections,
     resolved_precision,
+    torch_errors,
     torch_serves,
     torch_validates,
 )
@@ -33,12 +35,10 @@ from .attention_checks import AttentionArgs
 from .attention_operators import OP, OP_NORMALIZE, attention_problem
 from .attention_torch import (
     by_torch,
-    has_rows,
-    is_torchs,
     mask_and_bias,
     on_torch,
     torch_attention,
-    twice_differentiable,
+    torchs_own,
     unit_rows,
 )
 
@@ -88,15 +88,15 @@ def scaled_dot_product_attention(
             scaled_dot_product_attention, tensors, *tensors, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
         )  # fmt: skip
         return overridden
-    if torch_validates(query) and not in_transform():
-        rejected = rejections()
-        try:
-            if is_torchs(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa) and has_rows(query):
-                out = _sdpa(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
-                return out if dropout_p else twice_differentiable(out, query, key, value, attn_mask, is_causal, scale)
-        except rejected:
-            pass  # our validator has the words
     call = (*tensors, dropout_p, is_causal, scale, enable_gqa)
+    errors = torch_errors(query)
+    if errors is not None:
+        try:
+            out = torchs_own(*call, recorded=not errors)
+            if out is not None:
+                return out
+        except errors:
+            pass  # our validator has the words
     if any(isinstance(t, Tensor) and t.is_nested for t in tensors[:3]):
         reason = "a nested tensor"
         choose("scaled_dot_product_attention", (query,), lambda _: Verdict(False, reason), lambda _: (), lambda: reason)
@@ -105,19 +105,13 @@ def scaled_dot_product_attention(
         with torch._C._EnableTorchFunction():  # a jagged tensor turns its override off, which computes it
             return torch_attention(*call)
     attention_checks.check_scaled_dot_product_attention(*call)
-
-    def torchs() -> Tensor | None:
-        if not is_torchs(*call) or not has_rows(query) or (dropout_p == 0.0 and in_transform()):
-            return None
-        out = torch_attention(*call)
-        return out if dropout_p else twice_differentiable(out, query, key, value, attn_mask, is_causal, scale)
-
-    if torch_serves(query):  # compiled, fake or meta tensors, or an error that is torch's alone
+    torchs = partial(torchs_own, *call, recorded=records_sizes(query))
+    if torch_serves(query):  # fake or meta tensors, or an error that is torch's alone
         q, k, v, given = autocast(*tensors)
         attention_checks.check_operands(q, k, v, (("attn_mask", given),), scale, enable_gqa)
-        served = torchs()
-        if served is not None:
-            return served
+        out = torchs()
+        if out is not None:
+            return out
     mask, bias = mask_and_bias(attn_mask)
     return _attend(
         "scaled_dot_product_attention", torchs, query, key, value, mask, bias, scale=scale, is_causal=is_causal,
@@ -194,8 +188,9 @@ def attention(
         rejected = rejections()
         try:
             out = by_torch(
-                query, key, value, attn_mask, bias, score, scale, is_causal, causal_alignment, enable_gqa, eps
-            )
+                query, key, value, attn_mask, bias, score, scale, is_causal, causal_alignment, enable_gqa, eps,
+                recorded=not rejected,
+            )  # fmt: skip
             if out is not None:
                 return out
         except rejected:
@@ -208,7 +203,10 @@ def attention(
     def torchs() -> Tensor | None:
         if return_lse or in_transform():
             return None
-        return by_torch(query, key, value, attn_mask, bias, score, scale, is_causal, causal_alignment, enable_gqa, eps)
+        return by_torch(
+            query, key, value, attn_mask, bias, score, scale, is_causal, causal_alignment, enable_gqa, eps,
+            recorded=records_sizes(query),
+        )  # fmt: skip
 
     if not return_lse and torch_serves(query) and not in_transform():  # compiled, fake or meta tensors
         q, k, v, added = autocast(query, key, value, bias)

@@ -15,11 +15,13 @@ from torch._C import (
     _len_torch_dispatch_stack,
     _TorchDispatchModeKey,
 )
+from torch._C._functorch import get_unwrapped, is_functorch_wrapped_tensor
+from torch.autograd import forward_ad
 from torch.nn import Linear
 from torch.nn.functional import scaled_dot_product_attention as _sdpa
 from torch.utils.checkpoint import CheckpointError
 
-from ._dispatch import in_transform, is_empty, is_jit_tracing, is_plain
+from ._dispatch import in_transform, is_jit_tracing, is_plain, open_transforms
 from ._register import requires_grad
 from .attention_checks import ALIGNMENTS, SCORES
 
@@ -28,9 +30,10 @@ from .attention_checks import ALIGNMENTS, SCORES
 
 def is_torchs(
     query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, dropout_p: float, is_causal: bool,
-    scale: float | None, enable_gqa: bool,
+    scale: float | None, enable_gqa: bool, recorded: bool,
 ) -> bool:  # fmt: skip
-    """Does torch's attention compute what we do, if it accepts the call? See ``docs/differences.md``."""
+    """Does torch's attention compute what we do, if it accepts the call? See ``docs/differences.md``. Where sizes are
+    ``recorded`` nothing is asked of them."""
     if attn_mask is not None and (is_causal or attn_mask.dim() < 2):
         return False
     if scale is not None and is_causal and not scale > 0:
@@ -39,16 +42,36 @@ def is_torchs(
         return False
     if enable_gqa and query.dim() < 3:
         return False
-    if is_jit_tracing():
+    if recorded:
         return True
     return key.shape[-2] == value.shape[-2] and not (enable_gqa and 0 in (key.shape[-3], value.shape[-3]))
 
 
 def has_rows(query: Tensor) -> bool:
-    """Do the rows of the query lie apart in memory? torch's kernel for the CPU cannot read rows that overlap."""
-    if query.is_contiguous() or torch.compiler.is_compiling() or is_jit_tracing():
+    """Do the rows of the query lie apart in memory? torch's kernel for the CPU cannot read rows of neighbours that
+    begin in one another."""
+    if query.is_contiguous() or query.stride(-1) != 1 or query.shape[-2] == 1:
         return True
     return not 0 < query.stride(-2) < query.shape[-1]
+
+
+def torchs_own(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, dropout_p: float, is_causal: bool,
+    scale: float | None, enable_gqa: bool, *, recorded: bool,
+) -> Tensor | None:  # fmt: skip
+    """torch's attention with derivatives of every order; ``None`` where it computes something else, or has no
+    derivative for the transform that is open. Where sizes are ``recorded`` nothing is asked of them."""
+    if not is_torchs(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, recorded):
+        return None
+    if not recorded and not has_rows(query):
+        return None
+    if not in_transform():
+        out = _sdpa(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+        return out if dropout_p else twice_differentiable(out, query, key, value, attn_mask, is_causal, scale)
+    if not dropout_p and not has_derivatives(query, key, value, attn_mask):
+        return None
+    out = _sdpa(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+    return out if dropout_p else twice_differentiable_below(out)
 
 
 def torch_attention(
@@ -61,7 +84,7 @@ def torch_attention(
 
 def by_torch(
     query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, bias: Tensor | None, score: str,
-    scale: Any, is_causal: bool, causal_alignment: str, enable_gqa: bool, eps: float,
+    scale: Any, is_causal: bool, causal_alignment: str, enable_gqa: bool, eps: float, *, recorded: bool,
 ) -> Tensor | None:  # fmt: skip
     """:func:`attention` by one call of torch's. ``None`` where that computes something else, or accepts what our
     validator rejects."""
@@ -82,7 +105,7 @@ def by_torch(
         return None
     shape, query_shape, value_shape = key.shape, query.shape, value.shape
     dims = len(shape)
-    if not 3 <= dims <= 4 or is_empty(key):
+    if not 3 <= dims <= 4 or (not (recorded and is_jit_tracing()) and key.numel() == 0):
         return None
     if value_shape != shape and value_shape[:-1] != shape[:-1]:
         return None
@@ -102,7 +125,9 @@ def by_torch(
         mask = bias if mask is None else torch.where(mask, bias, -inf)
     if mask is not None and mask.dim() > dims:
         return None
-    if not is_torchs(query, key, value, mask, 0.0, is_causal, scale, enable_gqa) or not has_rows(query):
+    if not is_torchs(query, key, value, mask, 0.0, is_causal, scale, enable_gqa, recorded):
+        return None
+    if not recorded and not has_rows(query):
         return None
 
     by_products = (
@@ -191,8 +216,8 @@ def composite(
     if scale <= 0:
         # torch's kernel for the CPU hides keys before it scales: -inf times 0 or less is NaN.
         q, scale = q * scale, 1.0
-    if not torch.compiler.is_compiling() and q.shape[2] > 1 and 0 < q.stride(2) < q.shape[3]:
-        q = q.contiguous()  # torch's kernel for the CPU cannot read rows that overlap
+    if not torch.compiler.is_compiling() and not has_rows(q):
+        q = q.contiguous()
     is_causal = shift is not None and mask is None and bias is None and _is_zero(shift)
     if not is_causal:
         mask = _hidden(q, k, mask, shift)
@@ -357,6 +382,47 @@ def twice_differentiable(
         return out  # the trace would not be the same without gradients
     doubled: Tensor = _TwiceDifferentiable.apply(out, query, key, value, *_formulas(query, attn_mask, scale, is_causal))
     return doubled
+
+
+def has_derivatives(*tensors: Tensor | None) -> bool:
+    """Has torch's fused attention every derivative that the open transforms and those of plain autograd around them
+    ask for? It has the first, backward. A graph has no second one anyway."""
+    if forward_ad._current_level >= 0:
+        return False
+    kinds = open_transforms()
+    if "Jvp" in kinds or kinds.count("Grad") > 1:
+        return False
+    if torch.compiler.is_compiling():
+        return True
+    outside = [unwrapped(t) for t in tensors if t is not None]
+    return not any(t.requires_grad for t in outside) or ("Grad" not in kinds and outside[0].is_cpu)
+
+
+def unwrapped(t: Tensor) -> Tensor:
+    """The tensor outside of all transforms."""
+    while is_functorch_wrapped_tensor(t):
+        t = get_unwrapped(t)
+    return t
+
+
+def twice_differentiable_below(out: Tensor) -> Tensor:
+    """torch's result ``out`` inside of transforms, with the second derivative for plain autograd around them. vmap
+    calls the fused kernel once a sample, so several nodes may lie below a stack and views."""
+    if torch.compiler.is_compiling():
+        return out
+    nodes: list[Any] = [unwrapped(out).grad_fn]
+    while nodes:
+        node = nodes.pop()
+        name = "" if node is None else node.name()
+        if name.startswith("ScaledDotProduct"):
+            node._register_hook_dict(_HOOKED)
+        elif name.startswith(_OF_BATCHES):
+            nodes += [below for below, _ in node.next_functions]
+    return out
+
+
+# Nodes that vmap puts above those of the samples: what it stacks, and how it sorts the dimensions.
+_OF_BATCHES = ("StackBackward", "ViewBackward", "ReshapeAliasBackward", "UnsafeViewBackward", "PermuteBackward")
 
 
 def mask_and_bias(attn_mask: Tensor | None) -> tuple[Tensor | None, Tensor | None]:

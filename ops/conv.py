@@ -21,9 +21,8 @@ from ._dispatch import (
     conv_setting,
     measured,
     operator_precision,
-    rejections,
     resolved_precision,
-    torch_validates,
+    torch_errors,
 )
 from ._layout import autocast, has_unit_channels, is_channels_last
 from ._register import requires_grad, run_operator
@@ -223,16 +222,20 @@ def convolve(
             residual=residual, scale=scale, precision=precision,
         )  # fmt: skip
         return overridden
+    errors = torch_errors(input)
     if (
-        torch_validates(input) and (are_plain(geometry) or _pads_by_a_word(geometry))
-        and (not transposed or are_plain(geometry[4:], 1))  # there torch takes a dilation of 0 for a window of one tap
-    ):  # fmt: skip
-        rejected = rejections()
+        errors is not None
+        and (are_plain(geometry, recorded=not errors) or _pads_by_a_word(geometry, not errors))
+        # There torch takes a dilation of 0 for a window of one tap.
+        and (not transposed or are_plain(geometry[4:], 1, recorded=not errors))
+    ):
         try:
-            y = by_torch(transposed, rank, input, weight, bias, geometry, activation, residual, scale, precision)
+            y = by_torch(
+                transposed, rank, input, weight, bias, geometry, activation, residual, scale, precision, not errors
+            )
             if y is not None:
                 return y
-        except rejected:
+        except errors:
             pass  # our validator has the words
     input, weight, bias, residual, scale = autocast(input, weight, bias, residual, scale)
     check = check_conv_transpose if transposed else check_conv
@@ -243,9 +246,9 @@ def convolve(
     return _serve(transposed, args, (input, weight, bias, scale, residual), activation, precision)
 
 
-def _pads_by_a_word(geometry: tuple[Any, ...]) -> bool:
+def _pads_by_a_word(geometry: tuple[Any, ...], recorded: bool) -> bool:
     """Is the second of them, the padding, a word and are the others plain?"""
-    return type(geometry[1]) is str and are_plain((geometry[0], *geometry[2:]))
+    return type(geometry[1]) is str and are_plain((geometry[0], *geometry[2:]), recorded=recorded)
 
 
 def _serve(

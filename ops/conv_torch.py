@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import gelu, hardsigmoid, hardswish, leaky_relu, relu6, silu
 
-from ._checks import PRECISIONS
-from ._dispatch import is_empty, is_jit_tracing
+from ._checks import PRECISIONS, _is_static
 from .conv_checks import ConvArgs
 
 _TORCH: dict[bool, tuple[Any, ...]] = {
@@ -22,17 +21,17 @@ _TORCH: dict[bool, tuple[Any, ...]] = {
 
 def by_torch(
     transposed: bool, rank: int, input: Tensor, weight: Tensor, bias: Tensor | None, geometry: tuple[Any, ...],
-    activation: str | None, residual: Tensor | None, scale: Tensor | None, precision: str | None,
+    activation: str | None, residual: Tensor | None, scale: Tensor | None, precision: str | None, recorded: bool,
 ) -> Tensor | None:  # fmt: skip
     """torch's convolution with the epilogue; ``None`` for an empty result, and where torch accepts what our validator
-    rejects."""
+    rejects. Where sizes are ``recorded`` nothing is asked of them."""
     if bias is not None and bias.dtype is not weight.dtype:
         return None
     y: Tensor = _TORCH[transposed][rank - 1](input, weight, bias if scale is None else None, *geometry)
-    if is_empty(y) or (precision is not None and precision not in PRECISIONS):
+    if (not recorded and y.numel() == 0) or (precision is not None and precision not in PRECISIONS):
         return None
     if scale is not None or residual is not None:
-        if not _fits_epilogue(y, rank, residual, scale):
+        if not _fits_epilogue(y, rank, residual, scale, recorded):
             return None
         y = epilogue(y, scale, None if scale is None else bias, residual, rank)
     if activation is None:
@@ -40,20 +39,25 @@ def by_torch(
     functions = _ACTIVATIONS.get(activation)
     if functions is None:
         return None
-    return functions[not y.requires_grad and not is_jit_tracing()](y)
+    fresh, in_place = functions
+    return (fresh if recorded or y.requires_grad else in_place)(y)
 
 
-def _fits_epilogue(y: Tensor, rank: int, residual: Tensor | None, scale: Tensor | None) -> bool:
-    """Have residual and scale just the dtype, device and shape that the epilogue of a result ``y`` asks for? In
-    torch.jit.trace, which would make sizes constants by comparing them, the number of dimensions has to do."""
-    channels, is_traced = y.shape[-rank - 1], is_jit_tracing()
+def _fits_epilogue(y: Tensor, rank: int, residual: Tensor | None, scale: Tensor | None, recorded: bool) -> bool:
+    """Have residual and scale just the dtype, device and shape that the epilogue of a result ``y`` asks for?"""
     return all(
         t is None
-        or (
-            t.dim() == len(shape) and (is_traced or t.shape == shape) and t.dtype is y.dtype and t.device == y.device
-        )
-        for t, shape in ((residual, y.shape), (scale, (channels,)))
-    )  # fmt: skip
+        or (t.dim() == len(shape) and _is_shape(t, shape, recorded) and t.dtype is y.dtype and t.device == y.device)
+        for t, shape in ((residual, y.shape), (scale, y.shape[-rank - 1 : -rank]))
+    )
+
+
+def _is_shape(t: Tensor, shape: Sequence[int], recorded: bool) -> bool:
+    """Where sizes are ``recorded`` only numbers are compared, no symbols."""
+    if not recorded:
+        return t.shape == shape
+    pairs = zip(t.shape, shape, strict=True)
+    return all(not (_is_static(have) and _is_static(size)) or have == size for have, size in pairs)
 
 
 def composite(

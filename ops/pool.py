@@ -15,7 +15,7 @@ from ..autotune.device import DeviceSpec
 from ..autotune.resolve import Choice, resolve
 from . import pool_checks
 from ._checks import Size
-from ._dispatch import Verdict, are_plain, choose, is_empty, is_jit_tracing, measured, torch_validates
+from ._dispatch import Verdict, are_plain, choose, is_jit_tracing, measured, torch_errors
 from ._layout import empty, is_channels_last
 from ._register import requires_grad, run_operator
 from .pool_checks import Ints, PoolArgs
@@ -31,6 +31,7 @@ from .pool_operators import (
     offset_dtype,
 )
 from .pool_torch import (
+    KNOWS_INFINITE_NORMS,
     TORCH_FUNCTIONS,
     lacks_a_kernel,
     lp_root,
@@ -377,10 +378,11 @@ def global_avg_pool(input: Tensor, keepdim: bool = True) -> Tensor:
     if has_torch_function_unary(input):
         overridden: Tensor = handle_torch_function(global_avg_pool, (input,), input, keepdim)
         return overridden
-    pool_checks.check_global_pool("avg", input, keepdim)
+    errors = torch_errors(input)
+    pool_checks.check_global_pool("avg", input, keepdim, recorded=errors == ())
     rank = input.dim() - 2
     composite = partial(torch_adaptive("avg", rank), input, 1)
-    if torch_validates(input):
+    if errors is not None:
         y = composite()
     else:
         y = _serve_mean("global_avg_pool", rank, input, (1,) * rank, ADAPTIVE, True, 0, composite)
@@ -405,11 +407,12 @@ def global_max_pool(input: Tensor, keepdim: bool = True) -> Tensor:
     if has_torch_function_unary(input):
         overridden: Tensor = handle_torch_function(global_max_pool, (input,), input, keepdim)
         return overridden
-    pool_checks.check_global_pool("max", input, keepdim)
+    errors = torch_errors(input)
+    pool_checks.check_global_pool("max", input, keepdim, recorded=errors == ())
     rank = input.dim() - 2
     composite = partial(torch_adaptive("max", rank), input, 1)
     y: Tensor
-    if torch_validates(input):
+    if errors is not None:
         y = composite()
     else:
         y = _serve_max("global_max_pool", rank, input, (1,) * rank, ADAPTIVE, False, composite)
@@ -503,12 +506,14 @@ def max_pool(
         return handle_torch_function(
             function, (input,), input, kernel_size, stride, padding, dilation, ceil_mode, return_indices
         )
+    errors = torch_errors(input)
     if (
-        torch_validates(input) and are_plain((kernel_size, kernel_size if stride is None else stride, dilation), 1)
-        and are_plain((padding,))
+        errors is not None
+        and are_plain((kernel_size, kernel_size if stride is None else stride, dilation), 1, recorded=not errors)
+        and are_plain((padding,), recorded=not errors)
         and (dilation == 1 or padding == 0 or is_jit_tracing())  # else a window may lie wholly in the padding
     ):  # fmt: skip
-        y = torch_first(function, input, kernel_size, stride, padding, dilation, ceil_mode, return_indices)
+        y = torch_first(errors, function, input, kernel_size, stride, padding, dilation, ceil_mode, return_indices)
         if y is not None:
             return y
     args = pool_checks.check_max_pool(
@@ -537,8 +542,9 @@ def _adaptive_max_pool(
 ) -> Any:
     if has_torch_function_unary(input):
         return handle_torch_function(function, (input,), input, output_size, return_indices)
-    if torch_validates(input) and are_plain((output_size,)):
-        y = torch_first(function, input, output_size, return_indices)
+    errors = torch_errors(input)
+    if errors is not None and are_plain((output_size,), recorded=not errors):
+        y = torch_first(errors, function, input, output_size, return_indices)
         if y is not None:
             return y
     size = pool_checks.check_adaptive_pool(rank, "max", input, output_size, return_indices)
@@ -558,12 +564,14 @@ def _avg_pool(
             function, (input,), input, kernel_size, stride, padding, ceil_mode, count_include_pad, *divisor
         )
         return overridden
+    errors = torch_errors(input)
     if (
-        torch_validates(input) and are_plain((kernel_size, kernel_size if stride is None else stride), 1)
-        and are_plain((padding,)) and (divisor_override is None or type(divisor_override) is int)
+        errors is not None
+        and are_plain((kernel_size, kernel_size if stride is None else stride), 1, recorded=not errors)
+        and are_plain((padding,), recorded=not errors) and (divisor_override is None or type(divisor_override) is int)
         and not (rank == 3 and lacks_a_kernel(input))
     ):  # fmt: skip
-        y = torch_first(function, input, kernel_size, stride, padding, ceil_mode, count_include_pad, *divisor)
+        y = torch_first(errors, function, input, kernel_size, stride, padding, ceil_mode, count_include_pad, *divisor)
         if y is not None:
             return y
     args = pool_checks.check_avg_pool(
@@ -584,11 +592,12 @@ def _adaptive_avg_pool(function: Callable[..., Tensor], rank: int, input: Tensor
     if has_torch_function_unary(input):
         overridden: Tensor = handle_torch_function(function, (input,), input, output_size)
         return overridden
+    errors = torch_errors(input)
     if (
-        torch_validates(input) and are_plain((output_size,)) and rank < input.dim() <= rank + 2
-        and not is_empty(input)
+        errors is not None and are_plain((output_size,), recorded=not errors) and rank < input.dim() <= rank + 2
+        and (not errors or input.numel())
     ):  # fmt: skip
-        y = torch_first(function, input, output_size)
+        y = torch_first(errors, function, input, output_size)
         if y is not None:
             return y
     size = pool_checks.check_adaptive_pool(rank, "avg", input, output_size)
@@ -607,19 +616,24 @@ def _lp_pool(
             function, (input,), input, norm_type, kernel_size, stride, ceil_mode
         )  # fmt: skip
         return overridden
+    errors = torch_errors(input)
     if (
-        torch_validates(input) and are_plain((kernel_size, kernel_size if stride is None else stride), 1)
-        and type(norm_type) in (int, float) and 0 < abs(norm_type) < math.inf
-        and not (rank == 3 and lacks_a_kernel(input))
+        errors is not None
+        and are_plain((kernel_size, kernel_size if stride is None else stride), 1, recorded=not errors)
+        and type(norm_type) in (int, float)
+        and (
+            KNOWS_INFINITE_NORMS if abs(norm_type) == math.inf
+            else abs(norm_type) > 0 and not (rank == 3 and lacks_a_kernel(input))
+        )
     ):  # fmt: skip
-        y = torch_first(function, input, norm_type, kernel_size, stride, ceil_mode)
+        y = torch_first(errors, function, input, norm_type, kernel_size, stride, ceil_mode)
         if y is not None:
             return y
     args = pool_checks.check_lp_pool(rank, input, norm_type, kernel_size, stride, ceil_mode)
     if isinstance(norm_type, float) and math.isinf(norm_type):
-        sign = 1 if norm_type > 0 else -1
-        y = _serve_max_pool(rank, input.abs() * sign, args, False)
-        return y * sign
+        if norm_type > 0:
+            return _serve_max_pool(rank, input.abs(), args, False)
+        return -_serve_max_pool(rank, -input.abs(), args, False)
     if input.device.type == "cuda" and torch.is_autocast_enabled("cuda") and input.dtype.itemsize == 2:
         input = input.float()  # powers are in fp32 there, and so is what becomes of them
     # In three dimensions torch's kernel for the CPU has no 16-bit types: in float32 from the powers on, rounded once.
@@ -701,12 +715,14 @@ def _max_unpool(
         )
         return overridden
     windows = (kernel_size, kernel_size if stride is None else stride, padding)
+    errors = torch_errors(input)
     if (
-        torch_validates(input) and are_plain(windows) and (output_size is None or are_plain((output_size,)))
+        errors is not None and are_plain(windows, recorded=not errors)
+        and (output_size is None or are_plain((output_size,), recorded=not errors))
         and all(type(values) is int or len(values) == rank for values in windows)
         and not is_jit_tracing()  # torch 2.13 cannot trace its own
     ):  # fmt: skip
-        y: Tensor | None = torch_first(function, input, indices, kernel_size, stride, padding, output_size)
+        y: Tensor | None = torch_first(errors, function, input, indices, kernel_size, stride, padding, output_size)
         if y is not None:
             return y
     args = pool_checks.check_max_unpool(rank, input, indices, kernel_size, stride, padding, output_size)

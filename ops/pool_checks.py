@@ -26,7 +26,6 @@ from ._checks import (
     _scalar_name,
     _text_argument_type,
 )
-from ._dispatch import is_jit_tracing
 
 _MAX_DTYPES = frozenset(_FLOATING | _INTEGERS)
 # In three dimensions torch's CPU kernel lacks the 16-bit types that its GPU kernel has: they are legal everywhere.
@@ -158,8 +157,9 @@ def check_max_unpool(
     return PoolArgs(kernel, step, pad, (1,) * rank, False, sizes, False)
 
 
-def check_global_pool(kind: str, input: Tensor, keepdim: bool) -> None:
-    """Arguments of ``tritune.global_{kind}_pool``, which torch does not have."""
+def check_global_pool(kind: str, input: Tensor, keepdim: bool, recorded: bool = False) -> None:
+    """Arguments of ``tritune.global_{kind}_pool``, which torch does not have. Nothing is asked of a size that is
+    ``recorded``."""
     fn = f"global_{kind}_pool"
     _check_tensor(fn, 1, "input", input)
     if keepdim is not True and keepdim is not False:
@@ -167,7 +167,7 @@ def check_global_pool(kind: str, input: Tensor, keepdim: bool) -> None:
     shape = tuple(input.shape)
     if not 3 <= len(shape) <= 5:
         raise RuntimeError(f"{fn}(): expected input of 3 to 5 dimensions, [N, C, ...], but got {list(shape)}")
-    if not is_jit_tracing() and 0 in shape[1:]:
+    if 0 in (filter(_is_static, shape[1:]) if recorded else shape[1:]):
         raise RuntimeError(f"{fn}(): expected at least one channel and one element in each, but got {list(shape)}")
     if input.dtype not in _FLOATING and not _is_left_to_torch(input):
         raise NotImplementedError(f"{fn}() takes floating-point tensors, not {input.dtype}")

@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._dispatch import rejections
 from .pool_checks import Ints, pool_output_size
 
 _max_of_cells = torch.adaptive_max_pool1d
@@ -48,17 +47,20 @@ TORCH_FUNCTIONS: dict[str, Callable[..., Any]] = {
     "adaptive_max_pool1d": _adaptive_max_pool1d,
 }
 
+# Before, torch's lp_pool raises to an infinite power.
+KNOWS_INFINITE_NORMS = torch.__version__ >= "2.13"
 
-def torch_first(function: Callable[..., Any], input: Tensor, *options: Any) -> Any:
-    """What torch's function of that name returns. ``None``, which leaves the call to our validator, where that raises
-    and where its result has no elements."""
-    rejected = rejections()
+
+def torch_first(errors: tuple[type[Exception], ...], function: Callable[..., Any], input: Tensor, *options: Any) -> Any:
+    """What torch's function of that name returns; ``None`` where it raises one of the ``errors``, and for nothing
+    pooled or to pool: there the validator has the word. While sizes are recorded there are no errors, and no size is
+    asked for."""
     try:
         result = TORCH_FUNCTIONS[function.__name__](input, *options)
-    except rejected:
+    except errors:
         return None
     y = result[0] if type(result) is tuple else result
-    return result if not rejected or y.numel() else None  # torch.jit.trace is asked for no size
+    return result if not errors or y.numel() else None
 
 
 def torch_adaptive(kind: str, rank: int) -> Callable[..., Any]:

@@ -648,6 +648,31 @@ class TestModules:
             build()
 
 
+def _window(*strides):
+    """A query ``[2, 3, rows, 8]`` of these last two strides, over memory of its own for each head."""
+    return lambda rows: torch.randn(6, 4000).as_strided((2, 3, rows, 8), (12000, 4000, *strides))
+
+
+QUERY_LAYOUTS = {
+    "contiguous": lambda rows: torch.randn(2, 3, rows, 8),
+    "heads inside": lambda rows: torch.randn(2, rows, 3, 8).transpose(1, 2),
+    "packed with keys and values": lambda rows: torch.randn(2, rows, 3, 24)[..., :8].transpose(1, 2),
+    "features outside": lambda rows: torch.randn(2, 3, 8, rows).mT,
+    "features outermost": lambda rows: torch.randn(8, 2, 3, rows).permute(1, 2, 3, 0),
+    "one row for all": lambda rows: torch.randn(2, 3, 1, 8).expand(2, 3, rows, 8),
+    "one feature for all": lambda rows: torch.randn(2, 3, rows, 1).expand(2, 3, rows, 8),
+    "one head for all": lambda rows: torch.randn(2, 1, rows, 8).expand(2, 3, rows, 8),
+    "one number for all": lambda rows: torch.randn(1, 1, 1, 1).expand(2, 3, rows, 8),
+    "every other feature": lambda rows: torch.randn(2, 3, rows, 16)[..., ::2],
+    "rows end to end": _window(8, 1),
+    "rows apart": _window(11, 1),
+    "rows that interleave": _window(1, 50),
+    "rows that interleave, more than features": _window(3, 121),
+    "diagonals": _window(2, 2),
+    "diagonals of other slopes": _window(2, 3),
+}
+
+
 @pytest.mark.torch
 class TestOnTorch:
     """What the torch backend adds to torch's own function."""
@@ -905,11 +930,30 @@ class TestOnTorch:
         assert lse.dtype == torch.float32 and cosine.dtype == torch.bfloat16
         torch.testing.assert_close(lse, wanted)
 
-    def test_a_query_whose_rows_overlap(self):
-        q = torch.randn(2, 1, 17 + 63).unfold(-1, 64, 1)
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    @pytest.mark.parametrize("rows", [1, 2, 5, 40])
+    @pytest.mark.parametrize("layout", QUERY_LAYOUTS)
+    def test_a_query_of_any_layout_is_torchs(self, layout, rows, dtype):
+        """But for rows that begin in one another, which torch's kernel cannot read."""
+        k, v = (torch.randn(2, 3, 7, 8, dtype=dtype) for _ in range(2))
+        query = QUERY_LAYOUTS[layout](rows).to(dtype)
+        results = []
+        for function in (tritune.scaled_dot_product_attention, F.scaled_dot_product_attention):
+            leaves = [t.detach().requires_grad_() for t in (query, k, v)]
+            out = function(*leaves)
+            results.append((out, *torch.autograd.grad(out.square().sum(), leaves)))
+            results[-1] += (out.grad_fn.name(), [t.stride() for t in results[-1]])
+        for one, other in zip(*results, strict=True):
+            assert torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other
+
+    @pytest.mark.parametrize("function", [tritune.attention, tritune.scaled_dot_product_attention])
+    @pytest.mark.parametrize("rows", [1, 2, 17, 80])
+    @pytest.mark.parametrize("step", [1, 2, 63])
+    def test_a_query_whose_rows_overlap(self, step, rows, function):
+        q = torch.randn(2, 1, (rows - 1) * step + 64).unfold(-1, 64, step)
         k, v = torch.randn(2, 1, 20, 64), torch.randn(2, 1, 20, 64)
-        dense = torch.stack([q[..., i, :] for i in range(17)], -2)
-        torch.testing.assert_close(tritune.attention(q, k, v), tritune.attention(dense, k, v))
+        dense = torch.stack([q[..., i, :] for i in range(rows)], -2)
+        torch.testing.assert_close(function(q, k, v), function(dense, k, v))
 
     @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
     @pytest.mark.parametrize("layout", [torch.jagged, torch.strided], ids=str)

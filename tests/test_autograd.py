@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -9,7 +10,9 @@ import torch
 import torch.nn.functional as F
 from harness import backend_of, lay_out
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.library import opcheck
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import tritune
 
@@ -619,6 +622,90 @@ class TestTransforms:
 
             got = torch.func.vmap(torch.func.grad(loss), in_dims=(0, None))(x, ours)
             torch.testing.assert_close(got, torch.func.vmap(torch.func.grad(loss), in_dims=(0, None))(x, theirs))
+
+
+# Those of which torch's fused attention has the derivative; each hands out a tensor.
+OF_TORCH: dict[str, Any] = {
+    "functionalize": torch.func.functionalize,
+    "grad": lambda fn: torch.func.grad(lambda *q: fn(*q).square().sum()),
+    "grad of the value": lambda fn: torch.func.grad(lambda *q: fn(*q).square().sum(), 2),
+    "vjp": lambda fn: lambda *q: torch.func.vjp(fn, *q)[1](q[0])[1],
+    "jacrev": lambda fn: lambda *q: torch.func.jacrev(fn)(*(t[:1, :1] for t in q)),
+    "vmap": lambda fn: lambda *q: torch.func.vmap(fn)(*(torch.stack([t, t + 1]) for t in q)),
+    "vmap of heads": partial(torch.func.vmap, in_dims=1, out_dims=1),
+    "vmap of vmap": lambda fn: lambda *q: torch.func.vmap(torch.func.vmap(fn))(*(t.unsqueeze(2) for t in q)),
+    "vmap of grad": lambda fn: torch.func.vmap(torch.func.grad(lambda *q: fn(*q).square().sum())),
+    "grad of vmap": lambda fn: torch.func.grad(lambda *q: torch.func.vmap(fn)(*q).square().sum()),
+    "functionalize of grad": lambda fn: torch.func.functionalize(torch.func.grad(lambda *q: fn(*q).square().sum())),
+}
+
+
+@pytest.mark.torch
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
+class TestTransformsOfAttention:
+    """Inside a transform torch's own function is called where it has the derivative, and the formula elsewhere."""
+
+    @staticmethod
+    def operands(requires_grad: bool = False, dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
+        laid_out = [torch.randn(2, 6, 4, 8, dtype=dtype).transpose(1, 2) for _ in range(3)]
+        return [t.detach().requires_grad_(requires_grad) for t in laid_out]
+
+    @pytest.mark.parametrize("options", [{}, {"is_causal": True}, {"scale": 0.3}], ids=str)
+    @pytest.mark.parametrize("name", OF_TORCH)
+    def test_it_is_torchs(self, name: str, options: dict[str, Any]) -> None:
+        tensors = self.operands()
+        ours, theirs = (
+            OF_TORCH[name](lambda *q, f=function: f(*q, **options))(*tensors)
+            for function in (tritune.scaled_dot_product_attention, F.scaled_dot_product_attention)
+        )
+        assert ours.stride() == theirs.stride() and torch.equal(ours, theirs)
+
+    @pytest.mark.parametrize("name", [name for name in OF_TORCH if "grad" not in name and "j" not in name])
+    def test_gradients_around_it_are_torchs_and_can_be_differentiated(self, name: str) -> None:
+        tensors = self.operands(True, torch.float64)
+        with sdpa_kernel(SDPBackend.MATH):
+            wanted = self.second(OF_TORCH[name](F.scaled_dot_product_attention), tensors)
+        firsts = []
+        for function in (tritune.scaled_dot_product_attention, F.scaled_dot_product_attention):
+            out = OF_TORCH[name](function)(*tensors)
+            firsts.append(torch.autograd.grad(out.square().sum(), tensors))
+        for one, other in zip(*firsts, strict=True):
+            assert one.stride() == other.stride() and torch.equal(one, other)
+        torch.testing.assert_close(self.second(OF_TORCH[name](tritune.scaled_dot_product_attention), tensors), wanted)
+
+    @staticmethod
+    def second(function: Any, tensors: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        first = torch.autograd.grad(function(*tensors).square().sum(), tensors, create_graph=True)
+        return torch.autograd.grad(sum(grad.square().sum() for grad in first), tensors)
+
+    def test_where_torch_has_no_derivative(self) -> None:
+        """Of forward mode, or of the second order, however the levels lie."""
+        q, k, v = self.operands()
+
+        def loss(function: Any) -> Any:
+            return lambda q: function(q, k, v).square().sum()
+
+        orders = {
+            "jvp": lambda f: torch.func.jvp(f, (q,), (q,))[1],
+            "hessian": lambda f: torch.func.hessian(f)(q),
+            "jacrev twice": lambda f: torch.func.jacrev(torch.func.jacrev(f))(q),
+            "grad of grad": lambda f: torch.func.grad(lambda x: torch.func.grad(f)(x).square().sum())(q),
+            "backward of grad": lambda f: torch.autograd.grad(torch.func.grad(f)(leaf).square().sum(), leaf)[0],
+        }
+        leaf = q.clone().requires_grad_()
+        for name, order in orders.items():
+            with sdpa_kernel(SDPBackend.MATH):
+                wanted = order(loss(F.scaled_dot_product_attention))
+            torch.testing.assert_close(order(loss(tritune.scaled_dot_product_attention)), wanted, msg=name)
+
+    def test_no_scores_are_traced(self) -> None:
+        q = self.operands()[0]
+        graphs = []
+        for function in (tritune.scaled_dot_product_attention, F.scaled_dot_product_attention):
+            traced = make_fx(torch.func.functionalize(partial(function, key=q, value=q)))(q)
+            graphs.append([str(node.target) for node in traced.graph.nodes if node.op == "call_function"])
+        assert graphs[0] == graphs[1]
 
 
 def tangent_of(fn: Any) -> Any:

@@ -2,12 +2,14 @@
 ``"triton"`` our operators. Every public function and module has a row; one without fails."""
 
 import inspect
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
 
 import tritune
@@ -18,6 +20,10 @@ OPERATORS = sorted(
     name for name in tritune.__all__ if getattr(getattr(tritune, name), "__module__", "").startswith("tritune.ops.")
     and getattr(tritune, name).__module__.rpartition(".")[2][0] != "_"
 )  # fmt: skip
+
+
+# Before torch 2.13 its own function raises to an infinite power.
+NORMS = {2.0: "lp", 3.0: "avg"} | ({math.inf: "max", -math.inf: "max"} if torch.__version__ >= "2.13" else {})
 
 
 class Row(NamedTuple):
@@ -62,9 +68,9 @@ def rows() -> dict[str, Row]:
         for indices in (f"max_pool{rank}d", f"adaptive_max_pool{rank}d"):
             pair = (_partial(getattr(m, indices), 2, return_indices=True) for m in (tritune, F))
             table[f"{indices} indices"] = Row(*pair, (x,), "max")
-        for norm in (2.0, 3.0):
+        for norm, kernels in NORMS.items():
             pair = (_partial(getattr(m, f"lp_pool{rank}d"), norm, 2) for m in (tritune, F))
-            table[f"lp_pool{rank}d {norm}"] = Row(*pair, (x,), "lp" if norm == 2 else "avg")
+            table[f"lp_pool{rank}d {norm}"] = Row(*pair, (x,), kernels)
         unpool = [_unpooled(getattr(m, f"max_unpool{rank}d"), rank) for m in (tritune, F)]
         table[f"max_unpool{rank}d"] = Row(*unpool, (x,), "max_unpool")
         averages = getattr(F, f"adaptive_avg_pool{rank}d")
@@ -183,6 +189,133 @@ def test_graph_is_torchs(name: str, dtype: torch.dtype) -> None:
 
 def _all(result: Any) -> tuple[torch.Tensor, ...]:
     return result if isinstance(result, tuple) else (result,)
+
+
+class _Selects(_Call):
+    """Calls the function with as many slices of its first tensor as only the data tell."""
+
+    def __init__(self, function: Callable[..., Any], dim: int) -> None:
+        super().__init__(function)
+        self.dim = dim
+
+    def forward(self, keep: torch.Tensor, x: torch.Tensor, *tensors: torch.Tensor) -> Any:
+        return self.function(x.index_select(self.dim, keep.nonzero().squeeze(1)), *tensors)
+
+
+def _exported_of_unknown_size(
+    function: Callable[..., Any], tensors: list[torch.Tensor], dim: int, strict: bool
+) -> tuple[Any, ...]:
+    """Operators and ranges of sizes of the exported program, or the type of the error."""
+    keep = torch.ones(tensors[0].shape[dim], dtype=torch.bool)
+    try:
+        program = torch.export.export(_Selects(function, dim), (keep, *tensors), strict=strict)
+    except Exception as error:
+        return (type(error),)
+    operators = [str(node.target) for node in program.graph.nodes if node.op == "call_function"]
+    return operators, sorted(map(str, program.range_constraints.values()))
+
+
+EXPORTED_QUICKLY = [name for name in TABLE if "2d" in name or "attention" in name]
+
+
+@pytest.mark.torch
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
+@pytest.mark.parametrize("strict", [True, False], ids=["strict", "non-strict"])
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in EXPORTED_QUICKLY else pytest.mark.full) for name in TABLE]
+)
+def test_a_size_that_depends_on_data_is_exported_where_torchs_is(name: str, strict: bool) -> None:
+    """A question about such a size ends the export."""
+    row = TABLE[name]
+    tensors, exports = operands(row, grad=False), 0
+    for dim in range(len(row.shapes[0])):
+        theirs = _exported_of_unknown_size(row.torchs, tensors, dim, strict)
+        assert _exported_of_unknown_size(row.ours, tensors, dim, strict) == theirs, f"dimension {dim}"
+        exports += len(theirs) == 2
+    assert exports
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("strict", [True, False], ids=["strict", "non-strict"])
+def test_attention_over_a_length_that_depends_on_data(strict: bool) -> None:
+    def shortened(function: Callable[..., Any]) -> Callable[..., Any]:
+        def run(q: torch.Tensor, length: torch.Tensor) -> torch.Tensor:
+            count = length.item()
+            torch._check(count >= 4)
+            torch._check(count <= 8)
+            return function(*(q[:, :, :count],) * 3)
+
+        return run
+
+    arguments = (torch.randn(2, 3, 8, 8), torch.tensor(6))
+    programs = [
+        torch.export.export(_Call(shortened(f)), arguments, strict=strict)
+        for f in (tritune.scaled_dot_product_attention, F.scaled_dot_product_attention)
+    ]
+    ours, theirs = ([str(n.target) for n in p.graph.nodes if n.op == "call_function"] for p in programs)
+    assert ours == theirs
+    got, wanted = (program.module()(*arguments) for program in programs)
+    assert torch.equal(got, wanted)
+
+
+def _guards(function: Callable[..., Any], tensors: list[torch.Tensor]) -> set[str]:
+    """What make_fx notes of the sizes of a training step."""
+
+    def step(*tensors: torch.Tensor) -> Any:
+        result = _all(function(*tensors))
+        wanted = [t for t in tensors if t.requires_grad]
+        return result, torch.autograd.grad(result[0].sum(), wanted)
+
+    traced = make_fx(step, tracing_mode="symbolic")(*tensors)
+    return {str(guard.expr) for guard in traced.shape_env.guards}
+
+
+@pytest.mark.torch
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
+@pytest.mark.parametrize("name", TABLE)
+def test_sizes_are_guarded_as_torchs(name: str) -> None:
+    row = TABLE[name]
+    tensors = operands(row, grad=True)
+    assert _guards(row.ours, tensors) == _guards(row.torchs, tensors)
+
+
+def _compilations(function: Callable[..., Any], calls: list[list[torch.Tensor]]) -> Any:
+    """How often the calls compile, or the type of the error: Dynamo cannot trace torch's ``lp_pool3d`` of a symbol."""
+    count = 0
+
+    def keep(graph: torch.fx.GraphModule, _: Any) -> Any:
+        nonlocal count
+        count += 1
+        return graph
+
+    torch._dynamo.reset()
+    compiled = torch.compile(function, fullgraph=True, dynamic=True, backend=keep)
+    try:
+        for tensors in calls:
+            compiled(*tensors)
+    except Exception as error:
+        return type(error)
+    return count
+
+
+@pytest.mark.torch
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
+@pytest.mark.parametrize("name", [name for name in TABLE if "unpool" not in name])
+def test_other_sizes_compile_as_often_as_torchs(name: str) -> None:
+    """From few pixels to so many that kernels of ours would keep winners in another type."""
+    row = TABLE[name]
+    rank = 0 if "attention" in name else len(row.shapes[0]) - (1 if "unbatched" in name else 2)
+
+    def grown(place: int, shape: tuple[int, ...], size: int) -> tuple[int, ...]:
+        if rank:
+            return shape if place else (*shape[:-rank], *(size,) * rank)
+        return (size, size) if place == 3 else (*shape[:-2], size, shape[-1])
+
+    calls = [
+        [torch.randn(grown(*one, size), requires_grad=True) for one in enumerate(row.shapes)]
+        for size in (9, 12, 33, 33 if rank == 3 else 200)
+    ]
+    assert _compilations(row.ours, calls) == _compilations(row.torchs, calls)
 
 
 @pytest.mark.interpret
