@@ -498,6 +498,11 @@ def _windows(args: PoolArgs) -> Windows:
     return args.kernel_size, args.stride, args.padding, args.dilation
 
 
+def _are_all(sizes: Any, number: int) -> bool:
+    """Is this a tuple or list of one number?"""
+    return (type(sizes) is tuple or type(sizes) is list) and all(one == number for one in sizes)
+
+
 def max_pool(
     function: Callable[..., Any], rank: int, input: Tensor, kernel_size: Any, stride: Any, padding: Any, dilation: Any,
     ceil_mode: bool, return_indices: bool,
@@ -511,7 +516,8 @@ def max_pool(
         errors is not None
         and are_plain((kernel_size, kernel_size if stride is None else stride, dilation), 1, recorded=not errors)
         and are_plain((padding,), recorded=not errors)
-        and (dilation == 1 or padding == 0 or is_jit_tracing())  # else a window may lie wholly in the padding
+        # else a window may lie wholly in the padding
+        and (dilation == 1 or padding == 0 or _are_all(dilation, 1) or _are_all(padding, 0) or is_jit_tracing())
     ):  # fmt: skip
         y = torch_first(errors, function, input, kernel_size, stride, padding, dilation, ceil_mode, return_indices)
         if y is not None:

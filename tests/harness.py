@@ -30,6 +30,7 @@ from tritune.autotune.workload import DTYPES
 
 EPSILON = {torch.float64: 1e-14, **{DTYPES[name]: epsilon for name, epsilon in EPSILON_BY_NAME.items()}}
 TORCH_SAMPLES = 16  # draws of a case's inputs that torch's error is taken from, at most
+FEW = 16
 MAX_INTERPRETED_DOTS = 2000  # about 0.8 ms each
 poisoned = functools.partial(_poisoned, strict=True)
 
@@ -118,7 +119,8 @@ def assert_close(name: str, ours: Tensor, reference: Tensor, torchs: Tensor, oth
 
     ``others`` are torch's errors for other values of the inputs. They are asked for where the first would reject our
     largest error: that of a few fp32 numbers is a matter of luck, and of torch's own it rejects one in thirty. The root
-    mean square is no such matter, and is held to the first. NaN and infinities must stand in the same places.
+    mean square of FEW numbers or more is no such matter, and is held to the first. NaN and infinities must stand in the
+    same places.
     """
     assert ours.shape == reference.shape, f"{name}: shape {tuple(ours.shape)}, expected {tuple(reference.shape)}"
     assert ours.dtype == torchs.dtype, f"{name}: dtype {ours.dtype}, torch gives {torchs.dtype}"
@@ -127,12 +129,14 @@ def assert_close(name: str, ours: Tensor, reference: Tensor, torchs: Tensor, oth
     strange = ours[~finite].double()
     torch.testing.assert_close(strange, reference[~finite], equal_nan=True, msg=f"{name}: NaN or inf misplaced")
     errors, epsilon = Errors.of(ours, reference), EPSILON[ours.dtype]
-    allowed = Errors.of(torchs, reference).allowed(epsilon)
-    if errors.rms <= allowed.rms:
-        for sample in itertools.chain([allowed], (other.allowed(epsilon) for other in others)):
-            allowed = allowed._replace(max=max(allowed.max, sample.max))
-            if errors.max <= allowed.max:
-                return
+    allowed = Errors(0.0, 0.0)
+    for sample in itertools.chain([Errors.of(torchs, reference)], others):
+        limit = sample.allowed(epsilon)
+        allowed = Errors(max(allowed.max, limit.max), max(allowed.rms, limit.rms))
+        if errors.max <= allowed.max and errors.rms <= allowed.rms:
+            return
+        if errors.rms > allowed.rms and reference.numel() >= FEW:
+            break
     raise AssertionError(
         f"{name}: max error {errors.max:.2e}, allowed {allowed.max:.2e}; rms {errors.rms:.2e}, {allowed.rms:.2e}"
     )

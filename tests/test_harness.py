@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from types import SimpleNamespace
 
 import conftest
 import pytest
 import torch
-from harness import EPSILON, Case, Errors, assert_close, check, product
+from harness import EPSILON, FEW, Case, Errors, assert_close, check, product
 
 pytestmark = pytest.mark.torch
 EXACT = torch.tensor([1.0, -2.0, 0.5, 4.0], dtype=torch.float64)
@@ -43,10 +44,14 @@ class TestAssertClose:
         with pytest.raises(AssertionError, match="max error"):
             assert_close("y", one, exact, everywhere, [Errors(0.0, 0.0), Errors(1e-6, 1e-6)])
 
-    def test_the_root_mean_square_is_held_to_the_first(self):
-        everywhere = (EXACT * (1 + 3e-6)).float()
-        with pytest.raises(AssertionError, match="rms"):
-            assert_close("y", everywhere, EXACT, off_by(1e-6), [Errors(1.0, 1.0)])
+    def test_the_root_mean_square_of_many_is_held_to_the_first(self):
+        for count in (FEW, FEW - 1):
+            exact = torch.linspace(1, 2, count, dtype=torch.float64)
+            one, everywhere = exact.float(), (exact * (1 + 3e-6)).float()
+            one[-1] *= 1 + 1e-6
+            is_rejected = pytest.raises(AssertionError, match="rms") if count == FEW else contextlib.nullcontext()
+            with is_rejected:
+                assert_close("y", everywhere, exact, one, [Errors(1.0, 1.0)])
 
     @pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
     def test_what_is_not_finite(self, wrong):
