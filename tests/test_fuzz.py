@@ -145,10 +145,13 @@ DRAWN = {
     draw_conv: DRAWS, draw_max_pool: DRAWS, draw_avg_pool: DRAWS, draw_lp_pool: DRAWS // 2, draw_adaptive_pool: DRAWS
 }  # fmt: skip
 ROWS = [
-    pytest.param(draw, seed, id=f"{draw.__name__.removeprefix('draw_')}-{seed}")
+    pytest.param(
+        draw, seed, id=f"{draw.__name__.removeprefix('draw_')}-{seed}",
+        marks=[pytest.mark.full] if seed >= count // 4 else [],
+    )
     for draw, count in DRAWN.items()
     for seed in range(count)
-]
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("draw, seed", ROWS)
