@@ -94,7 +94,8 @@ class Search:
 
     @property
     def default(self) -> Config | None:
-        """What runs where nothing was measured: the first by the model that works."""
+        """The first config in the model's order that worked in this search. A call may have run another one before: a
+        shipped entry, or a near one."""
         return next((trial.config for trial in self.trials if trial.us is not None), None)
 
     @property
@@ -155,7 +156,7 @@ def _rounded(us: float | None) -> float | None:
 
 
 def winner(times: Sequence[tuple[Config, float]], default: Config | None) -> tuple[Config, float]:
-    """The fastest, but the default if that is as good but for noise."""
+    """The fastest; but the default, unless the fastest is at least 2 % faster than it."""
     best = min(times, key=lambda pair: pair[1])
     for config, us in times:
         if config == default and best[1] > KEEP_DEFAULT_WITHIN * us:

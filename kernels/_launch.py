@@ -142,7 +142,9 @@ def unit_divisor(limit: int, *numbers: int) -> int:
     return divisor
 
 
-STEP = 2**22  # elements: a tile has 256 rows at most, and as many rows and columns, so its offsets stay below 2**31
+# Elements between neighbours. A tile has at most 256 rows and 256 columns, so that its offsets stay below
+# (256 + 256) * STEP = 2**31.
+STEP = 2**22
 
 
 def readable(

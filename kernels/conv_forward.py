@@ -92,7 +92,8 @@ def conv_kernel(
             x = tl.load(x_ptr + row[:, None] + tap_off[None, :], mask=mask_x, other=0.0)  # [BLOCK_M, BLOCK_K]
             mask_w = mask_n[None, :] & mask_k[:, None]
             w = tl.load(w_ptr + w_row[None, :] + k[:, None], mask=mask_w, other=0.0)  # [BLOCK_K, BLOCK_N]
-        # The tail is a neighbour's, so not even its infinities may count. A mask would cut its loads in halves.
+        # The last TAIL channels are pixels behind the window. They are zeroed here, since 0 * inf is NaN: a mask at the
+        # load would halve its width.
         if TAIL > 0:
             x = tl.where((k % C < C - TAIL)[None, :], x, 0.0)
         if SWAP:

@@ -89,6 +89,7 @@ def _largest(p: PoolProblem, names: Sequence[str]) -> dict[str, int]:
 
 
 def _most(p: PoolProblem) -> dict[str, int]:
+    """The most adaptive windows that lie over one pixel, in each dimension; 0 for fixed windows."""
     values = p.most_windows() if p.window.adaptive else (0, 0, 0)
     return dict(zip(("most_d", "most_h", "most_w"), values, strict=True))
 
@@ -154,7 +155,7 @@ def plan_backward(
     tensors = {"dy_ptr": dy, "index_ptr": index, "saved_y_ptr": y, "saved_x_ptr": x, "dx_ptr": dx}
     options = (config.num_warps, config.num_stages)
     by_cells = has_cells(p, rows="BLOCK_W" in config)
-    # Pixels and rows are counted, or the cells of them.
+    # M counts pixels, or rows; with a kernel by cells it counts cells, or rows of cells.
     steps = p.window.stride if by_cells else (1, 1, 1)
     counts = [cost.cdiv(size, step) for size, step in zip(p.space, steps, strict=True)]
     sizes, mode = _sizes(p), _mode(p)

@@ -112,8 +112,10 @@ def pool_backward_kernel(
     SAVED_Y_VEC: tl.constexpr, SAVED_Y_UNIT_C: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """The gather for all windows: each of the M pixels of dx looks at as many windows as cover a pixel at most. Norms
-    also read the saved x and y. With REDUCE "last", the unpooling, dy is what is unpooled and dx the result."""
+    """The gather for all windows: each of the M pixels of dx looks at as many windows as lie over any pixel. Of
+    adaptive windows these are most_d x most_h x most_w; of fixed ones, where most_* are 0, their number is computed
+    here. Norms also read the saved x and y. With REDUCE "last", the unpooling, dy is what is unpooled and dx the
+    result."""
     TILES_C: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
     windows_d = most_d if ADAPTIVE and RANK == 3 else ((T - 1) * DIL_D + STRIDE_D) // STRIDE_D
     windows_h = most_h if ADAPTIVE else ((R - 1) * DIL_H + STRIDE_H) // STRIDE_H
@@ -201,9 +203,10 @@ def pool_backward_cells_kernel(
     SAVED_Y_VEC: tl.constexpr, SAVED_Y_UNIT_C: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """The same for fixed windows with small strides, by cells of STRIDE_D x STRIDE_H x STRIDE_W pixels; M counts the
-    cells. Pixels at one place of their cells have the same taps. These are constants here, and windows that do not
-    reach the place are left out, so a third of the instructions remains."""
+    """As pool_backward_kernel, for windows that pass ``has_cells``: fixed, with small strides. M is the number of
+    cells, blocks of STRIDE_D x STRIDE_H x STRIDE_W pixels; a program writes every pixel of BLOCK_M of them. Pixels at
+    one place in their cells lie under the same taps, so taps are constants here, and windows that do not reach the
+    place are left out: a third of the instructions remains."""
     TILES_C: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
     WINDOWS_D: tl.constexpr = ((T - 1) * DIL_D + STRIDE_D) // STRIDE_D
     WINDOWS_H: tl.constexpr = ((R - 1) * DIL_H + STRIDE_H) // STRIDE_H
@@ -226,7 +229,7 @@ def pool_backward_cells_kernel(
         acc = tl.zeros((BLOCK_M, BLOCK_C), dtype=tl.float32)
         found = tl.zeros((BLOCK_M, BLOCK_C), dtype=tl.int32)
         for i in tl.static_range(WINDOWS_D * WINDOWS_H * WINDOWS_W):
-            # Windows come from the last one backwards; this is how far the first tap lies before the pixel.
+            # The distance from the first tap of the i-th window to the pixel; windows are counted from the last one.
             off_d = (in_d + PAD_D) % STRIDE_D + i // (WINDOWS_H * WINDOWS_W) * STRIDE_D
             off_h = (in_h + PAD_H) % STRIDE_H + i // WINDOWS_W % WINDOWS_H * STRIDE_H
             off_w = (in_w + PAD_W) % STRIDE_W + i % WINDOWS_W * STRIDE_W

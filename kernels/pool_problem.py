@@ -133,7 +133,8 @@ def layout_of(x: torch.Tensor, is_channels_last: bool) -> str:
 
 
 def row_phases(p: PoolProblem) -> int:
-    """The stride along rows, where it lets kernels keep the columns of a window where they are; else 0."""
+    """The stride along a row, if the columns of windows can be folded in registers: fixed windows, a stride of 1, 2, 4
+    or 8, a reach below 16 strides. Else 0, and each column of a window is fetched by ``tl.gather``."""
     window = p.window
     stride, reach = window.stride[2], (window.kernel[2] - 1) * window.dilation[2]
     usable = not window.adaptive and stride in (1, 2, 4, 8) and reach // stride < 16
@@ -161,7 +162,8 @@ class Span(NamedTuple):
 
     @classmethod
     def of(cls, block: int, size: int, before: int, behind: int) -> Span:
-        """A tile as wide as the row needs no neighbours; one of several has those that windows reach."""
+        """If one tile holds the row, all of it is written. Otherwise a tile also loads ``before`` columns in front of
+        those that it writes and ``behind`` columns after them, rounded to multiples of 16."""
         if size <= block:
             return cls(block, 0, size)
         lead = cost.cdiv(max(0, before), 16) * 16

@@ -56,7 +56,8 @@ class _State(threading.local):
 
     def set(self, backend: str, recorder: list[Decision] | None) -> None:
         self.backend, self.recorder = backend, recorder
-        # "auto" or "torch" where that is the backend and nothing is recorded, "" elsewhere: one look for fast calls.
+        # "auto" or "torch" where torch may be called before our checks and no record() is active, else "": the fast way
+        # of a call reads this one attribute.
         self.torch_first = "" if backend == "triton" or recorder is not None else backend
 
 
@@ -130,10 +131,10 @@ def torch_serves(input: Any) -> bool:
 
 
 def torch_validates(input: Any) -> bool:
-    """Does torch serve a call on this input, and may its own function be called before our checks, which are asked
-    where it raises? Not on meta and fake tensors, on which torch's checks let more pass, nor where a mode looks at
-    every operator, or hooks at what is saved: an exception of theirs is not to be taken for a rejection. But in
-    torch.jit.trace torch's own has every call, since our checks would make its sizes constants."""
+    """Does torch serve a call on this input, and may its own function be called first, our validator only if that
+    raises? No for meta and fake tensors, of which torch checks less, and under dispatch modes and hooks of saved
+    tensors, whose exceptions would look like torch's. Always in torch.jit.trace, where our checks would make sizes
+    constants."""
     kind = type(input)
     if (kind is not Tensor and kind is not Parameter) or is_dynamo_compiling():
         return False
@@ -302,7 +303,7 @@ def _old_gpu(device: torch.device) -> str | None:
 # --- the decision ----------------------------------------------------------------------------------------------------
 
 
-class Verdict(NamedTuple):
+class Ruling(NamedTuple):
     """Whether the kernels win, and why (not).
 
     Attributes:
@@ -325,9 +326,9 @@ class Decision:
         because: one sentence.
         kernels: of the Triton backend: name and config of each kernel, and where the config comes from.
         rejected: why the other backend was not taken.
-        origin: how ``auto`` chose the backend, as :class:`Verdict` says it. Empty where nothing was left to choose: no
+        origin: how ``auto`` chose the backend, as :class:`Ruling` says it. Empty where nothing was left to choose: no
             kernel covers the call, or ``use_backend`` says what runs.
-        instead: the kernels that ``use_backend("triton")`` would run, where ``auto`` took torch by its verdict.
+        instead: the kernels that ``use_backend("triton")`` would run, where ``auto`` took torch by its ruling.
     """
 
     op: str
@@ -368,7 +369,7 @@ class Decisions(list[Decision]):
 def choose(
     op: str,
     tensors: Sequence[Tensor],
-    rule: Callable[[DeviceSpec], Verdict],
+    rule: Callable[[DeviceSpec], Ruling],
     kernels: Callable[[DeviceSpec], tuple[tuple[str, Choice], ...]],
     limits: Callable[[], str | None],
 ) -> str:
@@ -410,7 +411,7 @@ def choose(
     return chosen
 
 
-def measured(choices: Sequence[tuple[str, Choice]]) -> Verdict | None:
+def measured(choices: Sequence[tuple[str, Choice]]) -> Ruling | None:
     """Do a call's kernels, taken together, win by measurement, and by how much? ``None`` if one was not timed beside
     torch."""
     times = [(choice.us, choice.torch_us) for _, choice in choices if choice.us and choice.torch_us]
@@ -420,9 +421,9 @@ def measured(choices: Sequence[tuple[str, Choice]]) -> Verdict | None:
     return by_times(ours_us, torch_us)
 
 
-def by_times(ours_us: float, torch_us: float) -> Verdict:
+def by_times(ours_us: float, torch_us: float) -> Ruling:
     """By times that were measured, in microseconds."""
-    return Verdict(ours_us < torch_us, f"measured: {ours_us:.1f} us against {torch_us:.1f} us of torch", "measured")
+    return Ruling(ours_us < torch_us, f"measured: {ours_us:.1f} us against {torch_us:.1f} us of torch", "measured")
 
 
 DEFAULT_PRECISION = "default"

@@ -15,7 +15,7 @@ from ..autotune.resolve import Choice, resolve
 from . import attention_checks
 from ._checks import PRECISIONS
 from ._dispatch import (
-    Verdict,
+    Ruling,
     by_times,
     choose,
     constant,
@@ -99,7 +99,7 @@ def scaled_dot_product_attention(
             pass  # our validator has the words
     if any(isinstance(t, Tensor) and t.is_nested for t in tensors[:3]):
         reason = "a nested tensor"
-        choose("scaled_dot_product_attention", (query,), lambda _: Verdict(False, reason), lambda _: (), lambda: reason)
+        choose("scaled_dot_product_attention", (query,), lambda _: Ruling(False, reason), lambda _: (), lambda: reason)
         if torch.compiler.is_compiling():
             return torch_attention(*call)
         with torch._C._EnableTorchFunction():  # a jagged tensor turns its override off, which computes it
@@ -416,7 +416,7 @@ def _kernel_choices(
     return tuple(found)
 
 
-def _auto_rule(problem: Any, device: DeviceSpec, wants_lse: bool) -> Verdict:
+def _auto_rule(problem: Any, device: DeviceSpec, wants_lse: bool) -> Ruling:
     """By measurement if there is one: each kernel of backward was timed against torch's whole backward. Else only where
     torch has no fused operator and would write the matrix of scores."""
     choices = dict(_kernel_choices(problem, device, False, False))
@@ -426,5 +426,5 @@ def _auto_rule(problem: Any, device: DeviceSpec, wants_lse: bool) -> Verdict:
         torch_us = (timed[0].torch_us or 0.0) + max((choice.torch_us or 0.0 for choice in timed[1:]), default=0.0)
         return by_times(ours_us, torch_us)
     if wants_lse and problem.M * problem.N >= 4 * (problem.M + problem.N) * (problem.D + problem.DV):
-        return Verdict(True, "not measured; torch has no fused attention that returns lse, and would write all scores")
-    return Verdict(False, "not measured, and torch has a fused kernel as well: `tritune tune` can")
+        return Ruling(True, "not measured; torch has no fused attention that returns lse, and would write all scores")
+    return Ruling(False, "not measured, and torch has a fused kernel as well: `tritune tune` can")

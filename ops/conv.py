@@ -15,7 +15,7 @@ from ..autotune.device import DeviceSpec
 from ..autotune.resolve import Choice, resolve
 from ._checks import Size
 from ._dispatch import (
-    Verdict,
+    Ruling,
     are_plain,
     choose,
     conv_setting,
@@ -383,7 +383,7 @@ def _kernel_choices(
 
 def _auto_rule(
     problem: Any, device: DeviceSpec, transposed: bool, steps: tuple[Any, Any, Any]
-) -> Verdict:  # fmt: skip
+) -> Ruling:  # fmt: skip
     """Do the kernels win? By measurement if there is one; else only where fusion saves passes over memory.
 
     torch runs every unfused step (activation, scale, residual; ``None`` where the call has none) as a pass that reads
@@ -401,5 +401,5 @@ def _auto_rule(
     memory_us = ours / (device.dram_gbs * 1e3)
     compute_us = problem.flops / (0.6 * device.tflops(problem.precision) * 1e6)
     if problem.channels_last and memory_us >= compute_us and theirs >= 1.25 * ours:
-        return Verdict(True, f"not measured; fusing {passes} passes saves {1 - ours / theirs:.0%} of torch's bytes")
-    return Verdict(False, "not measured, and counted traffic does not promise a win: `tritune tune` can")
+        return Ruling(True, f"not measured; fusing {passes} passes saves {1 - ours / theirs:.0%} of torch's bytes")
+    return Ruling(False, "not measured, and counted traffic does not promise a win: `tritune tune` can")

@@ -12,7 +12,7 @@ from ..autotune.device import DeviceSpec
 from ..autotune.resolve import Choice, resolve
 from . import conv, pool
 from ._checks import Size
-from ._dispatch import Verdict, choose, conv_setting, measured, operator_precision, torch_serves
+from ._dispatch import Ruling, choose, conv_setting, measured, operator_precision, torch_serves
 from ._layout import autocast
 from ._register import requires_grad, run_operator
 from .conv_checks import ConvArgs, check_conv
@@ -135,7 +135,7 @@ def _choice(problem: Any, device: DeviceSpec) -> tuple[str, Choice]:
 def _auto_rule(
     input: Tensor, weight: Tensor, args: ConvArgs, window: PoolArgs, precision: str | None,
     device: DeviceSpec,
-) -> Verdict:  # fmt: skip
+) -> Ruling:  # fmt: skip
     """Does the kernel win? By measurement if there is one; else where it reads the image in place and would win even at
     60 % of the rate of the tensor cores, with what it computes twice, against two kernels at the machine's limits."""
     problem = _problem(input, weight, args, window, precision)
@@ -153,9 +153,9 @@ def _auto_rule(
     apart_us = max(one.minimal_bytes() * bytes_us, products_us) + pooling_us
     reads_in_place = result_is_channels_last(input, weight) and input.shape[1] == one.C * one.geometry.groups
     if reads_in_place and fused_us < apart_us:
-        return Verdict(
+        return Ruling(
             True,
             f"not measured; {again:.2f} times the products at 60 % of their rate, {fused_us:.1f} us, take less than "
             f"two kernels at their limits, {apart_us:.1f} us",
         )
-    return Verdict(False, "not measured, and counted traffic does not promise a win: conv2d, then max_pool2d")
+    return Ruling(False, "not measured, and counted traffic does not promise a win: conv2d, then max_pool2d")

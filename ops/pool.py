@@ -15,7 +15,7 @@ from ..autotune.device import DeviceSpec
 from ..autotune.resolve import Choice, resolve
 from . import pool_checks
 from ._checks import Size
-from ._dispatch import Verdict, are_plain, choose, is_jit_tracing, measured, torch_errors
+from ._dispatch import Ruling, are_plain, choose, is_jit_tracing, measured, torch_errors
 from ._layout import empty, is_channels_last
 from ._register import requires_grad, run_operator
 from .pool_checks import Ints, PoolArgs
@@ -45,7 +45,8 @@ from .pool_torch import (
 FUSED_NORMS = (1, 2)
 
 
-# What torch does in an order that changes from run to run on a GPU: the backward of these, and the forward of the last.
+# What torch does in an order that changes from run to run on a GPU: the backward of all of these, and the forward of
+# the three max_unpool functions, too.
 NONDETERMINISTIC = (
     "max_pool3d", "avg_pool3d", "lp_pool3d", "adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d",
     "adaptive_max_pool1d", "adaptive_max_pool2d", "max_unpool1d", "max_unpool2d", "max_unpool3d",
@@ -699,7 +700,7 @@ def _serve(
     def choices(device: DeviceSpec) -> tuple[tuple[str, Choice], ...]:
         return _kernel_choices(batch(), problem(), device, needs_grad)
 
-    def rule(device: DeviceSpec) -> Verdict:
+    def rule(device: DeviceSpec) -> Ruling:
         return _auto_rule(op, problem(), choices(device), needs_grad)
 
     backend = choose(op, (input,), rule, choices, lambda: _limits(batch(), size, windows))
@@ -748,7 +749,7 @@ def _max_unpool(
             return "kernel_size or stride is below 1"
         return _limits(batched, args.output_size, _windows(args))
 
-    def rule(device: DeviceSpec) -> Verdict:
+    def rule(device: DeviceSpec) -> Ruling:
         return measured(choices(device)) or _deterministic(op) or _NO_PROMISE
 
     if choose(op, (input,), rule, choices, limits) == "torch":
@@ -761,7 +762,7 @@ def _max_unpool(
 # --- the choice of backend -------------------------------------------------------------------------------------------
 
 
-_NO_PROMISE = Verdict(False, "not measured, and counted traffic does not promise a win: `tritune tune` can")
+_NO_PROMISE = Ruling(False, "not measured, and counted traffic does not promise a win: `tritune tune` can")
 
 
 def _limits(input: Tensor, size: Ints, windows: Windows) -> str | None:
@@ -819,15 +820,15 @@ def _unpool_choices(
     return tuple(kernels)
 
 
-def _deterministic(op: str) -> Verdict | None:
+def _deterministic(op: str) -> Ruling | None:
     if op in NONDETERMINISTIC and torch.are_deterministic_algorithms_enabled():
-        return Verdict(True, "torch.use_deterministic_algorithms(True) is set, and torch's own is not deterministic")
+        return Ruling(True, "torch.use_deterministic_algorithms(True) is set, and torch's own is not deterministic")
     return None
 
 
 def _auto_rule(
     op: str, problem: Any, choices: Sequence[tuple[str, Choice]], needs_grad: bool
-) -> Verdict:  # fmt: skip
+) -> Ruling:  # fmt: skip
     """Do the kernels win? By measurement if there is one; else where they move a seventh less than torch's."""
     known = measured(choices) or ((needs_grad or "unpool" in op) and _deterministic(op))
     if known:
@@ -836,10 +837,10 @@ def _auto_rule(
     if not wide:
         return _NO_PROMISE
     if problem.reduce in ("norm1", "norm2"):
-        return Verdict(True, "not measured; one pass takes the place of torch's eight")
+        return Ruling(True, "not measured; one pass takes the place of torch's eight")
     ours = problem.forward_bytes()
     # torch's CUDA kernels always write int64 indices.
     theirs = problem._replace(index_bytes=8).forward_bytes() if problem.reduce == "max" else ours
     if theirs >= 7 / 6 * ours:
-        return Verdict(True, f"not measured; small offsets save {1 - ours / theirs:.0%} of torch's bytes")
+        return Ruling(True, f"not measured; small offsets save {1 - ours / theirs:.0%} of torch's bytes")
     return _NO_PROMISE

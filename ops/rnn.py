@@ -17,7 +17,7 @@ from . import rnn_checks
 from ._checks import _is_static
 from ._dispatch import (
     DEFAULT_PRECISION,
-    Verdict,
+    Ruling,
     choose,
     in_transform,
     is_exporting,
@@ -403,7 +403,7 @@ def is_traced_as_torch(count: int) -> bool:
 def require_torch(op: str, tensors: Iterable[Tensor], reason: str | None) -> None:
     """Notes that torch serves a call: one which no kernel covers, for a reason, which is an error under
     ``use_backend("triton")``; or one for which the kernels are not asked, as on the CPU."""
-    choose(op, list(tensors), lambda _: Verdict(False, reason or ""), lambda _: (), lambda: reason)
+    choose(op, list(tensors), lambda _: Ruling(False, reason or ""), lambda _: (), lambda: reason)
 
 
 def _limits(problem_of: Callable[[], Any], where: torch.device) -> str | None:
@@ -424,8 +424,8 @@ def _kernel_choices(problem: Any, device: DeviceSpec) -> tuple[tuple[str, Choice
     return tuple((tunable.name, resolve(tunable, problem, device)) for tunable in tunables)
 
 
-def _auto_rule(problem: Any, device: DeviceSpec) -> Verdict:
+def _auto_rule(problem: Any, device: DeviceSpec) -> Ruling:
     """Only measurements speak for the kernels: time here is latency, which counted bytes say nothing of."""
-    return measured(_kernel_choices(problem, device)) or Verdict(
+    return measured(_kernel_choices(problem, device)) or Ruling(
         False, "not measured, and the time of a step cannot be counted in bytes: `tritune tune` can"
     )

@@ -77,8 +77,9 @@ LAYERS = {
 }
 HEADLINE = ("resnet50-maxpool", "resnet50-global")
 UNPOOLED = ("resnet50-maxpool", "vgg-maxpool", "vgg-maxpool-deep")
-# Compiled in both layouts; the others in one, and these in NCHW.
+# Compiled in both layouts.
 BOTH_LAYOUTS = (*HEADLINE, *UNPOOLED, "large-global")
+# Compiled in NCHW only; what is in neither list in channels last only.
 IN_ROWS = ("wave-maxpool", "inception-avgpool", "video-maxpool", "roi-adaptive", "pspnet-adaptive")
 
 

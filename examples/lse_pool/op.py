@@ -11,7 +11,7 @@ from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from tritune.autotune.device import DeviceSpec
 from tritune.autotune.resolve import Choice, resolve
-from tritune.ops._dispatch import choose, measured, runs_kernels
+from tritune.ops._dispatch import Ruling, choose, measured, runs_kernels
 from tritune.ops._register import below_autograd, register, requires_grad, run_operator
 
 
@@ -59,8 +59,8 @@ def _choices(x: Tensor, kernel_size: int, device: DeviceSpec, saves: bool) -> tu
     return tuple((tunable.name, resolve(tunable, problem, device)) for tunable in tunables)
 
 
-def _rule(choices: tuple[tuple[str, Choice], ...]) -> tuple[bool, str]:
-    return measured(choices) or (True, "not measured; one pass over memory where torch's operators take four")
+def _rule(choices: tuple[tuple[str, Choice], ...]) -> Ruling:
+    return measured(choices) or Ruling(True, "not measured; one pass over memory where torch's operators take four")
 
 
 def formula(input: Tensor, kernel_size: int) -> Tensor:

@@ -289,7 +289,7 @@ def list_configs(
     ] = [],
     as_json: Json = False,
 ) -> int:
-    """Files with their entries by source and Triton version."""
+    """Files with their entries by origin and Triton version."""
     return _configs("list", stores=stores, json=as_json)
 
 

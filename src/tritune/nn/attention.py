@@ -11,7 +11,7 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from ..ops import attention, attention_pool
 from ..ops._checks import PRECISIONS
-from ..ops._dispatch import Verdict, choose, in_transform, is_plain, is_watched, torch_computes
+from ..ops._dispatch import Ruling, choose, in_transform, is_plain, is_watched, torch_computes
 from ..ops.attention_checks import ALIGNMENTS, SCORES, check_eps, check_scale
 from ..ops.attention_torch import pool_and_project
 from ._of_torch import OfTorch
@@ -154,7 +154,7 @@ class AttentionPool(_Scored):
         if self._projects_last(input, attn_mask):
             if is_watched():
                 reason = "pooled first and projected afterwards, in torch's operators"
-                choose("attention", (input,), lambda _: Verdict(False, reason), lambda _: (), lambda: reason)
+                choose("attention", (input,), lambda _: Ruling(False, reason), lambda _: (), lambda: reason)
             pooled = pool_and_project(self.query, self.key, self.value, input, attn_mask, self.scale)
             projected: Tensor = self.out(pooled)
             return projected.squeeze(-2) if self.num_queries == 1 else projected
