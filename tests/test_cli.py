@@ -585,8 +585,11 @@ class TestExplain:
         """What `tune` keeps of a layer in the same words."""
         pytest.importorskip("triton")
         from tritune.autotune import resolve, tune
+        from tritune.perf import families
 
-        (target,) = tune.targets(tune.Options(["conv2d"], ["32x64x56x56,64x64x3x3,padding=1"], ["bf16"]))
+        (target,) = tune.targets(
+            tune.Options(families.__name__, ["conv2d"], ["32x64x56x56,64x64x3x3,padding=1"], ["bf16"])
+        )
         tunable, problem = target.identity()
         config, _ = resolve.ranked(tunable, problem, named("h200"))[-1]
         entry = store.Entry(tunable.features(problem), config, "measured", us=us, torch_us=10.0)

@@ -215,6 +215,8 @@ def _exported_of_unknown_size(
     return operators, sorted(map(str, program.range_constraints.values()))
 
 
+# torch's attention asks about a batch, heads or queries that depend on data, too, and its pooling about unbatched lines.
+TORCH_EXPORTS_NONE = ("scaled_dot_product_attention", "max_pool1d unbatched")
 EXPORTED_QUICKLY = [name for name in TABLE if "2d" in name or "attention" in name]
 
 
@@ -232,7 +234,7 @@ def test_a_size_that_depends_on_data_is_exported_where_torchs_is(name: str, stri
         theirs = _exported_of_unknown_size(row.torchs, tensors, dim, strict)
         assert _exported_of_unknown_size(row.ours, tensors, dim, strict) == theirs, f"dimension {dim}"
         exports += len(theirs) == 2
-    assert exports
+    assert exports or name.startswith(TORCH_EXPORTS_NONE)
 
 
 @pytest.mark.torch
