@@ -215,7 +215,7 @@ def _exported_of_unknown_size(
     return operators, sorted(map(str, program.range_constraints.values()))
 
 
-# torch's attention asks about a batch, heads or queries that depend on data, too, and its pooling about unbatched lines.
+# torch's attention asks about a batch, heads or queries that depend on data, too, its pooling about unbatched lines.
 TORCH_EXPORTS_NONE = ("scaled_dot_product_attention", "max_pool1d unbatched")
 EXPORTED_QUICKLY = [name for name in TABLE if "2d" in name or "attention" in name]
 
