@@ -125,10 +125,7 @@ def _settings() -> list[Setting]:
         (lambda: dict(vars(torch.__future__)), vars(torch.__future__).update),
         (lambda: dict(vars(torch._tensor_str.PRINT_OPTS)), vars(torch._tensor_str.PRINT_OPTS).update),
         (lambda: _state.backend, lambda backend: _state.set(backend, _state.recorder)),
-        (
-            lambda: torch.backends.cudnn.benchmark_limit,
-            functools.partial(setattr, torch.backends.cudnn, "benchmark_limit"),
-        ),
+        *_cudnn_benchmark_limit(),
         (torch.multiprocessing.get_sharing_strategy, torch.multiprocessing.set_sharing_strategy),
         (_dynamo_config, _set_dynamo_config),
         *((vars(space).copy, functools.partial(_set_names, space)) for space in (torch, torch.nn.functional)),
@@ -226,6 +223,12 @@ def _set_names(space: Any, before: dict[str, Any]) -> None:
             delattr(space, name)
     for name in before.keys() - vars(space).keys():
         setattr(space, name, before[name])
+
+
+def _cudnn_benchmark_limit() -> list[Setting]:
+    """By the functions below ``torch.backends``, whose flags torch's tests forbid to set. A CPU build has none."""
+    read, restore = (getattr(torch._C, f"_cuda_{verb}_cudnn_benchmark_limit", None) for verb in ("get", "set"))
+    return [(read, restore)] if read is not None and restore is not None else []
 
 
 def _default_device() -> Any:

@@ -673,9 +673,6 @@ SETTINGS: dict[str, tuple[Callable[[], Any], Callable[[], Any]]] = {
         lambda: torch._C._get_fp32_precision_getter("cuda", "conv"),
         lambda: torch._C._set_fp32_precision_setter("cuda", "conv", "ieee"),
     ),
-    "cuDNN's search": (
-        lambda: torch.backends.cudnn.benchmark_limit, lambda: setattr(torch.backends.cudnn, "benchmark_limit", 3),
-    ),
     "shared memory": (
         torch.multiprocessing.get_sharing_strategy, lambda: torch.multiprocessing.set_sharing_strategy("file_system"),
     ),
@@ -735,6 +732,8 @@ def _changed_on_torchs_side(name: str) -> tuple[Callable[[], Any], Callable[[], 
 
 ON_TORCHS_SIDE = {name: _changed_on_torchs_side(name) for name in _settings.settings_of_torch()}
 SETTINGS |= {name: found for name, found in ON_TORCHS_SIDE.items() if found is not None}
+if limits := _settings._cudnn_benchmark_limit():  # not in a CPU build
+    SETTINGS["cuDNN's search"] = (limits[0][0], lambda: limits[0][1](3))
 
 
 def test_the_settings_of_torch_are_found():
