@@ -138,8 +138,8 @@ def test_command_of_the_wheel(wheel_python: Path, outside: Path) -> None:
     [
         # The sources are those of the checkout, so only what could be left behind counts: modules, configs, baselines,
         # and the commands that read them.
-        ("torch", "not slow", ["cli", "configs", "demo", "explain", "graphs", "modules", "perf", "store"]),
-        ("interpret", "compat and not slow", None),
+        ("torch", "not slow and not full", ["cli", "configs", "demo", "explain", "modules", "perf", "store"]),
+        ("interpret", "compat and not slow and not full", None),
     ],
 )
 def test_suite_passes_against_the_wheel(
