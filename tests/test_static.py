@@ -126,7 +126,7 @@ def test_binaries_of_killed_runs_are_swept(tmp_path, monkeypatch):
     static_profile.profile(launch, "sm_90")
     static_profile._swept_folder.cache_clear()
     assert {path.name for path in tmp_path.iterdir()} == {"tmpab12_xyz.cubin", "tritune-11111111.cubin"}
-    assert all(Path(name).parent == tmp_path and static.LEFTOVERS.fullmatch(Path(name).name) for name in read)
+    assert all(Path(name).parent == tmp_path and static_profile.LEFTOVERS.fullmatch(Path(name).name) for name in read)
     assert len(read) == 2
 
 
