@@ -9,6 +9,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -113,6 +114,23 @@ def isolated(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Monke
     lookups = sys.modules.get("tritune.autotune.resolve")  # tests of the sources and the archives never import it
     if lookups:
         lookups.clear_memo()
+
+
+@pytest.fixture(autouse=True)
+def only_ours_is_registered() -> Iterator[None]:
+    """No test leaves a kernel or a family of its own in the registries, over which other tests of its process walk."""
+    yield
+    registries = (("autotune.config", "TUNABLES"), ("autotune.workload", "FAMILIES"))
+    for module, registry in registries:
+        held = getattr(sys.modules.get(f"tritune.{module}"), registry, {})
+        left = [name for name, one in held.items() if not defined_in(one).startswith("tritune.")]
+        assert not left, f"a test left {', '.join(left)} in {registry}"
+
+
+def defined_in(one: Any) -> str:
+    """The module of a kernel that was declared there, or of a family."""
+    launches = getattr(one, "launches", None)
+    return getattr(launches, "func", launches).__module__ if launches else one.__name__
 
 
 @pytest.fixture(autouse=True, scope="session")

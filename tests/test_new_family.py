@@ -18,8 +18,17 @@ SHAPES = [((2, 3, 24), 8), ((5, 21), 7), ((300, 6), 2), ((0, 8), 4), ((4,), 1)]
 
 @pytest.fixture(autouse=True)
 def examples(monkeypatch):
+    """The example can be imported, and what its import registers is forgotten: the suites that walk over all kernels
+    and families run in the same process."""
     pytest.importorskip("triton")
+    from tritune.autotune.config import TUNABLES
+    from tritune.autotune.workload import FAMILIES
+
     monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    yield
+    FAMILIES.pop("lse_pool", None)
+    for name in ("lse_pool", "lse_pool_backward"):
+        TUNABLES.pop(name, None)
 
 
 def reference(x, kernel_size):
