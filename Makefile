@@ -23,7 +23,7 @@ PARALLEL = -n $(JOBS)
 help:
 	@echo 'make demo      train three models on handwritten digits with tritune and torch; results in build/demo/'
 	@echo 'make test      what must pass before a commit: lint, the tiers that need no GPU, the wheel'
-	@echo 'make test-all  the same with every combination of dtypes, layouts and cases, as CI runs it'
+	@echo 'make test-all  the same with every combination of dtypes, layouts, cases and targets, as CI runs it'
 	@echo 'make quick     lint and a fast part of the tests, for the inner loop'
 	@echo 'make compat    the oldest supported torch; the compat subset on the oldest and the newest supported Triton'
 	@echo 'make lint      ruff and mypy          make format    rewrite the sources as ruff likes them'
@@ -71,7 +71,7 @@ test-interpret: $(READY)
 	$(PYTEST) -m 'interpret $(SUBSET)' $(PARALLEL)
 
 test-static: $(READY)
-	$(PYTEST) -m static $(PARALLEL)
+	$(PYTEST) -m 'static $(SUBSET)' $(PARALLEL)
 
 test-wheel: $(READY)
 	$(PYTEST) -m torch tests/test_packaging.py
@@ -83,7 +83,7 @@ quick: lint
 compat: .venv-triton36/ready .venv-triton39/ready
 	OMP_NUM_THREADS=1 .venv-triton36/bin/pytest -q -m 'torch and not slow and not full' $(PARALLEL)
 	for version in 36 39; do for tier in interpret static; do \
-		OMP_NUM_THREADS=1 .venv-triton$$version/bin/pytest -q -m "$$tier and compat" $(PARALLEL) || exit 1; \
+		OMP_NUM_THREADS=1 .venv-triton$$version/bin/pytest -q -m "$$tier and compat $(SUBSET)" $(PARALLEL) || exit 1; \
 	done; done
 
 # The oldest torch belongs to the oldest Triton, whose interpreter fails on numpy >= 2.4 (loop bounds known only at run
