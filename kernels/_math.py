@@ -1,9 +1,9 @@
-"""Device functions that several kernel families share."""
+"""Device functions that several kernel families share: arithmetic in fp32, activations, and offsets into tensors."""
 
 import triton
 import triton.language as tl
 
-# The interpreter multiplies the raw bits of bf16 operands; there ``dot`` widens them first.
+# Triton's interpreter multiplies the raw bits of bf16 operands, so ``dot`` converts them to fp32 first there.
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
@@ -18,7 +18,8 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
 
 @triton.jit
 def narrow(x, DTYPE: tl.constexpr):
-    """fp32 rounded to nearest even. The interpreter would cut bf16 off, so there the round-up is added to the bits."""
+    """x, in fp32, rounded to DTYPE, to nearest even. The interpreter truncates to bf16, so there the bits are rounded
+    first."""
     if INTERPRETED and DTYPE == tl.bfloat16:
         bits = x.to(tl.uint32, bitcast=True)
         rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16) << 16
@@ -29,7 +30,8 @@ def narrow(x, DTYPE: tl.constexpr):
 
 @triton.jit
 def only_if(mask, condition):
-    """A mask where a scalar condition holds. Triton 3.9's interpreter makes no mask of a tile and a boolean scalar."""
+    """The mask where a scalar condition holds, else a mask of False. Triton 3.9's interpreter fails on ``&`` of a tile
+    and a boolean scalar, so there the condition is made a tile first."""
     if INTERPRETED:
         return mask & (tl.zeros_like(mask).to(tl.int32) + tl.where(condition, 1, 0) > 0)
     else:
@@ -38,7 +40,8 @@ def only_if(mask, condition):
 
 @triton.jit
 def column_sum(x):
-    """Sum over rows in fp32. A GPU adds in a tree, the interpreter one by one: there fp64 keeps the tree's accuracy."""
+    """The sum over the rows of each column, in fp32. A GPU adds pairs of rows, pairs of pairs and so on. The
+    interpreter adds one row after the other, whose rounding error is larger, so there the sum is in fp64."""
     if INTERPRETED:
         return tl.sum(x.to(tl.float64), axis=0).to(tl.float32)
     else:
@@ -47,8 +50,9 @@ def column_sum(x):
 
 @triton.jit
 def tanh(x):
-    """Hyperbolic tangent in fp32, within two ulp: a polynomial, fitted to the relative error, where the other form
-    cancels. The derivative 1 - y*y magnifies what is lost near y = 1."""
+    """Hyperbolic tangent in fp32, within two units in the last place (ulp). Below 0.6 it is a polynomial, fitted to the
+    relative error, because 1 - 2t / (1 + t) cancels there. It is this accurate because the derivative 1 - y*y magnifies
+    an error of y near y = 1."""
     t = tl.exp(-2.0 * tl.abs(x))
     large = 1.0 - 2.0 * t / (1.0 + t)
     a = tl.minimum(tl.abs(x), 0.6)
@@ -59,13 +63,13 @@ def tanh(x):
 
 @triton.jit
 def sigmoid(x):
-    """Logistic function in fp32; 0 and 1 at the ends, never NaN but for NaN."""
+    """Logistic function in fp32: 0 at -inf, 1 at inf, NaN only where x is NaN."""
     return 1.0 / (1.0 + tl.exp(-x))
 
 
 @triton.jit
 def activate(z, ACTIVATION: tl.constexpr):
-    """The activation functions of ``torch.nn.functional`` in fp32; NaN in, NaN out."""
+    """The function of ``torch.nn.functional`` that ACTIVATION names, in fp32; it is NaN where z is NaN."""
     if ACTIVATION == "relu":
         return tl.where(z <= 0.0, 0.0, z)
     elif ACTIVATION == "relu6":
@@ -93,16 +97,17 @@ def activate(z, ACTIVATION: tl.constexpr):
 
 @triton.jit
 def _clip6(x):
+    """x limited to 0 ... 6; NaN stays NaN."""
     return tl.where(x <= 0.0, 0.0, tl.where(x >= 6.0, 6.0, x))
 
 
 @triton.jit
 def activation_backward(grad, saved, ACTIVATION: tl.constexpr):
-    """Gradient at the input of the activation, from that at its output and what forward saved: the output where that
-    is enough, else the input.
+    """The gradient at the input of the activation. ``grad`` is the gradient at its output; ``saved`` is what forward
+    kept: the output of the activation where its derivative follows from that, else the input.
 
-    Where the activation is flat the gradient is left out, whatever it is: 0 times infinity would be NaN. There, at NaN
-    and where the derivative jumps, the value is that of torch 2.13's vectorised kernels on the CPU.
+    Where the activation is flat the result is 0 by selection, because an infinite gradient times 0 would be NaN. There,
+    at NaN and where the derivative jumps, the value is that of torch 2.13's vectorised kernels on the CPU.
     """
     if ACTIVATION == "relu":
         return tl.where(saved <= 0.0, 0.0, grad)
@@ -134,7 +139,9 @@ def activation_backward(grad, saved, ACTIVATION: tl.constexpr):
 
 @triton.jit
 def grouped_tile(pid, tiles_m, tiles_n, GROUP_M: tl.constexpr):
-    """Tile coordinates in an order that walks GROUP_M rows of tiles column by column, so operands stay in L2."""
+    """The row and the column of tile number ``pid``. Numbers go down the columns of GROUP_M rows of tiles before they
+    go on to the next GROUP_M rows, so that programs that run at the same time load the same operands, which the L2
+    cache holds."""
     span = GROUP_M * tiles_n
     first = pid // span * GROUP_M
     rows = tl.minimum(tiles_m - first, GROUP_M)
@@ -143,8 +150,8 @@ def grouped_tile(pid, tiles_m, tiles_n, GROUP_M: tl.constexpr):
 
 @triton.jit
 def position(index, Z, P, Q, RANK: tl.constexpr):
-    """Splits a flat index into image, depth, row and column of a [N, Z, P, Q] grid. Below rank 3 depth is 0, and the
-    compiler knows it."""
+    """The image, depth, row and column of a flat index into [N, Z, P, Q]. Below rank 3 the depth is the constant 0, so
+    the compiler drops what is computed from it."""
     plane = index // (P * Q)
     rest = index % (P * Q)
     if RANK == 3:
@@ -155,14 +162,16 @@ def position(index, Z, P, Q, RANK: tl.constexpr):
 
 @triton.jit
 def below(index, size, RUN: tl.constexpr):
-    """``index < size``, where RUN divides ``size``: the compiler sees that runs of RUN are below it together or not."""
+    """The mask ``index < size``. RUN divides ``size``, and the form of the comparison shows the compiler that all
+    elements of an aligned run of RUN get the same answer, so one wide load or store may serve the run."""
     return index // RUN < size // RUN
 
 
 @triton.jit
 def dense_offsets(pixel, c, image, CHANNELS: tl.constexpr, CHANNELS_LAST: tl.constexpr, RUN: tl.constexpr):
-    """Offsets [pixel, c] in a dense tensor [N, CHANNELS, *space], whose images have ``image`` pixels. Where those are
-    neighbours in memory, RUN divides ``image``, and the compiler sees aligned runs of RUN."""
+    """The offsets [pixel, c], in elements, into a dense tensor [N, CHANNELS, *space] of images of ``image`` pixels. In
+    NCHW, where neighbouring pixels are neighbours in memory, RUN divides ``image``, and the division shows the compiler
+    aligned runs of RUN pixels, which it stores at once."""
     if CHANNELS_LAST:
         return (pixel.to(tl.int64) * CHANNELS)[:, None] + c[None, :]
     else:
@@ -177,8 +186,9 @@ def pixel_offsets(
     index, c, Z, P, Q, stride_n, stride_c, stride_z, stride_p, stride_q, VEC: tl.constexpr, UNIT_C: tl.constexpr,
     RANK: tl.constexpr,
 ):  # fmt: skip
-    """Offsets [index, c] in a [N, C, Z, P, Q] tensor, ``index`` flat over all but C. Strides count units of VEC
-    elements, which are neighbouring channels with UNIT_C, else neighbours in a row: the compiler sees aligned runs."""
+    """The offsets [index, c], in elements, into a [N, C, Z, P, Q] tensor; ``index`` is flat over all dimensions but C.
+    Strides count units of VEC elements, without UNIT_C all but ``stride_q``, so that the compiler sees aligned runs of
+    VEC: of neighbouring channels with UNIT_C, else of neighbouring columns of a row."""
     if UNIT_C:
         n, z, p, q = position(index, Z, P, Q, RANK)
         return tile_offsets(n, z, p, q, c, stride_n, stride_c, stride_z, stride_p, stride_q, VEC, True)
@@ -192,8 +202,9 @@ def pixel_offsets(
 def tile_offsets(
     n, z, p, q, c, stride_n, stride_c, stride_z, stride_p, stride_q, VEC: tl.constexpr, UNIT_C: tl.constexpr
 ):  # fmt: skip
-    """Offsets [positions (n, z, p, q), channels c] in a [N, C, Z, P, Q] tensor. With UNIT_C neighbouring channels are
-    neighbours in memory and strides count units of VEC elements, so the compiler sees aligned runs of channels."""
+    """The offsets [pixels (n, z, p, q), channels c], in elements, into a [N, C, Z, P, Q] tensor. All strides but
+    ``stride_c`` count units of VEC elements. With UNIT_C neighbouring channels are neighbours in memory, so the
+    compiler sees that each row of offsets is an aligned run of channels."""
     row = n.to(tl.int64) * stride_n + z.to(tl.int64) * stride_z + p.to(tl.int64) * stride_p + q.to(tl.int64) * stride_q
     row = row * VEC
     if UNIT_C:

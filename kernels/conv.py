@@ -4,25 +4,28 @@ r"""Convolution of 1, 2 and 3 dimensions as implicit matrix products: forward, t
                                                   q*STRIDE_W - PAD_W + s*DIL_W] * w[k,c,t,r,s]
                        + bias[k] + residual[n,k,z,p,q])
 
-Letters are the literature's: N images, C input and K output channels *of one group*, D x H x W input, T x R x S window,
-Z x P x Q output. Dimensions that a lower rank lacks have size 1. All sums are in fp32; results are rounded once.
+The letters are those of the literature: N images, C input channels and K filters (output channels) *of one group*,
+D x H x W input, T x R x S window, Z x P x Q output. Dimensions that a lower rank lacks have size 1. All sums are in
+fp32, and each result is rounded once.
 
-The transpose maps y's side to x's: it is the gradient of the input, and with the epilogue on top the transposed
-convolution. The gradients of either are the three passes again. Each pass is one tiled matrix product whose left
-operand is gathered from the tensor, never materialised.
+The transpose computes a tensor of x's shape from one of y's: the gradient of the input, and with the epilogue the
+transposed convolution. The gradients of a convolution and of a transposed convolution are these three passes again. In
+each pass a matrix product is computed by tiles, and each tile of an operand is gathered from the image when it is
+needed, so the matrix of all windows is never in memory.
 
-This file is the door of the family: it plans the launches, registers the kernels with the tuner and calls them. The
-products and the bytes of each pass stand at the head of the file that computes it:
+This file plans the launches, registers the kernels with the tuner and, for the operators, calls them. The matrix
+product and the bytes of each pass are at the head of the file that computes it:
 
-    conv_windows.py        where the taps of a window lie, and how strides come
-    conv_forward.py        forward, from pointers or by lines
-    conv_transpose.py      transpose, one product for each parity class
+    conv_windows.py        where the taps of a window lie, and in which units strides are passed
+    conv_forward.py        forward, with addresses that threads compute, or by lines
+    conv_transpose.py      transpose, one matrix product for each parity class
     conv_weight_grad.py    gradient of the weights
     conv_epilogue.py       epilogue and its gradient, sums of split reductions
-    conv_problem.py        what a convolution is, and tensors as the kernels read them
+    conv_problem.py        what a convolution is, and how its kernels read tensors
     conv_space.py          configs: which there are, which fit, what they move, how long they take
 
-Everything is deterministic: a split reduction writes partial sums that a second kernel adds in order. No atomics.
+The same call gives the same bits: a split reduction writes partial sums, which a second kernel adds in order. No
+atomics.
 """
 
 from __future__ import annotations
@@ -98,11 +101,11 @@ from .conv_windows import SAVED_STRIDES, Y_STRIDES
 def plan_forward(
     p: ConvProblem, config: Config, x: torch.Tensor, w: torch.Tensor, y: torch.Tensor, epilogue: Epilogue
 ) -> list[Launch]:
-    """x channels last, w packed [K, T, R, S, C]."""
+    """The launches of y from x, channels last, and w, dense [K*GROUPS, T, R, S, C]."""
     if "TMA" in config:
-        if _has_boxes(x, w):
-            return [_lines(p, config, x, w, epilogue.arguments(y), turned=False)]
-        config = _by_pointers(config, SWAP=0)
+        if _can_copy_boxes(x, w):
+            return [_lines_launch(p, config, x, w, epilogue.arguments(y), turned=False)]
+        config = _pointer_config(config, SWAP=0)
     groups, split = p.geometry.groups, config.SPLIT_K
     x_vec, _, (xn, _, xd, xh, xw) = layout_strides(x, p.C)
     tiles = cost.cdiv(p.pixels, config.BLOCK_M) * cost.cdiv(p.K, config.BLOCK_N)
@@ -120,19 +123,20 @@ def plan_forward(
         {
             "C": p.C, "TAIL": p.tail, "K": p.K, "R": p.window[1], "S": p.window[2], "TAPS": p.taps, "GROUPS": groups,
             **p.geometry.constants(), "RANK": p.rank, "X_VEC": x_vec, **constants, "PRECISION": dot_precision(p),
-            **_blocks(config),
+            **_config_constants(config),
         },
         config.num_warps,
         config.num_stages,
     )  # fmt: skip
-    return [main] if partial is None else [main, _reduce(partial, epilogue, y)]
+    return [main] if partial is None else [main, _reduce_launch(partial, epilogue, y)]
 
 
-def _lines(
+def _lines_launch(
     p: ConvProblem, config: Config, x: torch.Tensor, w: torch.Tensor, target: tuple[dict[str, Any], dict[str, Any]],
     turned: bool,
 ) -> Launch:  # fmt: skip
-    """The launch by lines of the result. ``target`` are the epilogue's arguments and constants."""
+    """The launch of the kernel by lines. ``target`` holds the arguments and the constants of
+    :meth:`Epilogue.arguments`."""
     groups, (m, n, k) = p.geometry.groups, (config.BLOCK_M, config.BLOCK_N, config.BLOCK_K)
     images, channels, *space = x.shape
     image = [images, *triple(space), channels]
@@ -162,18 +166,18 @@ def _lines(
     )  # fmt: skip
 
 
-def _has_boxes(x: torch.Tensor, w: torch.Tensor) -> bool:
-    """Are x's channels, columns, rows and images packed in that order, as w is, from addresses that the accelerator
-    takes?"""
+def _can_copy_boxes(x: torch.Tensor, w: torch.Tensor) -> bool:
+    """Can the tensor memory accelerator copy from x and w? x must be channels last without gaps, w contiguous, and both
+    must start at a multiple of 16 bytes."""
     return x.movedim(1, -1).is_contiguous() and x.data_ptr() % 16 == w.data_ptr() % 16 == 0
 
 
-def _by_pointers(config: Config, **more: int) -> Config:
-    """The same tile, for an operand that is not packed."""
+def _pointer_config(config: Config, **more: int) -> Config:
+    """The config of the kernel with the same tile whose threads compute addresses; ``more`` are further constants."""
     return Config(**{name: value for name, value in config.items() if name != "TMA"}, SPLIT_K=1, **more)
 
 
-def _reduce(partial: torch.Tensor, epilogue: Epilogue, out: torch.Tensor) -> Launch:
+def _reduce_launch(partial: torch.Tensor, epilogue: Epilogue, out: torch.Tensor) -> Launch:
     """The launch that adds partial [splits, pixels, channels] in order and stores the result, with its epilogue."""
     splits, pixels, channels = partial.shape
     operands, constants = epilogue.arguments(out)
@@ -191,11 +195,11 @@ def _reduce(partial: torch.Tensor, epilogue: Epilogue, out: torch.Tensor) -> Lau
 def plan_transpose(
     p: ConvProblem, config: Config, g: torch.Tensor, w: torch.Tensor, x: torch.Tensor, epilogue: Epilogue
 ) -> list[Launch]:
-    """g channels last, w from :func:`pack_transposed_weight`; x is the result."""
+    """The launches of x, the result, from g, channels last, and w of :func:`pack_transposed_weight`."""
     if "TMA" in config:
-        if _has_boxes(g, w):
-            return [_lines(p, config, g, w, epilogue.arguments(x), turned=True)]
-        config = _by_pointers(config)
+        if _can_copy_boxes(g, w):
+            return [_lines_launch(p, config, g, w, epilogue.arguments(x), turned=True)]
+        config = _pointer_config(config)
     geometry, split = p.geometry, config.SPLIT_K
     g_vec, _, (gn, _, gz, gp, gq) = layout_strides(g, p.K)
     classes = (cost.cdiv(size, step) for size, step in zip(p.image, geometry.stride, strict=True))
@@ -218,18 +222,19 @@ def plan_transpose(
             **geometry.constants(), "RANK": p.rank,
             **dict(zip(("STEP_D", "STEP_H", "STEP_W"), steps, strict=True)),
             **dict(zip(("STRIDE_WK", "STRIDE_WT", "STRIDE_WC"), transposed_weight_strides(p), strict=True)),
-            "G_VEC": g_vec, **constants, "PRECISION": dot_precision(p), **_blocks(config),
+            "G_VEC": g_vec, **constants, "PRECISION": dot_precision(p), **_config_constants(config),
         },
         config.num_warps,
         config.num_stages,
     )  # fmt: skip
-    return [main] if partial is None else [main, _reduce(partial, epilogue, x)]
+    return [main] if partial is None else [main, _reduce_launch(partial, epilogue, x)]
 
 
 def plan_weight_grad(
     p: ConvProblem, config: Config, x: torch.Tensor, g: torch.Tensor, dw: torch.Tensor
 ) -> list[Launch]:
-    """x and g channels last; dw [K, C, *window] contiguous or channels last (``p.channels_last``)."""
+    """The launches of dw [K*GROUPS, C, *window], contiguous or channels last (``p.channels_last``), from x and g,
+    both channels last."""
     merged = merged_groups(p)
     groups, c, k = p.geometry.groups // merged, p.C * merged, p.K * merged
     x_vec, _, (xn, _, xd, xh, xw) = layout_strides(x, c)
@@ -251,16 +256,16 @@ def plan_weight_grad(
             "C": c, "K": k, "R": p.window[1], "S": p.window[2], "TAPS": p.taps, "GROUPS": groups, "MERGED": merged,
             **p.geometry.constants(), "RANK": p.rank,
             "STRIDE_WT": p.C if p.channels_last else 1, "STRIDE_WC": 1 if p.channels_last else p.taps,
-            "X_VEC": x_vec, "G_VEC": g_vec, "PRECISION": dot_precision(p), **_blocks(config),
+            "X_VEC": x_vec, "G_VEC": g_vec, "PRECISION": dot_precision(p), **_config_constants(config),
         },
         config.num_warps,
         config.num_stages,
     )  # fmt: skip
-    return [main] if split == 1 else [main, sum_splits(out, dw)]
+    return [main] if split == 1 else [main, sum_splits_launch(out, dw)]
 
 
-def sum_splits(partial: torch.Tensor, out: torch.Tensor) -> Launch:
-    """The launch that adds partial [splits, out.numel()] into out, in order."""
+def sum_splits_launch(partial: torch.Tensor, out: torch.Tensor) -> Launch:
+    """The launch that stores in out the sum of partial [splits, out.numel()] over the splits, added in order."""
     block = 1024
     return Launch(
         sum_splits_kernel,
@@ -276,7 +281,9 @@ def plan_epilogue_grad(
     p: EpilogueProblem, config: Config, dy: torch.Tensor, saved: torch.Tensor | None, g: torch.Tensor | None,
     bias_grad: torch.Tensor | None, activation: str,
 ) -> list[Launch]:  # fmt: skip
-    dy, saved, g = _as_planes(dy, saved, g)
+    """The launches of g and bias_grad, where they are given, from dy and saved, of any strides. Without saved, dy is
+    already the gradient at the activation's input."""
+    dy, saved, g = _with_flat_space(dy, saved, g)
     y_vec, y_unit, y_strides = layout_strides(dy, runs=True)
     saved_vec, saved_unit, saved_strides = layout_strides(dy if saved is None else saved, runs=True)
     layout = {"CHANNELS_LAST": True, "RUN": 1} if g is None else dense_layout(g)
@@ -301,11 +308,12 @@ def plan_epilogue_grad(
         config.num_warps,
         config.num_stages,
     )  # fmt: skip
-    return [main] if bias_grad is None or partial is None else [main, sum_splits(partial, bias_grad)]
+    return [main] if bias_grad is None or partial is None else [main, sum_splits_launch(partial, bias_grad)]
 
 
-def _as_planes(*tensors: torch.Tensor | None) -> list[Any]:
-    """The tensors [N, K, *space] as [N, K, pixels] if that is a view of each: longer rows, fewer divisions."""
+def _with_flat_space(*tensors: torch.Tensor | None) -> list[Any]:
+    """The tensors [N, K, *space] as [N, K, pixels] where that is a view of each of them, else as they are. Longer rows
+    may allow wider loads, and the kernel makes fewer divisions."""
     for t in tensors:
         if t is None or t.dim() == 3:
             continue
@@ -315,8 +323,9 @@ def _as_planes(*tensors: torch.Tensor | None) -> list[Any]:
     return [t if t is None else t.flatten(2) for t in tensors]
 
 
-def _blocks(config: Config) -> dict[str, int]:
-    """A config's constexpr arguments: how often a reduction is split is a run-time argument, so it never recompiles."""
+def _config_constants(config: Config) -> dict[str, int]:
+    """The constexpr arguments of a config. SPLIT_K and SPLIT_M are not among them: the number of splits is a run-time
+    argument, so that changing it compiles nothing anew."""
     return {name: value for name, value in config.constants().items() if not name.startswith("SPLIT_")}
 
 
@@ -377,11 +386,11 @@ EPILOGUE_GRAD = register(
 # --- calls: allocate, look up the config, launch ---------------------------------------------------------------------
 
 
-def prepare(
+def result_and_epilogue(
     like: torch.Tensor, shape: Sequence[int], is_channels_last: bool, *, bias: torch.Tensor | None,
     scale: torch.Tensor | None, residual: torch.Tensor | None, activation: str, save_input: bool,
 ) -> tuple[torch.Tensor, Epilogue]:  # fmt: skip
-    """The result, not yet computed, and its epilogue."""
+    """The result, allocated but not computed, and the epilogue that its kernel applies."""
     y = empty_output(like, shape, is_channels_last)
     scale, bias = (None if vector is None else readable(vector, dense=True) for vector in (scale, bias))
     residual = None if residual is None else readable(residual, like=y)
@@ -395,7 +404,7 @@ def run_forward(
     residual: torch.Tensor | None = None, activation: str = "none", save_input: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:  # fmt: skip
     """y, and with ``save_input`` also what the activation was applied to."""
-    y, epilogue = prepare(
+    y, epilogue = result_and_epilogue(
         x, (x.shape[0], weight.shape[0], *output), is_channels_last, bias=bias, scale=scale, residual=residual,
         activation=activation, save_input=save_input,
     )  # fmt: skip
@@ -412,7 +421,7 @@ def run_transpose(
     residual: torch.Tensor | None = None, activation: str = "none", save_input: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:  # fmt: skip
     """x [N, C, *image] from g [N, K, *output], and with ``save_input`` also what the activation was applied to."""
-    x, epilogue = prepare(
+    x, epilogue = result_and_epilogue(
         g, (g.shape[0], weight.shape[1] * geometry.groups, *image), is_channels_last, bias=bias, scale=scale,
         residual=residual, activation=activation, save_input=save_input,
     )  # fmt: skip
@@ -425,6 +434,7 @@ def run_weight_grad(
     x: torch.Tensor, g: torch.Tensor, weight_shape: Sequence[int], geometry: Geometry, *,
     precision: str = "ieee", is_channels_last: bool = False,
 ) -> torch.Tensor:  # fmt: skip
+    """dw, of ``weight_shape``."""
     problem = problem_of(x.shape, weight_shape, g.shape[2:], geometry, x.dtype, precision, is_channels_last)
     padded = pad_problem(problem)
     window = padded.window[3 - len(weight_shape[2:]) :]
@@ -438,22 +448,25 @@ def run_weight_grad(
 def run_epilogue_grad(
     dy: torch.Tensor, saved: torch.Tensor | None, activation: str, *, need_bias: bool, is_channels_last: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The gradient at the activation's input, laid out as asked, and the bias gradient if needed."""
+    """g, the gradient at the activation's input, in the layout that is asked for, and with ``need_bias`` the gradient
+    of the bias."""
     channels = dy.shape[1]
     g = empty_output(dy, dy.shape, is_channels_last)
     bias_grad = dy.new_empty(channels) if need_bias else None
-    problem = EpilogueProblem(_pixels(dy), channels, dy.dtype, saved is not None, True, need_bias)
+    problem = EpilogueProblem(_pixel_count(dy), channels, dy.dtype, saved is not None, True, need_bias)
     launch(EPILOGUE_GRAD, plan_epilogue_grad, problem, dy, saved, g, bias_grad, activation)
     return g, bias_grad
 
 
 def run_bias_grad(g: torch.Tensor) -> torch.Tensor:
+    """The gradient of the bias [K]: the sums of g [N, K, *space] over images and pixels."""
     channels = g.shape[1]
     bias_grad = g.new_empty(channels)
-    problem = EpilogueProblem(_pixels(g), channels, g.dtype, has_saved=False, writes_g=False, has_bias=True)
+    problem = EpilogueProblem(_pixel_count(g), channels, g.dtype, has_saved=False, writes_g=False, has_bias=True)
     launch(EPILOGUE_GRAD, plan_epilogue_grad, problem, g, None, None, bias_grad, "none")
     return bias_grad
 
 
-def _pixels(t: torch.Tensor) -> int:
+def _pixel_count(t: torch.Tensor) -> int:
+    """Pixels of all images of a [N, K, *space] tensor."""
     return t.shape[0] * math.prod(t.shape[2:])

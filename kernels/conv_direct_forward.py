@@ -1,20 +1,27 @@
-r"""Convolution forward without matrix products, and the transpose without a stride, whose window is turned over.
+r"""Convolution forward without matrix products, and the transpose with strides of 1.
 
-    y[n,k,z,p,q] = sum_{c,t,r,s} x[n, c, z*STRIDE_D - PAD_D + t*DIL_D, p*STRIDE_H - PAD_H + r*DIL_H,
-                                   q*STRIDE_W - PAD_W + s*DIL_W] * w[k,c,t,r,s]         then :mod:`.conv_epilogue`
+    y[n,k,z,p,q] = epilogue(sum_{c,t,r,s} x[n, c, z*STRIDE_D - PAD_D + t*DIL_D, p*STRIDE_H - PAD_H + r*DIL_H,
+                                              q*STRIDE_W - PAD_W + s*DIL_W] * w[k,c,t,r,s])
 
-    channels last    8 channels a thread. ROWS rows of outputs are summed together, and a row of x is loaded once for
-                     all of them. Of a group of several channels a thread holds all, so one load serves K filters.
-    rows             NCHW. RUN neighbouring outputs a thread; the columns of x that their windows share are loaded as
-                     aligned runs and picked apart in registers.
+The sum over c covers the channels of filter k's group; the epilogue is that of :mod:`.conv_epilogue`. The transpose
+with strides of 1 is this convolution, with C and K exchanged, other padding, and the taps in reverse order (TURNED).
 
-Bytes. What must come from memory once is |x| + |w| + |y|. What the load and store instructions move, with e bytes an
-element, G groups, T_m tiles of outputs and 4 bytes a weight, is at most (what lies outside the image is not loaded, and
-neighbours find most of it in the L1 cache)
+Two kernels serve the two layouts:
 
-    channels last    T*S*J/ROWS * |y|*C/K + 4*T_m * T*R*S*C*K*G + |y|     (J rows of x meet ROWS rows of outputs:
-                                                                          ROWS + R - 1 without stride and dilation)
-    rows             T*R*L * |y|*C + 4*programs * T*R*S*C + |y|           (L runs of x lie under a run's windows)
+    channels last    A thread loads up to 16 bytes of neighbouring channels. It sums ROWS outputs that lie below one
+                     another, and loads each row of x once for all of them. It holds all channels of a group, so that
+                     one load serves the group's K filters.
+    rows             NCHW. A thread sums RUN neighbouring outputs of a row. It loads the columns of x that their windows
+                     read as aligned runs of RUN elements, and separates the columns in registers.
+
+Bytes (e: bytes an element; G: groups; a weight has 4 bytes). What must come from memory once is |x| + |w| + |y|. What
+the load and store instructions move is at most (what lies outside the image is not loaded, and the L1 cache serves most
+of what neighbouring outputs share)
+
+    channels last    T*S*J/ROWS * |y|*C/K + 4*T_m * T*R*S*C*K*G + |y|    J: rows of x that ROWS rows of outputs read,
+                                                                         ROWS + R - 1 if stride and dilation are 1;
+                                                                         T_m: tiles of BLOCK_M positions
+    rows             T*R*L * |y|*C + 4*programs * T*R*S*C + |y|          L: runs of x that a run of outputs reads
 """
 
 import triton
@@ -52,10 +59,14 @@ def direct_kernel(
     X_VEC: tl.constexpr, Y_VEC: tl.constexpr, TURNED: tl.constexpr, ACTIVATION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """A program sums BLOCK_M positions, each of ROWS outputs below one another, by BLOCK_C filters. Its loop runs over
-    the planes and columns of the window. The rows of the window are written out, because it is known here which rows of
-    x meet which rows of outputs. How many ``columns`` there are is an argument: a loop of known length would be
-    unrolled, with the loads of all columns in registers."""
+    """From x [N, D, H, W, C*GROUPS] and w, fp32 [T, R, S, C, K*GROUPS], to y [N, Z, P, Q, K*GROUPS]. A program sums
+    BLOCK_M positions by BLOCK_C filters, where a position is ROWS outputs that lie below one another; M counts the
+    positions.
+
+    The loop runs over the planes and columns of the window, of which there are ``columns`` = T*S together. The rows of
+    the window are unrolled, because which rows of x meet which rows of outputs is a constant. ``columns`` is a run-time
+    argument because the compiler would unroll a loop of constant length, and hold the loads of all columns in
+    registers."""
     FILTERS: tl.constexpr = K * GROUPS
     TILES_C: tl.constexpr = (FILTERS + BLOCK_C - 1) // BLOCK_C
     BLOCK_X: tl.constexpr = BLOCK_C // K * C
@@ -127,9 +138,10 @@ def direct_rows_kernel(
     X_VEC: tl.constexpr, Y_VEC: tl.constexpr, TURNED: tl.constexpr, ACTIVATION: tl.constexpr,
     RUN: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr,
 ):  # fmt: skip
-    """A program sums BLOCK_P rows of BLOCK_Q runs of one filter's outputs, so the position of a run costs no division.
-    Its loop runs over the ``rows`` of the window, plane by plane and channel by channel; the columns of the window are
-    written out."""
+    """From x [N, C*GROUPS, D, H, W] and w, fp32 [T, R, S, C, K*GROUPS], to y [N, K*GROUPS, Z, P, Q]. A program sums
+    BLOCK_P rows by BLOCK_Q runs of outputs of one filter; the tile lies within one plane, so that finding the place of
+    a run takes a thread no division by P or Q. The loop runs over the ``rows`` = T*R*C of the window, of all its planes
+    and channels. The columns of the window are unrolled."""
     FILTERS: tl.constexpr = K * GROUPS
     pid = tl.program_id(0)
     tiles_q = tl.cdiv(Q, RUN * BLOCK_Q)
@@ -155,12 +167,13 @@ def direct_rows_kernel(
         d = d0 + t * DIL_D
         mask = only_if(mask_m & is_within(h, H), (d >= 0) & (d < D))
         shifted = row + (t * DIL_D * stride_xd + r * DIL_H * stride_xh + c * stride_xc)
+        # A tuple of columns of x, each [BLOCK_P * BLOCK_Q].
         xs = load_columns(x_ptr, shifted, q, mask, W, stride_xw, S, STRIDE_W, PAD_W, DIL_W, X_VEC, RUN)
         for s in tl.static_range(S):
             tap = (t * R + r) * S + s
             if TURNED:
                 tap = T * R * S - 1 - tap
-            w = tl.load(w_ptr + (tap * C + c) * FILTERS + k)  # one weight
+            w = tl.load(w_ptr + (tap * C + c) * FILTERS + k)  # a scalar
             sums = ()
             for j in tl.static_range(RUN):
                 x = xs[j * STRIDE_W + s * DIL_W - PAD_W - first_run(RUN, PAD_W) * RUN]
@@ -169,7 +182,8 @@ def direct_rows_kernel(
     acc = packed_columns(accs)  # [BLOCK_P * BLOCK_Q, RUN]
     column = q[:, None] * RUN + tl.arange(0, RUN)[None, :]
     y_row = n.to(tl.int64) * stride_yn + k * stride_yk + z * stride_yz + p.to(tl.int64) * stride_yp
-    # The mask counts runs of Y_VEC, of which a row holds a whole number, so the compiler may store that many at once.
+    # A row holds a whole number of runs of Y_VEC elements, and the mask decides for such a run as a whole, so the
+    # compiler may store Y_VEC elements at once.
     mask = mask_m[:, None] & below(column, Q, Y_VEC)
     filters = k + tl.arange(0, 1)
     store_with_epilogue(

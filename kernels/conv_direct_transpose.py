@@ -1,16 +1,20 @@
-r"""Convolution transposed with a stride, without matrix products.
+r"""Convolution transposed with a stride above 1, without matrix products.
 
     x[n,c,d,h,w] = sum of g[n,k,z,p,q] * w[k,c,t,r,s] over the filters k of c's group and the taps with
                    z*STRIDE_D - PAD_D + t*DIL_D = d, p*STRIDE_H - PAD_H + r*DIL_H = h, q*STRIDE_W - PAD_W + s*DIL_W = w
 
-Each program writes blocks of STRIDE_H * STRIDE_W pixels that share the same inputs. (Without a stride the transpose is
-a convolution with the window turned over: :mod:`.conv_direct_forward`.)
+Then comes the epilogue of :mod:`.conv_epilogue`. The pixels of x are computed by cells of STRIDE_H x STRIDE_W pixels.
+All cells read g in the same pattern, so a cell's products are unrolled. (With strides of 1 the transpose is a
+convolution whose taps come in reverse order, which :mod:`.conv_direct_forward` computes.)
 
-Bytes. What must come from memory once is |g| + |w| + |x|. What the load and store instructions move, with e bytes an
-element, G groups, T_m tiles of blocks and 4 bytes a weight, is at most (what lies outside the image is not loaded, and
-neighbours find most of it in the L1 cache)
+Bytes (G: groups; a weight has 4 bytes). What must come from memory once is |g| + |w| + |x|. What the load and store
+instructions move is at most (what lies outside g is not loaded, and the L1 cache serves most of what neighbouring cells
+share)
 
-    T*A*B/(STRIDE_H*STRIDE_W) * |x|*K/C + 4*T_m * T*R*S*C*K*G + |x|    (A x B inputs reach a block)
+    T*A*B/(STRIDE_H*STRIDE_W) * |x|*K/C + 4*T_m * T*R*S*C*K*G + |x|    A x B: elements of a plane of g that a cell reads
+                                                                       T_m: tiles of BLOCK_M cells
+
+In NCHW a thread holds one channel of g at a time, and the first term is C times as large.
 """
 
 import triton
@@ -23,20 +27,20 @@ from .conv_windows import SIZES, X_STRIDES, Y_STRIDES
 
 
 @triton.constexpr_function
-def _adds(tap, output, stride, pad, dil):
-    """Does a tap of the transpose add to output ``output`` of a block of ``stride``?"""
+def _tap_adds_to(tap, output, stride, pad, dil):
+    """Does a tap add to pixel number ``output`` of a cell, along one dimension?"""
     return (tap * dil - pad) % stride == output
 
 
 @triton.constexpr_function
-def block_input(tap, stride, pad, dil):
-    """The input that a tap of the transpose multiplies, counted from the input with the block's own number."""
+def cell_input(tap, stride, pad, dil):
+    """Which element of g a tap multiplies, along one dimension: its index, less the number of the cell."""
     return -((tap * dil - pad) // stride)
 
 
 @triton.constexpr_function
 def _reads_input(i, window, stride, pad, dil):
-    """Does a tap multiply input i, counted in the same way?"""
+    """Does a tap of the window multiply the element of g with index i, less the number of the cell?"""
     return any((tap * dil - pad) // stride == -i for tap in range(window))
 
 
@@ -53,19 +57,22 @@ def direct_transpose_kernel(
     G_VEC: tl.constexpr, X_VEC: tl.constexpr, UNIT_C: tl.constexpr, ACTIVATION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """A program sums BLOCK_M blocks of STRIDE_H x STRIDE_W pixels by BLOCK_C channels; M counts the blocks. In rows and
-    columns each tap adds to one pixel of a block, from an input that is known here, so nothing is multiplied in vain.
-    Planes are masked."""
+    """From g [N, K*GROUPS, Z, P, Q] and w, fp32 [T, R, S, K, C*GROUPS], to x [N, C*GROUPS, D, H, W], all three of any
+    layout; the names of x's and y's strides are those of the convolution. A program sums BLOCK_M cells of
+    STRIDE_H x STRIDE_W pixels by BLOCK_C channels; M counts the cells.
+
+    In rows and columns the constants of the window say to which pixel of the cell a tap adds, and which element of g it
+    multiplies, so no product is masked out. In depth the taps whose plane of g does not exist are masked."""
     CHANNELS: tl.constexpr = C * GROUPS
     TILES_C: tl.constexpr = (CHANNELS + BLOCK_C - 1) // BLOCK_C
-    # A thread holds all K inputs of its group, or without neighbouring channels one after the other.
+    # Where channels are neighbours in memory, a thread loads all K channels of a group of g at once, else one by one.
     HELD: tl.constexpr = K if UNIT_C else 1
     BLOCK_K: tl.constexpr = BLOCK_C // C * K if UNIT_C else 1
     REPEATS: tl.constexpr = C if UNIT_C else 1
-    FIRST_H: tl.constexpr = block_input(R - 1, STRIDE_H, PAD_H, DIL_H)
-    FIRST_W: tl.constexpr = block_input(S - 1, STRIDE_W, PAD_W, DIL_W)
-    INPUTS_H: tl.constexpr = block_input(0, STRIDE_H, PAD_H, DIL_H) - FIRST_H + 1
-    INPUTS_W: tl.constexpr = block_input(0, STRIDE_W, PAD_W, DIL_W) - FIRST_W + 1
+    FIRST_H: tl.constexpr = cell_input(R - 1, STRIDE_H, PAD_H, DIL_H)
+    FIRST_W: tl.constexpr = cell_input(S - 1, STRIDE_W, PAD_W, DIL_W)
+    INPUTS_H: tl.constexpr = cell_input(0, STRIDE_H, PAD_H, DIL_H) - FIRST_H + 1
+    INPUTS_W: tl.constexpr = cell_input(0, STRIDE_W, PAD_W, DIL_W) - FIRST_W + 1
     pid = tl.program_id(0)
     offs_m = pid // TILES_C * BLOCK_M + tl.arange(0, BLOCK_M)
     c = pid % TILES_C * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -110,10 +117,10 @@ def direct_transpose_kernel(
                 acc = accs[u * STRIDE_W + v]
                 for r in tl.static_range(R):
                     for s in tl.static_range(S):
-                        if _adds(r, u, STRIDE_H, PAD_H, DIL_H) and _adds(s, v, STRIDE_W, PAD_W, DIL_W):
+                        if _tap_adds_to(r, u, STRIDE_H, PAD_H, DIL_H) and _tap_adds_to(s, v, STRIDE_W, PAD_W, DIL_W):
                             g = gs[
-                                (block_input(r, STRIDE_H, PAD_H, DIL_H) - FIRST_H) * INPUTS_W
-                                + block_input(s, STRIDE_W, PAD_W, DIL_W) - FIRST_W
+                                (cell_input(r, STRIDE_H, PAD_H, DIL_H) - FIRST_H) * INPUTS_W
+                                + cell_input(s, STRIDE_W, PAD_W, DIL_W) - FIRST_W
                             ]  # fmt: skip
                             for held in tl.static_range(HELD):
                                 w_off = (((t * R + r) * S + s) * K + k + held) * CHANNELS + c

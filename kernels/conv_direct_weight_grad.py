@@ -1,20 +1,23 @@
-r"""Gradient of the weights without matrix products, for groups of one channel.
+r"""Gradient of a convolution's weights without matrix products, for groups of one channel.
 
     dw[k,t,r,s] = sum over (n, z, p, q) of g[n,k,z,p,q]
                   * x[n, c, z*STRIDE_D - PAD_D + t*DIL_D, p*STRIDE_H - PAD_H + r*DIL_H, q*STRIDE_W - PAD_W + s*DIL_W]
 
-where c is the channel of filter k's group. Channels last walks along a row of outputs, so a column of x enters once and
-serves S taps as the window slides over it; NCHW holds runs of x and g. Groups of several channels are merged into
-matrices by :mod:`.conv_weight_grad`.
+where c is the channel of filter k's group. For groups of several channels :mod:`.conv_weight_grad` multiplies matrices
+of merged groups. Two kernels serve the two layouts:
 
-Bytes. What must come from memory once is |x| + |g| + |w|. What the load and store instructions move, with e bytes an
-element and G groups, is at most (what lies outside the image is not loaded, and neighbours find most of it in the L1
-cache)
+    channels last    A program goes along a row of outputs. It keeps the columns of x in the window in registers, so
+                     that it loads each column once for the S taps that read it, one output after the other.
+    rows             NCHW. A thread loads a run of g and the runs of x that its windows read.
 
-    channels last    T*R * (min(S, STRIDE_W/DIL_W) * |y|/K + |y|) + 8*splits * T*R*S*K*G + |w|
-    rows             T*R * (L + 1) * |y| + 8*splits * T*R*S*K*G + |w|          (L runs of x lie under a run's windows)
+Bytes (G: groups; |y|: the bytes of g). What must come from memory once is |x| + |g| + |dw|. What the load and store
+instructions move is at most (what lies outside the image is not loaded, and the L1 cache serves most of what
+neighbouring outputs share; where DIL_W does not divide STRIDE_W, S stands in place of the minimum)
 
-The partial sums are added in order by a second kernel (:mod:`.conv_epilogue`).
+    channels last    T*R * (min(S, STRIDE_W/DIL_W) * |y|/K + |y|) + 8*splits * T*R*S*K*G + |dw|
+    rows             T*R * (L + 1) * |y| + 8*splits * T*R*S*K*G + |dw|         L: runs of x that a run of outputs reads
+
+The partial sums are in fp32. A second kernel, of :mod:`.conv_epilogue`, adds them in order.
 """
 
 import triton
@@ -29,9 +32,9 @@ from .conv_windows import SIZES, X_STRIDES, Y_STRIDES
 
 @triton.jit
 def _load_column(x_ptrs, w, W, stride_xw, mask, X_VEC: tl.constexpr):
-    """Column w, a scalar, of the rows of x that ``x_ptrs`` [BLOCK_M, BLOCK_X] point at."""
+    """Column w, a scalar, of the rows of x that ``x_ptrs`` [BLOCK_M, BLOCK_X] point at; 0 outside."""
     shift = tl.cast(w, tl.int64) * stride_xw * X_VEC
-    return tl.load(x_ptrs + shift, mask=only_if(mask, (w >= 0) & (w < W)), other=0.0)
+    return tl.load(x_ptrs + shift, mask=only_if(mask, (w >= 0) & (w < W)), other=0.0)  # [BLOCK_M, BLOCK_X]
 
 
 @triton.jit(do_not_specialize=[*SIZES, *X_STRIDES, *Y_STRIDES, "run"])
@@ -46,13 +49,16 @@ def direct_weight_grad_kernel(
     DIL_D: tl.constexpr, DIL_H: tl.constexpr, DIL_W: tl.constexpr, RANK: tl.constexpr,
     X_VEC: tl.constexpr, Y_VEC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """x and g to partial [splits * runs, K * GROUPS, T*R*S]. A program sums one row of the window over ``run`` columns
-    of its share of the M = N*Z*P rows of outputs. From one output to the next the window moves on, and only what comes
-    into view is loaded."""
+    """From x [N, D, H, W, GROUPS] and g [N, Z, P, Q, K*GROUPS] to the fp32 partial sums [parts, K*GROUPS, T*R*S]. The
+    M = N*Z*P rows of outputs are cut into ``splits`` equal numbers of rows, and each row into stretches of ``run``
+    outputs; a part is one stretch of the rows of one split. A program sums one row of the window over one part.
+
+    From one output of a row to the next it keeps in registers the columns of x that both windows read, and loads only
+    the others."""
     FILTERS: tl.constexpr = K * GROUPS
     TILES_C: tl.constexpr = (FILTERS + BLOCK_C - 1) // BLOCK_C
     BLOCK_X: tl.constexpr = BLOCK_C // K
-    TAPS: tl.constexpr = equal_block(S, MAX_ROWS)  # of a row of the window, in one program
+    TAPS: tl.constexpr = equal_block(S, MAX_ROWS)  # taps of a row of the window that one program sums
     BLOCKS_S: tl.constexpr = (S + TAPS - 1) // TAPS
     NEW: tl.constexpr = min(TAPS, STRIDE_W // DIL_W if STRIDE_W % DIL_W == 0 else TAPS)
     pid = tl.program_id(0)
@@ -121,8 +127,9 @@ def direct_rows_weight_grad_kernel(
     DIL_D: tl.constexpr, DIL_H: tl.constexpr, DIL_W: tl.constexpr,
     X_VEC: tl.constexpr, G_VEC: tl.constexpr, RUN: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr,
 ):  # fmt: skip
-    """x and g to partial [splits, K * GROUPS, T*R*S]. A program sums one row of one filter's window over its share of
-    the tiles of BLOCK_P rows by BLOCK_Q runs of outputs."""
+    """From x [N, GROUPS, D, H, W] and g [N, K*GROUPS, Z, P, Q] to the fp32 partial sums [splits, K*GROUPS, T*R*S]. A
+    program sums one row of the window of one filter over one split of the tiles, which are BLOCK_P rows by BLOCK_Q runs
+    of outputs."""
     FILTERS: tl.constexpr = K * GROUPS
     pid = tl.program_id(0)
     r = pid % R
@@ -148,6 +155,7 @@ def direct_rows_weight_grad_kernel(
         mask_x = only_if(mask_g & (h >= 0) & (h < H), (d >= 0) & (d < D))
         x_row = n * stride_xn + k // K * stride_xc + d * stride_xd + h.to(tl.int64) * stride_xh
         g_row = n * stride_yn + k * stride_yk + z * stride_yz + p.to(tl.int64) * stride_yp
+        # Tuples of the columns of x and g, each [BLOCK_P * BLOCK_Q].
         xs = load_columns(x_ptr, x_row, q, mask_x, W, stride_xw, S, STRIDE_W, PAD_W, DIL_W, X_VEC, RUN)
         gs = load_columns(g_ptr, g_row, q, mask_g, Q, stride_yq, 1, 1, 0, 1, G_VEC, RUN)
         sums = ()
@@ -155,7 +163,7 @@ def direct_rows_weight_grad_kernel(
             acc = accs[s]
             for j in tl.static_range(RUN):
                 x = xs[j * STRIDE_W + s * DIL_W - PAD_W - first_run(RUN, PAD_W) * RUN].to(tl.float32)
-                # A run may reach past the row. There g is 0, and x must not be infinite.
+                # A run may reach past the end of the row. There g is 0, but x may be infinite, and 0 * inf is NaN.
                 if G_VEC < RUN:
                     x = tl.where(q * RUN + j < Q, x, 0.0)
                 acc += x * gs[j].to(tl.float32)

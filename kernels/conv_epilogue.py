@@ -1,11 +1,18 @@
-r"""What follows the products of a convolution: the epilogue, its gradient, and the sums of split reductions.
+r"""What follows the matrix products of a convolution: the epilogue, its gradient, and the sums of split reductions.
 
-    y = act(scale[k] * acc + bias[k] + residual)        in fp32, rounded once
-    g = dy * act'(saved)                                0 where the activation is flat, whatever dy is
+    y = act(scale[k] * acc + bias[k] + residual)        in fp32, rounded once; acc is the convolution's sum
+    g = dy * act'(saved)                                0 where the activation is flat, even where dy is infinite
     dbias[k] = sum of g over images and pixels
+    out = sum over the splits of partial                in order, in fp32; then the epilogue, if there is one
 
-Bytes: the gradient is one pass, |dy| + |saved| + |g|, and 8 * splits * K for the partial sums of the bias. A split
-reduction writes partial sums that a second kernel adds in order. No atomics.
+Bytes (e: bytes an element). Each element is loaded and stored once, so the load and store instructions move just
+what must come from memory:
+
+    epilogue             |residual| + |y| + |saved|, in the kernel that computes acc
+    its gradient         |dy| + |saved| + |g|, and for the bias 8*SPLIT_M*K + K*e: partial sums, written and read once
+    sums of splits       4*SPLIT_K for each element of the result, which another kernel wrote, and the epilogue's bytes
+
+Each element is written once, by one program, which adds in a fixed order. No atomics.
 """
 
 import triton
@@ -19,14 +26,15 @@ from .conv_windows import SAVED_STRIDES, SIZES, Y_STRIDES
 def store_with_epilogue(
     acc, k, offsets, mask, scale_ptr, bias_ptr, residual_ptr, out_ptr, saved_ptr, mask_k, ACTIVATION: tl.constexpr
 ):  # fmt: skip
-    """Stores ``act(scale * acc + bias + residual)``, computed in fp32, at ``offsets``, and at the same offsets of
-    saved_ptr, if there is one, the input of the activation. acc is [pixels, channels k]."""
+    """Stores ``act(scale * acc + bias + residual)``, computed in fp32, at ``offsets`` of out_ptr. Stores the input of
+    the activation at the same offsets of saved_ptr, if that is given. acc, offsets and mask are [pixels, channels]; k
+    and mask_k are [channels]."""
     if scale_ptr is not None:
-        acc *= tl.load(scale_ptr + k, mask=mask_k, other=0.0).to(tl.float32)[None, :]
+        acc *= tl.load(scale_ptr + k, mask=mask_k, other=0.0).to(tl.float32)[None, :]  # [1, channels]
     if bias_ptr is not None:
-        acc += tl.load(bias_ptr + k, mask=mask_k, other=0.0).to(tl.float32)[None, :]
+        acc += tl.load(bias_ptr + k, mask=mask_k, other=0.0).to(tl.float32)[None, :]  # [1, channels]
     if residual_ptr is not None:
-        acc += tl.load(residual_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+        acc += tl.load(residual_ptr + offsets, mask=mask, other=0.0).to(tl.float32)  # [pixels, channels]
     if saved_ptr is not None:
         tl.store(saved_ptr + offsets, narrow(acc, saved_ptr.dtype.element_ty), mask=mask)
     tl.store(out_ptr + offsets, narrow(activate(acc, ACTIVATION), out_ptr.dtype.element_ty), mask=mask)
@@ -44,9 +52,10 @@ def epilogue_grad_kernel(
     Y_VEC: tl.constexpr, SAVED_VEC: tl.constexpr, G_RUN: tl.constexpr,
     ACTIVATION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """dy and saved [M pixels, K] to g, dense in either layout, and to its column sums, the gradient of the bias; K
-    counts all groups. Each program walks one of ``splits`` runs of rows and leaves its column sums in partial
-    [splits, K]."""
+    """From dy and saved [M pixels, K] to g, dense in either layout, and to the sums of g over the pixels, which are the
+    gradient of the bias; K counts the channels of all groups. A program reads one of ``splits`` equal parts of the
+    pixels, BLOCK_M at a time, and stores its sums over them in partial [splits, K]. saved_ptr, g_ptr and partial_ptr
+    may be None."""
     TILES_N: tl.constexpr = (K + BLOCK_N - 1) // BLOCK_N
     split = tl.program_id(0) // TILES_N
     offs_n = tl.program_id(0) % TILES_N * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -90,7 +99,8 @@ def reduce_splits_kernel(
     K: tl.constexpr, CHANNELS_LAST: tl.constexpr, RUN: tl.constexpr, ACTIVATION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Adds the partial sums [splits, M, K] in order and stores the result with the epilogue; K counts all groups."""
+    """Adds the fp32 partial sums [splits, M, K] in order and stores the result with the epilogue. M counts the pixels,
+    ``image`` those of one image, K the channels of all groups."""
     TILES_N: tl.constexpr = (K + BLOCK_N - 1) // BLOCK_N
     offs_m = tl.program_id(0) // TILES_N * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_n = tl.program_id(0) % TILES_N * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -108,8 +118,9 @@ def reduce_splits_kernel(
 
 @triton.jit(do_not_specialize=["L", "splits"])
 def sum_splits_kernel(partial_ptr, out_ptr, L: tl.int64, splits, BLOCK: tl.constexpr):
-    """out[l] = sum of partial[split, l] over the splits, in order. What every addition rounds away is added at the end
-    (Knuth's two-sum), so hundreds of splits cost no accuracy, and as memory bounds the kernel, no time."""
+    """out[l] = sum of partial[split, l] over the splits, in order, for L elements. The rounding error of each addition
+    is computed (Knuth's two-sum), and their sum is added at the end, so the result is as accurate with hundreds of
+    splits as with one. It takes no more time, because memory bounds the kernel."""
     offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = offs < L
     acc = tl.zeros((BLOCK,), dtype=tl.float32)
@@ -120,5 +131,5 @@ def sum_splits_kernel(partial_ptr, out_ptr, L: tl.int64, splits, BLOCK: tl.const
         added = total - acc
         lost += (acc - (total - added)) + (term - added)
         acc = total
-    acc = tl.where(lost == lost, acc + lost, acc)  # what an infinite sum rounds away is NaN
+    acc = tl.where(lost == lost, acc + lost, acc)  # the rounding error of an infinite sum is computed as NaN
     tl.store(out_ptr + offs, narrow(acc, out_ptr.dtype.element_ty), mask=mask)

@@ -1,17 +1,22 @@
 r"""Convolution forward, as a matrix product whose left operand is gathered from x.
 
-    sum_{c,t,r,s} x[n, c, z*STRIDE_D - PAD_D + t*DIL_D, p*STRIDE_H - PAD_H + r*DIL_H, q*STRIDE_W - PAD_W + s*DIL_W]
-                  * w[k,c,t,r,s]                  for each output (n, k, z, p, q), then :mod:`.conv_epilogue`
+    y[n,k,z,p,q] = epilogue(sum_{c,t,r,s} x[n, c, z*STRIDE_D - PAD_D + t*DIL_D, p*STRIDE_H - PAD_H + r*DIL_H,
+                                              q*STRIDE_W - PAD_W + s*DIL_W] * w[k,c,t,r,s])
 
-    rows  N*Z*P*Q output pixels        columns  K        reduction  T*R*S*C        right operand  w, per window tap
+The epilogue is that of :mod:`.conv_epilogue`. The matrix product of one group has
 
-Bytes. What must come from memory once is |x| + |w| + |y|. What the load and store instructions move, with T_m, T_n
-tiles of rows and columns, TAPS = T*R*S and e bytes an element, is for each group (taps outside the image load nothing)
+    rows             N*Z*P*Q output pixels
+    columns          K filters
+    reduction        TAPS*C, with TAPS = T*R*S: the channels of every tap
+    left operand     x at the taps of each pixel's window; taps outside the image are zeros
+    right operand    w, transposed
+
+Bytes (e: bytes an element; T_m, T_n: tiles of rows and of columns). What must come from memory once is |x| + |w| + |y|.
+What the load and store instructions move is, for each group (taps outside the image load nothing),
 
     T_n * N*Z*P*Q*TAPS*C*e + T_m * K*TAPS*C*e + N*Z*P*Q*K*e
 
-by lines the same, from packed tensors, for windows that move by one pixel. A split s > 1 adds 8 * s * (size of the
-output) for the fp32 partial sums, which are written and read once.
+The kernel by lines moves as much. SPLIT_K > 1 adds 8 * SPLIT_K * N*Z*P*Q*K: fp32 partial sums, written and read once.
 """
 
 import triton
@@ -36,12 +41,15 @@ def conv_kernel(
     ACTIVATION: tl.constexpr, PRECISION: tl.constexpr, SWAP: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
-    """x [N, D, H, W, GROUPS*C] and w [GROUPS*K, TAPS, C] to y, or with splits > 1 to the fp32 partial sums
-    [splits, M, GROUPS*K]; M counts the output pixels. The last TAIL of the C channels belong to no tap.
+    """From x [N, D, H, W, GROUPS*C] and w [GROUPS*K, TAPS, C] to y, or with splits > 1 to the fp32 partial sums
+    [splits, M, GROUPS*K]; M counts the output pixels. A program computes BLOCK_M pixels by BLOCK_N filters of a group.
 
-    With SWAP the filters are the rows of the product and the pixels its columns: one instruction of the tensor cores
-    multiplies 64 rows, so 64 filters by 256 pixels reads less shared memory than 256 pixels by 64 filters."""
-    # A reduction tile lies in one tap when BLOCK_K divides C; otherwise every element finds its own tap.
+    The last TAIL of the C channels belong to no tap (:func:`.conv_problem.pad_problem`); x is not zero there.
+
+    With SWAP the filters are the rows of the product and the pixels its columns. One instruction of the tensor cores
+    multiplies 64 rows, so a product of 64 by 256 elements reads less shared memory than one of 256 by 64."""
+    # Where BLOCK_K divides C, all BLOCK_K elements of a step are channels of one tap, so the tap and the mask of x are
+    # computed once for each pixel. Otherwise each element of the step has its own tap.
     ONE_TAP: tl.constexpr = C % BLOCK_K == 0
     STEPS: tl.constexpr = (TAPS * C + BLOCK_K - 1) // BLOCK_K
     TILES_N: tl.constexpr = (K + BLOCK_N - 1) // BLOCK_N
@@ -92,8 +100,8 @@ def conv_kernel(
             x = tl.load(x_ptr + row[:, None] + tap_off[None, :], mask=mask_x, other=0.0)  # [BLOCK_M, BLOCK_K]
             mask_w = mask_n[None, :] & mask_k[:, None]
             w = tl.load(w_ptr + w_row[None, :] + k[:, None], mask=mask_w, other=0.0)  # [BLOCK_K, BLOCK_N]
-        # The last TAIL channels are pixels behind the window. They are zeroed here, since 0 * inf is NaN: a mask at the
-        # load would halve its width.
+        # The last TAIL channels are pixels behind the window. Their weights are 0, but 0 * inf is NaN, so they are set
+        # to 0 here. A mask at the load would do the same, but it would halve the width of the load.
         if TAIL > 0:
             x = tl.where((k % C < C - TAIL)[None, :], x, 0.0)
         if SWAP:
@@ -125,11 +133,12 @@ def conv_lines_kernel(
     CHANNELS_LAST: tl.constexpr, RUN: tl.constexpr, ACTIVATION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
-    """Forward, or transpose (TURNED, with C and K exchanged), where windows move by one pixel. For each tap BLOCK_M
-    neighbours in a line of the result read a box of x [N, D, H, W, GROUPS*C], which a tensor memory accelerator copies;
-    what lies outside the image arrives as zeros. No thread computes an address, and a tile takes 30 registers fewer.
+    """Forward, or with TURNED the transpose (C and K exchanged), where every stride is 1. A line is a row of L pixels
+    of the result; where windows have one tap and there is no padding, all pixels of all images are one line.
 
-    Lines are the rows of the result, of L pixels. A window of one tap without padding makes one line of all pixels.
+    A program computes BLOCK_M neighbouring pixels of one of the ``lines``. At each tap those read BLOCK_M neighbouring
+    pixels of x [N, D, H, W, GROUPS*C], a box that the tensor memory accelerator copies; it writes zeros for what lies
+    outside the image. So no thread computes the address of an operand, which saves 30 registers a thread.
     """
     CHUNKS: tl.constexpr = (C + BLOCK_K - 1) // BLOCK_K
     TILES_N: tl.constexpr = (K + BLOCK_N - 1) // BLOCK_N
@@ -153,12 +162,14 @@ def conv_lines_kernel(
         tap = step // CHUNKS
         k = step % CHUNKS * BLOCK_K
         t, r, s = tap_shift(tap, R, S, DIL_D, DIL_H, DIL_W, RANK)
-        box = x_desc.load([n, d0 + WAY * t, h0 + WAY * r, w0 + WAY * s, group * C + k])
-        x = tl.reshape(box, (BLOCK_M, BLOCK_K))  # [BLOCK_M, BLOCK_K]
+        box = x_desc.load([n, d0 + WAY * t, h0 + WAY * r, w0 + WAY * s, group * C + k])  # [1, 1, 1, BLOCK_M, BLOCK_K]
+        x = tl.reshape(box, (BLOCK_M, BLOCK_K))
         if TURNED:
-            w = tl.reshape(w_desc.load([group * C + k, tap, column]), (BLOCK_K, BLOCK_N))
+            w = tl.reshape(w_desc.load([group * C + k, tap, column]), (BLOCK_K, BLOCK_N))  # [BLOCK_K, BLOCK_N]
         else:
-            w = tl.trans(tl.reshape(w_desc.load([group * K + column, tap, k]), (BLOCK_N, BLOCK_K)))
+            w = tl.trans(
+                tl.reshape(w_desc.load([group * K + column, tap, k]), (BLOCK_N, BLOCK_K))  # [BLOCK_N, BLOCK_K]
+            )
         acc = dot(x, w, acc, "ieee")
 
     offs_l = first + tl.arange(0, BLOCK_M)

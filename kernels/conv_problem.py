@@ -1,6 +1,8 @@
-"""What a convolution is, and the tensors as its kernels read and write them: what plans and configs both need.
+"""What a convolution is, and how its kernels read and write tensors: the part of the host side that plans and configs
+both need.
 
-Tensors lie channels last here (the launchers re-lay what does not), weights as [K*GROUPS, T, R, S, C].
+The kernels that multiply matrices read images channels last, and weights as [K*GROUPS, T, R, S, C]. The functions here
+make a copy of a tensor that is laid out otherwise.
 """
 
 from __future__ import annotations
@@ -18,12 +20,12 @@ Triple = tuple[int, int, int]
 
 
 def triple(values: Sequence[int], missing: int = 1) -> Triple:
-    """Depth, height and width, from one to three of them."""
+    """Depth, height and width from the last one, two or three of them; the others are ``missing``."""
     return (*(missing for _ in range(3 - len(values))), *values)  # type: ignore[return-value]
 
 
 class Geometry(NamedTuple):
-    """The window, in depth, height and width: what the kernels take as constants."""
+    """How windows lie in the image, in depth, height and width: what the kernels take as constants, and the groups."""
 
     stride: Triple
     padding: Triple
@@ -36,7 +38,7 @@ class Geometry(NamedTuple):
 
     @property
     def parities(self) -> int:
-        """Classes of input pixels that a window's taps tell apart."""
+        """How many parity classes of input pixels there are: one for each combination of remainders by the strides."""
         return math.prod(self.stride)
 
     def constants(self) -> dict[str, int]:
@@ -52,10 +54,11 @@ class ConvProblem(NamedTuple):
 
     Attributes:
         rank: 3, or 2 for two dimensions and one.
-        image, window, output: depth, height and width; the transpose goes from ``output`` to ``image``.
-        precision: "16", "ieee", "tf32" or "tf32x3".
-        channels_last: is what the kernel writes laid out so?
-        tail: how many of the C channels, the last, belong to no tap; see :func:`pad_problem`.
+        image, window, output: depth, height and width. The transpose computes a tensor of size ``image`` from one of
+            size ``output``.
+        precision: "16" for 16-bit tensors; for fp32 tensors "ieee", "tf32" or "tf32x3".
+        channels_last: whether the kernel writes its result channels last.
+        tail: how many of the C channels, the last ones, belong to no tap; see :func:`pad_problem`.
     """
 
     rank: int
@@ -92,7 +95,7 @@ class ConvProblem(NamedTuple):
         return 2.0 * self.pixels * self.K * self.taps * self.C * self.geometry.groups
 
     def minimal_bytes(self) -> float:
-        """|x| + |w| + |y|: what must cross the memory bus at least once."""
+        """|x| + |w| + |y|, in bytes: what must cross the memory bus at least once."""
         elements = self.image_pixels * self.C + self.K * self.taps * self.C + self.pixels * self.K
         return float(elements * self.geometry.groups * self.itemsize)
 
@@ -104,6 +107,7 @@ def problem_of(
     x_shape: Sequence[int], w_shape: Sequence[int], output: Sequence[int], geometry: Geometry,
     dtype: torch.dtype, precision: str, channels_last: bool,
 ) -> ConvProblem:  # fmt: skip
+    """The problem of x [N, C*GROUPS, *image], w [K*GROUPS, C, *window] and y [N, K*GROUPS, *output]."""
     n, _, *image = x_shape
     k, c, *window = w_shape
     precision = precision if dtype == torch.float32 else "16"
@@ -114,7 +118,8 @@ def problem_of(
 
 
 def merged_groups(p: ConvProblem) -> int:
-    """How many groups share a product of the weight gradient: as many as fill 64 rows of the tensor cores."""
+    """How many groups the weight gradient multiplies as one: the largest power of two that divides the groups and
+    leaves at most 64 channels and filters, since one instruction of the tensor cores multiplies 64 rows."""
     merged = 1
     while 2 * merged * max(p.C, p.K) <= 64 and p.geometry.groups % (2 * merged) == 0:
         merged *= 2
@@ -122,12 +127,13 @@ def merged_groups(p: ConvProblem) -> int:
 
 
 def is_one_line(p: ConvProblem) -> bool:
-    """Do windows see one pixel each, so that rows and images may follow one another?"""
+    """Does every output read one pixel of x, the one at its own place? Then the kernel by lines takes the pixels of all
+    images for one line."""
     return p.taps == 1 and not any(p.geometry.padding) and p.image == p.output
 
 
 def line_sizes(p: ConvProblem, turned: bool) -> tuple[int, int]:
-    """How many lines the result has, and their length in pixels."""
+    """How many lines the result has, and the pixels of one line."""
     if is_one_line(p):
         return 1, p.pixels
     output = p.image if turned else p.output
@@ -135,63 +141,71 @@ def line_sizes(p: ConvProblem, turned: bool) -> tuple[int, int]:
 
 
 def line_tiles(p: ConvProblem, block_m: int, turned: bool) -> int:
-    """Tiles of the product's rows, none of which spans lines."""
+    """How many tiles of block_m pixels cover the lines of the result, where no tile holds pixels of two lines."""
     lines, length = line_sizes(p, turned)
     return lines * cost.cdiv(length, block_m)
 
 
 def dot_precision(p: ConvProblem) -> str:
+    """The PRECISION of :func:`._math.dot`, which ignores it for 16-bit operands."""
     return "ieee" if p.precision == "16" else p.precision
 
 
-# --- tensors as the kernels read them --------------------------------------------------------------------------------
+# --- how the kernels read tensors ------------------------------------------------------------------------------------
 
 
 def channels_last(t: torch.Tensor) -> torch.Tensor:
-    """The tensor itself if neighbouring channels are neighbours in memory, else a channels-last copy."""
+    """``t`` itself where neighbouring channels are neighbours in memory, else a channels-last copy."""
     return readable(t, unit=1)
 
 
 def pack_weight(weight: torch.Tensor) -> torch.Tensor:
-    """Weights [K, C, *window] as dense [K, *window, C]; a view where they are channels last already."""
+    """Weights [K, C, *window] as contiguous [K, *window, C]: a view where they are channels last already, else a
+    copy."""
     return readable(weight.movedim(1, -1), dense=True)
 
 
-def _reduction_first(p: ConvProblem) -> bool:
-    """Tensor cores take tf32 operands only with the reduction along memory, which for the transpose is K."""
+def _is_reduction_first(p: ConvProblem) -> bool:
+    """Must neighbours along the reduction be neighbours in memory? Tensor cores take tf32 operands only so; the
+    reduction of the transpose goes over K."""
     return p.precision in ("tf32", "tf32x3")
 
 
 def pack_transposed_weight(p: ConvProblem, weight: torch.Tensor) -> torch.Tensor:
-    """What the transpose reads: [K, *window, C], or for tf32 [C, *window, K] of each group."""
-    if not _reduction_first(p):
+    """The weights as the transpose reads them, contiguous: [K*GROUPS, *window, C], or for tf32 [GROUPS, C, *window,
+    K]."""
+    if not _is_reduction_first(p):
         return pack_weight(weight)
     return readable(weight.unflatten(0, (p.geometry.groups, p.K)).movedim(1, -1), dense=True)
 
 
 def transposed_weight_strides(p: ConvProblem) -> Triple:
-    """Strides (K, tap, C) of :func:`pack_transposed_weight` within a group."""
-    return (1, p.K, p.taps * p.K) if _reduction_first(p) else (p.taps * p.C, p.C, 1)
+    """The strides of K, tap and C, in elements, of what :func:`pack_transposed_weight` returns, within a group."""
+    return (1, p.K, p.taps * p.K) if _is_reduction_first(p) else (p.taps * p.C, p.C, 1)
 
 
 # --- images of few channels ------------------------------------------------------------------------------------------
 
 
-def _unfolds(p: ConvProblem) -> bool:
-    """Is this the convolution of a narrow image, whose window rows are read as channels?"""
+def _is_unfolded(p: ConvProblem) -> bool:
+    """Are the pixels of a row of a window read as channels of one tap? That is done for up to four channels, without
+    groups, where those pixels are neighbours in memory."""
     return p.geometry.groups == 1 and p.C <= 4 and p.window[2] > 1 and p.geometry.dilation[2] == 1
 
 
 def pad_problem(p: ConvProblem) -> ConvProblem:
-    """What the kernels that read x solve, forward and weight gradient: without groups a narrow image is re-laid.
+    """The problem that forward and the weight gradient solve in place of ``p``, because they read x: the same one, or
+    where an image without groups has few channels, one with more channels.
 
-    Up to four channels become four, up to eight eight, so that a pixel is one aligned load. The pixels of a window's
-    row, of four channels each, lie side by side in memory, so they count as the channels of one wide tap, 16 or a
-    multiple of 32; its tail reaches into the pixels behind.
+    One to three channels become four, and five to seven become eight, so that one aligned load reads a pixel. With four
+    channels, the pixels of a row of a window are neighbours in memory, so the whole row counts as one tap, of four
+    channels for each pixel. Their number is rounded up to 16 or to a multiple of 32, so that some BLOCK_K divides it.
+    The channels beyond those of the row, the ``tail``, lie in the pixels that follow the row; they belong to no tap.
+    Along W the new image has one such row for each output, so its window moves by one and has no padding.
     """
     if p.geometry.groups > 1 or p.C >= 8:
         return p
-    if not _unfolds(p):
+    if not _is_unfolded(p):
         return p._replace(C=4 if p.C <= 4 else 8)
     used = 4 * p.window[2]
     channels = 16 if used <= 16 else -(-used // 32) * 32
@@ -203,11 +217,12 @@ def pad_problem(p: ConvProblem) -> ConvProblem:
 
 
 def pad_image(x: torch.Tensor, p: ConvProblem, padded: ConvProblem) -> torch.Tensor:
-    """x as ``padded`` reads it, from that of ``p``; the tensor itself where nothing is to be done."""
+    """The image that ``padded`` reads, made of x, that of ``p``: x itself where the problems are the same and x is
+    channels last."""
     n, c, *space = x.shape
     if p == padded:
         return channels_last(x)
-    if not _unfolds(p):
+    if not _is_unfolded(p):
         out = x.new_zeros(n, *space, padded.C)
         out[..., :c].copy_(x.movedim(1, -1))
         return out.movedim(-1, 1)
@@ -221,21 +236,22 @@ def pad_image(x: torch.Tensor, p: ConvProblem, padded: ConvProblem) -> torch.Ten
 
 
 def pad_weight(weight: torch.Tensor, p: ConvProblem, padded: ConvProblem) -> torch.Tensor:
-    """The packed weights [K, *window, C] of ``padded``, zeros where ``p`` has none."""
+    """The weights of ``padded``, contiguous [K, *window, C], made of those of ``p``; 0 for the channels that ``p``
+    lacks."""
     if p == padded:
         return pack_weight(weight)
     k, c, *window = weight.shape
     out = weight.new_zeros(
-        k, *window[:-1], padded.C // 4 if _unfolds(p) else window[-1], 4 if _unfolds(p) else padded.C
+        k, *window[:-1], padded.C // 4 if _is_unfolded(p) else window[-1], 4 if _is_unfolded(p) else padded.C
     )
     out[..., : window[-1], :c].copy_(weight.movedim(1, -1))
     return out
 
 
 def unpad_weight_grad(dw: torch.Tensor, p: ConvProblem, shape: Sequence[int]) -> torch.Tensor:
-    """The part of a weight gradient of :func:`pad_problem`'s that is the convolution's own, a view of ``shape``."""
+    """The part of dw, a weight gradient of ``pad_problem(p)``, that belongs to ``p``: a view of ``shape``."""
     dw = dw.movedim(1, -1)
-    if _unfolds(p):
+    if _is_unfolded(p):
         dw = dw.squeeze(-2).unflatten(-1, (-1, 4))[..., : shape[-1], :]
     return dw[..., : shape[1]].movedim(-1, 1)
 
@@ -244,6 +260,7 @@ def unpad_weight_grad(dw: torch.Tensor, p: ConvProblem, shape: Sequence[int]) ->
 
 
 def empty_output(like: torch.Tensor, shape: Sequence[int], is_channels_last: bool) -> torch.Tensor:
+    """A dense tensor of ``shape``, uninitialised, of the dtype and on the device of ``like``."""
     if not is_channels_last:
         return like.new_empty(shape)
     n, c, *space = shape
@@ -251,15 +268,16 @@ def empty_output(like: torch.Tensor, shape: Sequence[int], is_channels_last: boo
 
 
 def dense_layout(out: torch.Tensor, run: bool = True) -> dict[str, Any]:
-    """The constants CHANNELS_LAST and RUN by which a kernel addresses a dense result."""
+    """The constants CHANNELS_LAST and RUN by which a kernel addresses the dense result ``out``; without ``run`` RUN is
+    1."""
     last = layout_strides(out)[1]
     pixels = math.prod(out.shape[2:])
     return {"CHANNELS_LAST": last, "RUN": unit_divisor(16 // out.dtype.itemsize, pixels) if run and not last else 1}
 
 
 class Epilogue(NamedTuple):
-    """What is done to the sums before they are stored. ``residual`` and ``saved``, where the activation's input is
-    kept, have the result's strides."""
+    """What a kernel applies to its sums before it stores them. ``residual``, and ``saved``, into which the kernel
+    stores the input of the activation, have the strides of the result."""
 
     scale: torch.Tensor | None = None
     bias: torch.Tensor | None = None
@@ -268,8 +286,8 @@ class Epilogue(NamedTuple):
     activation: str = "none"
 
     def arguments(self, out: torch.Tensor, run: bool = True) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Run-time arguments and constants of a kernel that stores the dense ``out``; without ``run`` neighbours in a
-        tile are no neighbours in a row."""
+        """The run-time arguments and the constants of a kernel that stores the dense ``out``. Without ``run`` the
+        neighbours of a tile are not neighbours in memory, so the kernel stores single elements."""
         arguments = {
             "scale_ptr": self.scale, "bias_ptr": self.bias, "residual_ptr": self.residual, "out_ptr": out,
             "saved_ptr": self.saved,
@@ -278,7 +296,8 @@ class Epilogue(NamedTuple):
 
 
 class EpilogueProblem(NamedTuple):
-    """Gradient of the epilogue over M pixels and K channels; what is read and written decides the traffic."""
+    """The gradient of an epilogue over M pixels and K channels (of all groups), and which tensors it reads and
+    writes."""
 
     M: int
     K: int
@@ -292,7 +311,8 @@ class EpilogueProblem(NamedTuple):
 
 
 def meta_tensors(p: ConvProblem) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """x, weights and y of a problem on the meta device, laid out as the problem says."""
+    """x, weights [K*GROUPS, *window, C] and y of a problem, on the meta device; x and y in the layout of the
+    problem."""
     groups, skip = p.geometry.groups, 3 - p.rank
     like = torch.empty(0, dtype=p.dtype, device="meta")
     x = empty_output(like, (p.N, p.C * groups, *p.image[skip:]), p.channels_last)

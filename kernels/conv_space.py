@@ -19,7 +19,8 @@ def _gemm_config(m: int, n: int, k: int, warps: int, stages: int, **more: int) -
 
 
 _TILES = (
-    # BLOCK_M, BLOCK_N, BLOCK_K, warps, stages: large tiles for wide layers, small ones to fill the device
+    # BLOCK_M, BLOCK_N, BLOCK_K, warps, stages. Large tiles load fewer bytes, for layers of many pixels and channels;
+    # small ones make enough programs for all multiprocessors where there are fewer.
     (128, 128, 64, 8, 3),
     (128, 256, 64, 8, 3),
     (256, 128, 64, 8, 3),
@@ -38,7 +39,7 @@ _TILES = (
     (32, 32, 32, 4, 2),
     (64, 64, 16, 4, 2),
     (128, 16, 16, 4, 3),
-    (32, 16, 16, 4, 2),  # serves every shape
+    (32, 16, 16, 4, 2),  # fits every problem
 )
 _SPLIT_TILES = tuple(
     (tile, split) for split in (1, 2, 4, 8) for tile in _TILES
@@ -70,13 +71,14 @@ EPILOGUE_CONFIGS = tuple(
 # --- which configs fit -----------------------------------------------------------------------------------------------
 
 
-def fits(p: ConvProblem, config: Config, device: DeviceSpec, rows: int, columns: int, reduction: int) -> bool:
-    """Is the tile no larger than the problem and than the machine?"""
+def tile_fits(p: ConvProblem, config: Config, device: DeviceSpec, rows: int, columns: int, reduction: int) -> bool:
+    """Does the tile fit the matrix product of ``rows`` x ``columns`` x ``reduction``, the shared memory and the
+    registers?"""
     stages = config.num_stages - 1 if device.is_amd else config.num_stages
     smem = cost.gemm_smem_bytes(config.BLOCK_M, config.BLOCK_N, config.BLOCK_K, p.itemsize, max(1, stages))
     tile = config.BLOCK_M * config.BLOCK_N * config.BLOCK_K
     if tile > {"ieee": 64 * 32 * 32, "tf32x3": 64 * 64 * 32}.get(p.precision, tile):
-        return False  # the fp32 pipes hold whole operand rows in registers: larger tiles spill
+        return False  # without tensor cores a thread holds whole rows of the operands; larger tiles spill registers
     return (
         smem <= device.smem_kb * 1024
         and max(32, cost.next_power_of_2(rows)) >= config.BLOCK_M
@@ -85,24 +87,27 @@ def fits(p: ConvProblem, config: Config, device: DeviceSpec, rows: int, columns:
     )
 
 
-def _stores(p: ConvProblem, config: Config, device: DeviceSpec, run: int) -> bool:
-    """Into NCHW every element has an address of its own, two registers each, and larger tiles spill, unless the pixels
-    follow one another in stretches of ``run`` that hold a whole number of 16 bytes."""
+def _store_fits(p: ConvProblem, config: Config, device: DeviceSpec, run: int) -> bool:
+    """Has a thread registers for the addresses of its results? In NCHW each element of a tile has an address of its
+    own, which takes two registers, unless the pixels of the tile are neighbours in memory in stretches of ``run``
+    pixels, a multiple of 16 bytes. So in NCHW larger tiles would spill."""
     runs = p.channels_last or run % (16 // p.itemsize) == 0
     return runs or config.BLOCK_M * config.BLOCK_N <= 32 * device.warp_size * config.num_warps
 
 
-def _splits(p: ConvProblem, config: Config, steps: int, least: int, outputs: int) -> bool:
-    """May the reduction be split so? Each part gets ``least`` steps, and the partial sums are no larger than the input
-    and the weights together, which is what a call may take beside its result."""
+def _split_fits(p: ConvProblem, config: Config, steps: int, least: int, outputs: int) -> bool:
+    """May SPLIT_K programs share the ``steps`` of a reduction? Each must get at least ``least`` steps. The partial sums
+    must be no larger than the input and the weights together, or than 1 MiB, which is what a call may allocate beside
+    its result."""
     if config.SPLIT_K == 1:
         return True
     room = (p.image_pixels + p.K * p.taps) * p.C * p.geometry.groups * p.itemsize
     return steps >= least * config.SPLIT_K and 4 * config.SPLIT_K * outputs <= max(room, 2**20)
 
 
-def _lines_accept(p: ConvProblem, config: Config, device: DeviceSpec, turned: bool) -> bool:
-    """A tensor memory accelerator, boxes that it takes, and no group whose last box reaches into the next."""
+def _accepts_lines(p: ConvProblem, config: Config, device: DeviceSpec, turned: bool) -> bool:
+    """Has the device a tensor memory accelerator, can it copy the boxes of this problem, and does the box of no group
+    hold channels of the next group?"""
     reduction, columns = (p.K, p.C) if turned else (p.C, p.K)
     whole = all(size * p.itemsize % 16 == 0 for size in (p.C, reduction * p.geometry.groups))
     return (
@@ -112,21 +117,21 @@ def _lines_accept(p: ConvProblem, config: Config, device: DeviceSpec, turned: bo
         and p.tail == 0
         and whole
         and (p.geometry.groups == 1 or reduction % config.BLOCK_K == 0)
-        and _stores(p, config, device, math.prod(p.image if turned else p.output))
-        and fits(p, config, device, line_sizes(p, turned)[1], columns, reduction)
+        and _store_fits(p, config, device, math.prod(p.image if turned else p.output))
+        and tile_fits(p, config, device, line_sizes(p, turned)[1], columns, reduction)
     )
 
 
 def accepts_forward(p: ConvProblem, config: Config, device: DeviceSpec) -> bool:
     if "TMA" in config:
-        return _lines_accept(p, config, device, turned=False)
+        return _accepts_lines(p, config, device, turned=False)
     reduction = p.taps * p.C
     outputs = p.pixels * p.K * p.geometry.groups
-    enough = _splits(p, config, cost.cdiv(reduction, config.BLOCK_K), 4, outputs)
+    enough = _split_fits(p, config, cost.cdiv(reduction, config.BLOCK_K), 4, outputs)
     if config.SWAP and (p.K > config.BLOCK_N or p.K <= config.BLOCK_N // 2 or p.precision == "ieee"):
         return False
-    stores = _stores(p, config, device, math.prod(p.output))
-    return enough and stores and fits(p, config, device, p.pixels, p.K, reduction)
+    stores = _store_fits(p, config, device, math.prod(p.output))
+    return enough and stores and tile_fits(p, config, device, p.pixels, p.K, reduction)
 
 
 def _transpose_steps(p: ConvProblem, config: Config) -> int:
@@ -135,17 +140,17 @@ def _transpose_steps(p: ConvProblem, config: Config) -> int:
 
 def accepts_transpose(p: ConvProblem, config: Config, device: DeviceSpec) -> bool:
     if "TMA" in config:
-        return _lines_accept(p, config, device, turned=True)
+        return _accepts_lines(p, config, device, turned=True)
     rows = cost.cdiv(p.image_pixels, p.geometry.parities)
-    enough = _splits(p, config, _transpose_steps(p, config), 4, p.image_pixels * p.C * p.geometry.groups)
-    stores = _stores(p, config, device, math.prod(p.image) if p.geometry.parities == 1 else 1)
-    return enough and stores and fits(p, config, device, rows, p.C, p.K)
+    enough = _split_fits(p, config, _transpose_steps(p, config), 4, p.image_pixels * p.C * p.geometry.groups)
+    stores = _store_fits(p, config, device, math.prod(p.image) if p.geometry.parities == 1 else 1)
+    return enough and stores and tile_fits(p, config, device, rows, p.C, p.K)
 
 
 def accepts_weight_grad(p: ConvProblem, config: Config, device: DeviceSpec) -> bool:
     merged = merged_groups(p)
-    enough = _splits(p, config, cost.cdiv(p.pixels, config.BLOCK_K), 2, p.K * p.taps * p.C * p.geometry.groups)
-    return enough and fits(p, config, device, p.K * merged, p.taps * p.C * merged, p.pixels)
+    enough = _split_fits(p, config, cost.cdiv(p.pixels, config.BLOCK_K), 2, p.K * p.taps * p.C * p.geometry.groups)
+    return enough and tile_fits(p, config, device, p.K * merged, p.taps * p.C * merged, p.pixels)
 
 
 def accepts_epilogue_grad(p: EpilogueProblem, config: Config, device: DeviceSpec) -> bool:
@@ -155,7 +160,7 @@ def accepts_epilogue_grad(p: EpilogueProblem, config: Config, device: DeviceSpec
 # --- estimated time --------------------------------------------------------------------------------------------------
 
 
-def _lines_estimate(p: ConvProblem, config: Config, device: DeviceSpec, turned: bool) -> Estimate:
+def _estimate_lines(p: ConvProblem, config: Config, device: DeviceSpec, turned: bool) -> Estimate:
     reduction, columns = (p.K, p.C) if turned else (p.C, p.K)
     return cost.gemm(
         device,
@@ -172,7 +177,7 @@ def _lines_estimate(p: ConvProblem, config: Config, device: DeviceSpec, turned: 
 
 def estimate_forward(p: ConvProblem, config: Config, device: DeviceSpec) -> Estimate:
     if "TMA" in config:
-        return _lines_estimate(p, config, device, turned=False)
+        return _estimate_lines(p, config, device, turned=False)
     groups, split = p.geometry.groups, config.SPLIT_K
     return cost.gemm(
         device,
@@ -191,7 +196,7 @@ def estimate_forward(p: ConvProblem, config: Config, device: DeviceSpec) -> Esti
 
 def estimate_transpose(p: ConvProblem, config: Config, device: DeviceSpec) -> Estimate:
     if "TMA" in config:
-        return _lines_estimate(p, config, device, turned=True)
+        return _estimate_lines(p, config, device, turned=True)
     groups, split = p.geometry.groups, config.SPLIT_K
     rows = cost.cdiv(p.image_pixels, p.geometry.parities)
     return cost.gemm(
@@ -243,7 +248,7 @@ def estimate_epilogue_grad(p: EpilogueProblem, config: Config, device: DeviceSpe
     )
 
 
-# --- bytes moved: the formulas at the heads of the kernels ------------------------------------------------------------
+# --- bytes moved, by the formulas at the heads of the kernels --------------------------------------------------------
 
 
 def moved_forward(p: ConvProblem, config: Config) -> float:
@@ -290,11 +295,11 @@ def moved_epilogue_grad(p: EpilogueProblem, config: Config) -> float:
 
 
 def _row_tiles(p: ConvProblem, config: Config, rows: int, turned: bool) -> int:
-    """Tiles of the product's rows: of all of them, or of each line of the result."""
+    """How many tiles cover the rows of the matrix product; by lines, how many cover the lines of the result."""
     return line_tiles(p, config.BLOCK_M, turned) if "TMA" in config else cost.cdiv(rows, config.BLOCK_M)
 
 
-# --- what the compiler must make of the kernels -----------------------------------------------------------------------
+# --- what the static suite asks of the compiled kernels --------------------------------------------------------------
 
 
 def product_rows_forward(p: ConvProblem) -> int:
@@ -310,8 +315,8 @@ def product_rows_weight_grad(p: ConvProblem) -> int:
 
 
 def due_load_bytes(p: ConvProblem, groups: int = 1) -> int:
-    """16 bytes a load for 16-bit channels last, where the channels of ``groups`` groups that are read together come in
-    eights; else any width."""
+    """How many bytes each load must take: 16 for 16-bit tensors that are channels last, where ``groups`` groups, which
+    one load may read together, have a multiple of 8 channels and of 8 filters. 0 means any width."""
     is_wide = p.C * groups % 8 == 0 and p.K * groups % 8 == 0
     return 16 if p.itemsize == 2 and p.channels_last and is_wide else 0
 
@@ -328,7 +333,7 @@ def due_load_bytes_epilogue_grad(p: EpilogueProblem) -> int:
 
 
 def features(p: ConvProblem) -> dict[str, int | str]:
-    """Sizes by which stored measurements are compared, and what must match exactly."""
+    """The key of the store: sizes, which are compared by their ratio, and strings, which must be equal."""
     return {
         "pixels": p.pixels, "C": p.C, "K": p.K, "taps": p.taps, "groups": p.geometry.groups,
         "stride": "x".join(map(str, p.geometry.stride)), "dtype": dtype_name(p.dtype), "precision": p.precision,

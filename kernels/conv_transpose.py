@@ -1,16 +1,25 @@
-r"""Convolution transposed, from y's side to x's: the gradient of the input, and with the epilogue the transposed layer.
+r"""Convolution transposed: the gradient of a convolution's input, and with the epilogue the transposed convolution.
 
     x[n,c,d,h,w] = sum of g[n,k,z,p,q] * w[k,c,t,r,s] over k and the taps with z*STRIDE_D - PAD_D + t*DIL_D = d,
                    p*STRIDE_H - PAD_H + r*DIL_H = h and q*STRIDE_W - PAD_W + s*DIL_W = w
 
-    rows  N*D*H*W input pixels        columns  C        reduction  taps*K        right operand  w, per tap, transposed
+Then comes the epilogue of :mod:`.conv_epilogue`. Input pixels whose coordinates leave the same remainders, divided by
+the strides, are a parity class. The same taps reach all pixels of a class, and no other tap does, so each class of a
+group is a matrix product of its own:
 
-Bytes. What must come from memory once is |g| + |w| + |x|. What the load and store instructions move, with T_m, T_n
-tiles of rows and columns (T_m, per parity class with its taps), TAPS = T*R*S and e bytes an element, is for each group
+    rows             N*D*H*W / (STRIDE_D*STRIDE_H*STRIDE_W) input pixels, rounded up in each dimension
+    columns          C channels
+    reduction        the K filters of each tap of the class
+    left operand     g at the outputs whose windows reach the pixel at these taps; zeros outside g
+    right operand    w at these taps
+
+Bytes (e: bytes an element; T_m, T_n: tiles of rows of a class and of columns). What must come from memory once is
+|g| + |w| + |x|. What the load and store instructions move is, for each group (each of the TAPS = T*R*S taps belongs to
+one class; what lies outside g is not loaded),
 
     T_n * N*Z*P*Q*TAPS*K*e + T_m * K*TAPS*C*e + N*D*H*W*C*e
 
-and for a split s > 1 also 8 * s * (size of x) for the fp32 partial sums, which are written and read once.
+SPLIT_K > 1 adds 8 * SPLIT_K * N*D*H*W*C: fp32 partial sums, written and read once.
 """
 
 import triton
@@ -23,7 +32,8 @@ from .conv_windows import G_STRIDES, SIZES
 
 @triton.jit
 def _first_tap(position, STRIDE: tl.constexpr, DIL: tl.constexpr, STEP: tl.constexpr, TAPS: tl.constexpr):
-    """The smallest tap whose offset is ``position`` modulo STRIDE, or TAPS if there is none. Taps repeat every STEP."""
+    """The smallest of TAPS taps whose offset tap*DIL equals ``position`` modulo STRIDE, or TAPS if there is none. The
+    remainders of the offsets repeat after STEP taps, so only the first STEP are tried."""
     first = TAPS
     for tap in tl.static_range(STEP):
         hits = (position + (STRIDE - (STEP - 1 - tap) * DIL % STRIDE)) % STRIDE == 0
@@ -40,17 +50,17 @@ def conv_transpose_kernel(
     STRIDE_D: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
     PAD_D: tl.constexpr, PAD_H: tl.constexpr, PAD_W: tl.constexpr,
     DIL_D: tl.constexpr, DIL_H: tl.constexpr, DIL_W: tl.constexpr, RANK: tl.constexpr,
-    # Taps of one parity class lie STEP apart: STRIDE / gcd(STRIDE, DIL).
+    # Neighbouring taps of a parity class are STEP = STRIDE / gcd(STRIDE, DIL) taps apart.
     STEP_D: tl.constexpr, STEP_H: tl.constexpr, STEP_W: tl.constexpr,
     STRIDE_WK: tl.constexpr, STRIDE_WT: tl.constexpr, STRIDE_WC: tl.constexpr,  # of one group's weights
     G_VEC: tl.constexpr, CHANNELS_LAST: tl.constexpr, RUN: tl.constexpr,
     ACTIVATION: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
-    """g [N, Z, P, Q, GROUPS*K] to x, or with splits > 1 to the fp32 partial sums [splits, N*D*H*W, GROUPS*C].
-
-    A strided window touches an input pixel only with taps of its parity, so each of the STRIDE_D * STRIDE_H * STRIDE_W
-    classes of pixels is a product of its own with just those taps: no zeros are inserted and none multiplied."""
+    """From g [N, Z, P, Q, GROUPS*K] and the weights of :func:`.conv_problem.pack_transposed_weight` to x, or with
+    splits > 1 to the fp32 partial sums [splits, N*D*H*W, GROUPS*C]. A program computes BLOCK_M pixels of one parity
+    class by BLOCK_N channels of a group, and sums over the taps of that class only, so it multiplies none of the zeros
+    that a transposed convolution written as a convolution would insert between the elements of g."""
     TILES_N: tl.constexpr = (C + BLOCK_N - 1) // BLOCK_N
     CHUNKS: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
     PARITIES: tl.constexpr = STRIDE_D * STRIDE_H * STRIDE_W
@@ -85,7 +95,8 @@ def conv_transpose_kernel(
     taps_d = (T - t0 + STEP_D - 1) // STEP_D
     taps_h = (R - r0 + STEP_H - 1) // STEP_H
     taps_w = (S - s0 + STEP_W - 1) // STEP_W
-    # The output that the first tap reads; the next tap of the class reads DIL * STEP / STRIDE before it.
+    # (z0, p0, q0) is the output whose window reaches the pixel at the first tap of the class. At the next tap of the
+    # class it is the output DIL * STEP / STRIDE before that one.
     z0 = (d + PAD_D - t0 * DIL_D) // STRIDE_D
     p0 = (h + PAD_H - r0 * DIL_H) // STRIDE_H
     q0 = (w_col + PAD_W - s0 * DIL_W) // STRIDE_W

@@ -3,14 +3,21 @@ r"""Gradient of a convolution's weights, as a matrix product that sums over the 
     dw[k,c,t,r,s] = sum over (n, z, p, q) of g[n,k,z,p,q]
                     * x[n, c, z*STRIDE_D - PAD_D + t*DIL_D, p*STRIDE_H - PAD_H + r*DIL_H, q*STRIDE_W - PAD_W + s*DIL_W]
 
-    rows  K        columns  T*R*S*C        reduction  N*Z*P*Q pixels        operands  g, transposed; x, per window tap
+g is the gradient at the sums, before the epilogue. The matrix product of one group, or of MERGED groups, has
 
-Bytes. What must come from memory once is |x| + |g| + |w|. What the load and store instructions move, with T_m, T_n
-tiles of rows and columns, TAPS = T*R*S and e bytes an element, is (C and K of MERGED groups together)
+    rows             K filters
+    columns          TAPS*C, with TAPS = T*R*S: the channels of every tap
+    reduction        N*Z*P*Q output pixels
+    left operand     g, transposed
+    right operand    x at the taps of each pixel's window; taps outside the image are zeros
 
-    T_m * N*Z*P*Q*TAPS*C*e + T_n * N*Z*P*Q*K*e + TAPS*C*K*e
+Bytes (e: bytes an element; T_m, T_n: tiles of rows and of columns). What must come from memory once is
+|x| + |g| + |dw|. What the load and store instructions move is, for each product (C and K count the channels and filters
+of all its groups; taps outside the image load nothing),
 
-and for a split s > 1 also 8 * s * (size of dw) for the fp32 partial sums, which are written and read once.
+    T_m * N*Z*P*Q*TAPS*C*e + T_n * N*Z*P*Q*K*e + TAPS*C*K/MERGED*e
+
+SPLIT_K > 1 adds 8 * SPLIT_K bytes for each element of dw: fp32 partial sums, written and read once.
 """
 
 import triton
@@ -35,16 +42,20 @@ def conv_weight_grad_kernel(
     X_VEC: tl.constexpr, G_VEC: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """x and g to dw [K * GROUPS, TAPS*C], or with splits > 1 to the fp32 partial sums [splits, K * GROUPS, TAPS*C].
+    """From x [N, D, H, W, GROUPS*C] and g [N, Z, P, Q, GROUPS*K] to dw [GROUPS*K, TAPS*C/MERGED], or with splits > 1 to
+    the fp32 partial sums [splits, GROUPS*K, TAPS*C/MERGED]; M counts the output pixels.
 
-    MERGED narrow groups make one product, so C, K and GROUPS count merged ones. Each element of the product is a sum of
-    its own, so the products of different groups are simply not stored.
+    MERGED groups of few channels are multiplied as one group, because tensor cores would else multiply mostly padding;
+    C and K count the channels and filters of the merged group, GROUPS the merged groups. Elements of the product that
+    belong to a filter and a channel of different groups are not stored.
     """
+    # Where BLOCK_N divides C, all columns of a tile are channels of one tap; otherwise each column has its own tap.
     ONE_TAP: tl.constexpr = C % BLOCK_N == 0
     TILES_M: tl.constexpr = (K + BLOCK_M - 1) // BLOCK_M
     TILES_N: tl.constexpr = (TAPS * C + BLOCK_N - 1) // BLOCK_N
 
-    # Programs that read the same pixels run side by side: tiles of one split are neighbours.
+    # The tiles of one split have neighbouring numbers, so that programs that load the same pixels run at the same time
+    # and find them in the L2 cache.
     pid = tl.program_id(0)
     pid_n = pid % TILES_N
     pid_m = pid // TILES_N % TILES_M

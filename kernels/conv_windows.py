@@ -1,12 +1,19 @@
-"""Where the taps of a convolution's window lie: device code that all kernels of convolution share.
+r"""Where the taps of a convolution's window lie: device code that all kernels of convolution share.
 
-The lists name the run-time arguments of the kernels that may not compile anything anew: sizes, and the strides of x, of
-y or its gradient, of what the gradient of an activation reads, and of g, the transpose's operand.
+At the taps t, r, s of its window output (z, p, q) reads
 
-Strides of a channels-last tensor come in units of its VEC elements (the widest load that all of them allow), and the
-kernel multiplies by the constant VEC: so the compiler sees that every row starts on a multiple of VEC and keeps 16-byte
-loads although strides are run-time values. A hint (``tl.multiple_of``) does the same until some folding drops it.
-Results are dense, addressed by the flat index of a pixel, in NCHW by runs of RUN pixels, and stored as wide.
+    x[n, c, z*STRIDE_D - PAD_D + t*DIL_D, p*STRIDE_H - PAD_H + r*DIL_H, q*STRIDE_W - PAD_W + s*DIL_W]
+
+and what lies outside the image counts as 0.
+
+The lists below name the run-time arguments whose values must not compile a kernel anew: sizes, and the strides of x,
+of y or its gradient, of the saved input of the activation, and of g, the operand of the transpose.
+
+A kernel takes the strides of a channels-last tensor in units of VEC elements, where VEC elements are the widest load
+that all of the strides allow, and multiplies them by the constant VEC. So the compiler sees that every row starts on a
+multiple of VEC and keeps 16-byte loads, although strides are run-time values. The hint ``tl.multiple_of`` says the
+same, but passes of the compiler drop it. Results are dense, and kernels address them by the flat index of a pixel; in
+NCHW they store aligned runs of RUN pixels at once.
 """
 
 import triton
@@ -24,7 +31,7 @@ def tap_shift(
     tap, R: tl.constexpr, S: tl.constexpr, DIL_D: tl.constexpr, DIL_H: tl.constexpr, DIL_W: tl.constexpr,
     RANK: tl.constexpr,
 ):  # fmt: skip
-    """How far window tap ``tap`` lies from the window's corner, in depth, rows and columns."""
+    """How far tap number ``tap`` lies from the first tap of its window, in depth, rows and columns of x."""
     if RANK == 3:
         return tap // (R * S) * DIL_D, tap // S % R * DIL_H, tap % S * DIL_W
     else:
@@ -33,7 +40,8 @@ def tap_shift(
 
 @triton.jit
 def inside_image(mask, d, h, w, D, H, W, PAD_D: tl.constexpr, PAD_H: tl.constexpr, PAD_W: tl.constexpr):
-    """``mask`` where (d, h, w) lies in the image. Only padding lets a window look outside."""
+    """``mask`` where (d, h, w) lies in the image. Along a dimension without padding no tap lies outside, so nothing is
+    compared there."""
     if PAD_D > 0:
         mask &= (d >= 0) & (d < D)
     if PAD_H > 0:

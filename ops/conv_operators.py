@@ -34,11 +34,11 @@ from .conv_torch import (
 
 def is_direct(weight_shape: Sequence[int], stride: Sequence[int], groups: int) -> bool:
     """Do few channels meet in a group, so that the kernels multiply them one by one and not as matrices?"""
-    from ..kernels.conv_direct import CHANNELS, MAX_BLOCK, MAX_PRODUCTS
+    from ..kernels.conv_direct import CHANNELS, MAX_CELL, MAX_PRODUCTS
 
     filters, channels = weight_shape[0] // groups, weight_shape[1]
-    block, products = math.prod(stride[-2:]), math.prod(weight_shape[2:][-2:]) * filters
-    fits = math.prod(stride) == 1 or (block <= MAX_BLOCK and products <= MAX_PRODUCTS)
+    cell, products = math.prod(stride[-2:]), math.prod(weight_shape[2:][-2:]) * filters
+    fits = math.prod(stride) == 1 or (cell <= MAX_CELL and products <= MAX_PRODUCTS)
     return groups > 1 and channels in CHANNELS and filters in CHANNELS and fits
 
 

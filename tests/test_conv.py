@@ -447,13 +447,13 @@ def recorded_lines(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """The launches of the kernel by lines, as they come."""
     from tritune.kernels import conv
 
-    plan, launches = conv._lines, []
+    plan, launches = conv._lines_launch, []
 
     def recording(*args: Any, **options: Any) -> Any:
         launches.append(plan(*args, **options))
         return launches[-1]
 
-    monkeypatch.setattr(conv, "_lines", recording)
+    monkeypatch.setattr(conv, "_lines_launch", recording)
     return launches
 
 
@@ -475,7 +475,7 @@ class TestReach:
         from tritune.kernels import conv
 
         out = torch.empty(1, device=device)
-        conv.sum_splits(torch.tensor(numbers, device=device).view(-1, 1), out).run()
+        conv.sum_splits_launch(torch.tensor(numbers, device=device).view(-1, 1), out).run()
         torch.testing.assert_close(out.cpu(), torch.tensor([total]), rtol=0, atol=0, equal_nan=True)
 
     INFINITIES = {
