@@ -36,9 +36,9 @@ from .attention_operators import OP, OP_NORMALIZE, attention_problem
 from .attention_torch import (
     by_torch,
     mask_and_bias,
-    on_torch,
+    out_and_lse_by_torch,
     torch_attention,
-    torchs_own,
+    torch_attention_or_none,
     unit_rows,
 )
 
@@ -92,7 +92,7 @@ def scaled_dot_product_attention(
     errors = torch_errors(query)
     if errors is not None:
         try:
-            out = torchs_own(*call, recorded=not errors)
+            out = torch_attention_or_none(*call, recorded=not errors)
             if out is not None:
                 return out
         except errors:
@@ -105,16 +105,16 @@ def scaled_dot_product_attention(
         with torch._C._EnableTorchFunction():  # a jagged tensor turns its override off, which computes it
             return torch_attention(*call)
     attention_checks.check_scaled_dot_product_attention(*call)
-    torchs = partial(torchs_own, *call, recorded=records_sizes(query))
+    call_torch = partial(torch_attention_or_none, *call, recorded=records_sizes(query))
     if torch_serves(query):  # fake or meta tensors, or an error that is torch's alone
         q, k, v, given = autocast(*tensors)
         attention_checks.check_operands(q, k, v, (("attn_mask", given),), scale, enable_gqa)
-        out = torchs()
+        out = call_torch()
         if out is not None:
             return out
     mask, bias = mask_and_bias(attn_mask)
-    return _attend(
-        "scaled_dot_product_attention", torchs, query, key, value, mask, bias, scale=scale, is_causal=is_causal,
+    return _run_attention(
+        "scaled_dot_product_attention", call_torch, query, key, value, mask, bias, scale=scale, is_causal=is_causal,
         enable_gqa=enable_gqa, dropout_p=dropout_p,
     )[0]  # fmt: skip
 
@@ -200,7 +200,7 @@ def attention(
         precision=precision,
     )  # fmt: skip
 
-    def torchs() -> Tensor | None:
+    def call_torch() -> Tensor | None:
         if return_lse or in_transform():
             return None
         return by_torch(
@@ -211,11 +211,11 @@ def attention(
     if not return_lse and torch_serves(query) and not in_transform():  # compiled, fake or meta tensors
         q, k, v, added = autocast(query, key, value, bias)
         attention_checks.check_operands(q, k, v, (("attn_mask", attn_mask), ("bias", added)), scale, enable_gqa)
-        out = torchs()
+        out = call_torch()
         if out is not None:
             return out
-    out, lse = _attend(
-        "attention", torchs, query, key, value, attn_mask, bias, score=score, scale=scale, is_causal=is_causal,
+    out, lse = _run_attention(
+        "attention", call_torch, query, key, value, attn_mask, bias, score=score, scale=scale, is_causal=is_causal,
         bottom_right=causal_alignment == "bottom_right", enable_gqa=enable_gqa, wants_lse=return_lse, eps=eps,
         precision=precision,
     )  # fmt: skip
@@ -270,8 +270,8 @@ def attention_pool(
 # --- from arguments to a call ----------------------------------------------------------------------------------------
 
 
-def _attend(
-    op: str, torchs: Callable[[], Tensor | None], query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None,
+def _run_attention(
+    op: str, call_torch: Callable[[], Tensor | None], query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None,
     bias: Tensor | None, *, scale: Any, is_causal: bool, enable_gqa: bool, score: str = "dot",
     bottom_right: bool = False, wants_lse: bool = False, eps: float = 1e-6, precision: str | None = None,
     dropout_p: float = 0.0,
@@ -307,7 +307,7 @@ def _attend(
         lambda device: _kernel_choices(problem(), device, score == "cosine", bias is not None and bias.requires_grad),
         lambda: _limits(problem, max(q.shape[3], v.shape[3]), mask, dropout_p, q.device),
     )  # fmt: skip
-    served = torchs() if backend == "torch" else None
+    served = call_torch() if backend == "torch" else None
     if served is not None:
         return served, None
     if score == "cosine":
@@ -316,7 +316,7 @@ def _attend(
         q, scale = q * scale.to(q.dtype).view(-1, 1, 1), 1.0
     call = (q, k, v, mask, bias, float(scale), shift)
     if backend == "torch":
-        out, lse = on_torch(call, group, wants_lse, dropout_p, saves)
+        out, lse = out_and_lse_by_torch(call, group, wants_lse, dropout_p, saves)
     else:
         out, lse, _ = run_operator(OP, (*call, bounded, wants_lse, saves, resolved, backend), saves)
     return _original_dims(out, args), None if lse is None or not wants_lse else _original_dims(lse, args)
@@ -382,10 +382,10 @@ def _limits(
         return None
     if mask is not None and not is_plain(mask):
         return f"attn_mask is a {type(mask).__name__}"
-    from ..kernels.attention_space import fits, within_reach
+    from ..kernels.attention_space import fits, offsets_fit_32_bits
 
     asked, device = problem(), detect(where)
-    if not within_reach(asked, mask):
+    if not offsets_fit_32_bits(asked, mask):
         return "rows of attn_mask, or of all heads together, of 2**22 elements or more"
     if fits(asked, device):
         return None

@@ -10,7 +10,7 @@ from torch import Tensor
 from ._dispatch import runs_kernels
 from ._layout import or_empty
 from ._register import below_autograd, register
-from .attention_torch import composite, formula, formula_grads, measured_lengths, row_lengths, unit_grad
+from .attention_torch import composite, formula, formula_grads, lengths_without_gradient, row_lengths, unit_grad
 
 
 def attention_problem(
@@ -198,7 +198,7 @@ def _normalize(input: Tensor, eps: float, backend: str) -> tuple[Tensor, Tensor]
 
         run_normalize(_rows_problem(input), input, eps, out, inverse)
         return out, inverse
-    lengths = measured_lengths(input, eps)
+    lengths = lengths_without_gradient(input, eps)
     return out.copy_(input / lengths), inverse.copy_(1 / lengths.squeeze(-1))
 
 
@@ -245,7 +245,7 @@ def _normalize_backward(
 
         run_normalize_grad(_rows_problem(out), out, inverse, dout, eps, dx)
         return dx
-    return dx.copy_(unit_grad(input, dout, eps, measured_lengths(input, eps)))
+    return dx.copy_(unit_grad(input, dout, eps, lengths_without_gradient(input, eps)))
 
 
 def _differentiable_normalize_backward(

@@ -28,7 +28,7 @@ from .attention_checks import ALIGNMENTS, SCORES
 # --- what torch's own attention takes as it is -----------------------------------------------------------------------
 
 
-def is_torchs(
+def torch_computes_the_same(
     query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, dropout_p: float, is_causal: bool,
     scale: float | None, enable_gqa: bool, recorded: bool,
 ) -> bool:  # fmt: skip
@@ -47,7 +47,7 @@ def is_torchs(
     return key.shape[-2] == value.shape[-2] and not (enable_gqa and 0 in (key.shape[-3], value.shape[-3]))
 
 
-def has_rows(query: Tensor) -> bool:
+def rows_are_disjoint(query: Tensor) -> bool:
     """Do the rows of the query lie apart in memory? torch's kernel for the CPU cannot read rows of neighbours that
     begin in one another."""
     if query.is_contiguous() or query.stride(-1) != 1 or query.shape[-2] == 1:
@@ -55,15 +55,15 @@ def has_rows(query: Tensor) -> bool:
     return not 0 < query.stride(-2) < query.shape[-1]
 
 
-def torchs_own(
+def torch_attention_or_none(
     query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, dropout_p: float, is_causal: bool,
     scale: float | None, enable_gqa: bool, *, recorded: bool,
 ) -> Tensor | None:  # fmt: skip
     """torch's attention with derivatives of every order; ``None`` where it computes something else, or has no
     derivative for the transform that is open. Where sizes are ``recorded`` nothing is asked of them."""
-    if not is_torchs(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, recorded):
+    if not torch_computes_the_same(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, recorded):
         return None
-    if not recorded and not has_rows(query):
+    if not recorded and not rows_are_disjoint(query):
         return None
     if not in_transform():
         out = _sdpa(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
@@ -113,31 +113,31 @@ def by_torch(
     if query_shape != shape and not enable_gqa:
         lead = shape[:-2]
         is_shared = query_shape[:-2] != lead
-        if is_shared and query_shape[:-2] != lead[dims - len(query_shape) :] and not _expands(query, lead):
+        if is_shared and query_shape[:-2] != lead[dims - len(query_shape) :] and not _is_expandable(query, lead):
             return None
     mask = attn_mask
     if is_causal:
         shift = shape[-2] - query_shape[-2] if causal_alignment == "bottom_right" else 0
         if mask is not None or bias is not None or not _is_zero(shift):
-            visible = _visible(query_shape[-2], shape[-2], shift, query.device)
+            visible = _causal_mask(query_shape[-2], shape[-2], shift, query.device)
             mask, is_causal = visible if mask is None else mask & visible, False
     if bias is not None:
         mask = bias if mask is None else torch.where(mask, bias, -inf)
     if mask is not None and mask.dim() > dims:
         return None
-    if not is_torchs(query, key, value, mask, 0.0, is_causal, scale, enable_gqa, recorded):
+    if not torch_computes_the_same(query, key, value, mask, 0.0, is_causal, scale, enable_gqa, recorded):
         return None
-    if not recorded and not has_rows(query):
+    if not recorded and not rows_are_disjoint(query):
         return None
 
     by_products = (
-        query_shape[-2] == 1 and mask is None and not is_causal and not enable_gqa and _takes_products(key, value)
+        query_shape[-2] == 1 and mask is None and not is_causal and not enable_gqa and _products_are_faster(key, value)
     )
     lengths = None
     if score == "cosine":
         query = unit_rows(query, eps)
         if by_products and not (key.requires_grad and torch.is_grad_enabled()):
-            lengths = measured_lengths(key, eps)
+            lengths = lengths_without_gradient(key, eps)
         else:
             key = unit_rows(key, eps)
     if learned is not None:
@@ -145,7 +145,7 @@ def by_torch(
     if is_shared:
         query = query.expand(*shape[:-2], -1, -1)
     if by_products:
-        return _products(query, key, value, scale, lengths)
+        return _attention_by_products(query, key, value, scale, lengths)
     # torch takes a fused kernel only if everything has four dimensions.
     if mask is not None and mask.dim() == 3:
         mask = mask.unsqueeze(0)
@@ -156,20 +156,22 @@ def by_torch(
     return out if dims == 4 else out.squeeze(0)
 
 
-def _takes_products(key: Tensor, value: Tensor) -> bool:
+def _products_are_faster(key: Tensor, value: Tensor) -> bool:
     """Do two products take less time than torch's fused kernel, which is made for more than one query a head? Only if
     nothing has to be copied for them, or rounded between them."""
     return (
-        not torch.compiler.is_compiling() and key.numel() >= _LONG and key.is_cpu and value.is_cpu
+        not torch.compiler.is_compiling() and key.numel() >= _MANY_ELEMENTS and key.is_cpu and value.is_cpu
         and key.dtype in (torch.float32, torch.float64) and key.is_contiguous() and value.is_contiguous()
         and not _is_any_autocast_enabled() and not is_jit_tracing()
     )  # fmt: skip
 
 
-_LONG = 1 << 20  # elements of the keys
+_MANY_ELEMENTS = 1 << 20  # elements of the keys
 
 
-def _products(query: Tensor, key: Tensor, value: Tensor, scale: float | None, lengths: Tensor | None) -> Tensor:
+def _attention_by_products(
+    query: Tensor, key: Tensor, value: Tensor, scale: float | None, lengths: Tensor | None
+) -> Tensor:
     """Attention without a mask, in operators that have all derivatives. ``lengths``: what keys are to be divided by;
     to divide the scores of one query takes less time."""
     scores = query * (query.shape[-1] ** -0.5 if scale is None else scale) @ key.transpose(-1, -2)
@@ -178,7 +180,7 @@ def _products(query: Tensor, key: Tensor, value: Tensor, scale: float | None, le
     return torch.softmax(scores, -1) @ value
 
 
-def _expands(query: Tensor, lead: Sequence[int]) -> bool:
+def _is_expandable(query: Tensor, lead: Sequence[int]) -> bool:
     """Can the query's leading dimensions be expanded to these?"""
     missing = len(lead) + 2 - query.dim()
     pairs = zip(query.shape, lead[missing:], strict=False)  # the query's last two are no leading ones
@@ -195,7 +197,7 @@ def _is_scale_of(scale: Tensor, query: Tensor) -> bool:
 # --- any call --------------------------------------------------------------------------------------------------------
 
 
-def on_torch(
+def out_and_lse_by_torch(
     call: tuple[Any, ...], group: int, wants_lse: bool, dropout_p: float, saves: bool
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """``(out, lse)`` of a call with the arguments of :func:`formula`; the lse may be ``None`` where it is not wanted.
@@ -216,11 +218,11 @@ def composite(
     if scale <= 0:
         # torch's kernel for the CPU hides keys before it scales: -inf times 0 or less is NaN.
         q, scale = q * scale, 1.0
-    if not torch.compiler.is_compiling() and not has_rows(q):
+    if not torch.compiler.is_compiling() and not rows_are_disjoint(q):
         q = q.contiguous()
     is_causal = shift is not None and mask is None and bias is None and _is_zero(shift)
     if not is_causal:
-        mask = _hidden(q, k, mask, shift)
+        mask = _combined_mask(q, k, mask, shift)
     if bias is not None:
         mask = bias if mask is None else torch.where(mask, bias, -inf)
     return _sdpa(
@@ -232,16 +234,16 @@ def _is_zero(shift: Any) -> bool:
     return isinstance(shift, int) and shift == 0
 
 
-def _visible(m: int, n: int, shift: int, device: torch.device) -> Tensor:
+def _causal_mask(m: int, n: int, shift: int, device: torch.device) -> Tensor:
     """[M, N]: key j <= query i + shift."""
     return torch.ones(m, n, dtype=torch.bool, device=device).tril(shift)
 
 
-def _hidden(q: Tensor, k: Tensor, mask: Tensor | None, shift: int | None) -> Tensor | None:
+def _combined_mask(q: Tensor, k: Tensor, mask: Tensor | None, shift: int | None) -> Tensor | None:
     """Mask and causality in one mask."""
     if shift is None:
         return mask
-    visible = _visible(q.shape[2], k.shape[2], shift, q.device)
+    visible = _causal_mask(q.shape[2], k.shape[2], shift, q.device)
     return visible if mask is None else mask & visible
 
 
@@ -304,24 +306,24 @@ def formula(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, bias: Tensor | None, scale: float, shift: int | None
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The definition with all scores at once, for every transform and derivative."""
-    p, lse = _weights(q, k, mask, bias, scale, shift)
-    return (p @ _repeated(v, q).to(p.dtype)).to(q.dtype), lse
+    p, lse = _probabilities_and_lse(q, k, mask, bias, scale, shift)
+    return (p @ _repeated_heads(v, q).to(p.dtype)).to(q.dtype), lse
 
 
-def _repeated(t: Tensor, q: Tensor) -> Tensor:
+def _repeated_heads(t: Tensor, q: Tensor) -> Tensor:
     """Key or value with as many heads as the query."""
     return t if t.shape[1] == q.shape[1] else t.repeat_interleave(q.shape[1] // t.shape[1], 1)
 
 
-def _weights(
+def _probabilities_and_lse(
     q: Tensor, k: Tensor, mask: Tensor | None, bias: Tensor | None, scale: float, shift: int | None
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """``(p, lse)`` in float32 at least."""
     wide = torch.promote_types(q.dtype, torch.float32)
-    s = (q.to(wide) * scale) @ _repeated(k, q).to(wide).transpose(-1, -2)
+    s = (q.to(wide) * scale) @ _repeated_heads(k, q).to(wide).transpose(-1, -2)
     if bias is not None:
         s = s + bias.to(wide)
-    mask = _hidden(q, k, mask, shift)
+    mask = _combined_mask(q, k, mask, shift)
     if mask is not None:
         s = torch.where(mask, s, -inf)
     # Rows that see nothing are computed as if they saw all, and taken back: no NaN on the way, nor in a derivative.
@@ -339,22 +341,22 @@ def formula_grads(
     scale: float, shift: int | None, needs: Sequence[bool],
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
     """The gradients of :func:`formula` as functions of its arguments, in torch's operators."""
-    p, _ = _weights(q, k, mask, bias, scale, shift)
+    p, _ = _probabilities_and_lse(q, k, mask, bias, scale, shift)
     wide = p.dtype
-    dout, keys = dout.to(wide), _repeated(k, q).to(wide)
-    dp = dout @ _repeated(v, q).to(wide).transpose(-1, -2)
+    dout, keys = dout.to(wide), _repeated_heads(k, q).to(wide)
+    dp = dout @ _repeated_heads(v, q).to(wide).transpose(-1, -2)
     inner = (p * dp).sum(-1, keepdim=True)
     ds = p * (dp - (inner if dlse is None else inner - dlse.unsqueeze(-1)))
     needs_q, needs_k, needs_v, needs_bias = needs
     # The scale, which is most often below 1, comes first, so that sums with keys near finfo.max stay finite.
     dq = ((scale * ds) @ keys).to(q.dtype) if needs_q else None
-    dk = _folded((scale * ds).transpose(-1, -2) @ q.to(wide), k) if needs_k else None
-    dv = _folded(p.transpose(-1, -2) @ dout, v) if needs_v else None
+    dk = _summed_over_group((scale * ds).transpose(-1, -2) @ q.to(wide), k) if needs_k else None
+    dv = _summed_over_group(p.transpose(-1, -2) @ dout, v) if needs_v else None
     dbias = ds.sum_to_size(bias.shape).to(bias.dtype) if bias is not None and needs_bias else None
     return dq, dk, dv, dbias
 
 
-def _folded(grad: Tensor, t: Tensor) -> Tensor:
+def _summed_over_group(grad: Tensor, t: Tensor) -> Tensor:
     """Sums over the query heads that share a head of ``t``."""
     if grad.shape[1] != t.shape[1]:
         grad = grad.unflatten(1, (t.shape[1], -1)).sum(2)
@@ -376,11 +378,13 @@ def twice_differentiable(
     if not node.name().startswith("ScaledDotProduct"):
         return out  # the composite has all derivatives
     if query.is_cpu:
-        node._register_hook_dict(_HOOKED)
+        node._register_hook_dict(_HOOK_CARRIER)
         return out
     if is_jit_tracing():
         return out  # the trace would not be the same without gradients
-    doubled: Tensor = _TwiceDifferentiable.apply(out, query, key, value, *_formulas(query, attn_mask, scale, is_causal))
+    doubled: Tensor = _TwiceDifferentiable.apply(
+        out, query, key, value, *_formula_arguments(query, attn_mask, scale, is_causal)
+    )
     return doubled
 
 
@@ -415,14 +419,14 @@ def twice_differentiable_below(out: Tensor) -> Tensor:
         node = nodes.pop()
         name = "" if node is None else node.name()
         if name.startswith("ScaledDotProduct"):
-            node._register_hook_dict(_HOOKED)
-        elif name.startswith(_OF_BATCHES):
+            node._register_hook_dict(_HOOK_CARRIER)
+        elif name.startswith(_VMAP_NODES):
             nodes += [below for below, _ in node.next_functions]
     return out
 
 
 # Nodes that vmap puts above those of the samples: what it stacks, and how it sorts the dimensions.
-_OF_BATCHES = ("StackBackward", "ViewBackward", "ReshapeAliasBackward", "UnsafeViewBackward", "PermuteBackward")
+_VMAP_NODES = ("StackBackward", "ViewBackward", "ReshapeAliasBackward", "UnsafeViewBackward", "PermuteBackward")
 
 
 def mask_and_bias(attn_mask: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
@@ -430,7 +434,7 @@ def mask_and_bias(attn_mask: Tensor | None) -> tuple[Tensor | None, Tensor | Non
     return (attn_mask, None) if attn_mask is not None and attn_mask.dtype is torch.bool else (None, attn_mask)
 
 
-def _formulas(
+def _formula_arguments(
     query: Tensor, attn_mask: Tensor | None, scale: float | None, is_causal: bool
 ) -> tuple[Tensor | None, Tensor | None, float, int | None]:  # fmt: skip
     """``(mask, bias, scale, shift)`` of :func:`formula` for a call of torch's."""
@@ -453,7 +457,7 @@ def _before_backward(_: Tensor) -> None:
             q, k, v, attn_mask = node._saved_query, node._saved_key, node._saved_value, node._saved_attn_mask
         except CheckpointError:
             return None  # it hands out a tensor once: torch says that it has no second derivative
-        mask, bias, scale, shift = _formulas(q, attn_mask, node._saved_scale, node._saved_is_causal)
+        mask, bias, scale, shift = _formula_arguments(q, attn_mask, node._saved_scale, node._saved_is_causal)
         needs = [grad is not None for grad in grads[:3]]
         dq, dk, dv, _ = formula_grads(q, k, v, mask, bias, douts[0], None, scale, shift, [*needs, False])
         return dq, dk, dv, *grads[3:]
@@ -468,8 +472,8 @@ def _before_backward(_: Tensor) -> None:
 
 # A node takes over the hooks of a tensor in a tenth of the time that Node.register_hook takes, since that also makes a
 # handle by which the hook can be removed. Nobody removes this hook, so one tensor lends it to all nodes.
-_HOOKED = torch.empty(0)
-_HOOKED._backward_hooks = {0: _before_backward}
+_HOOK_CARRIER = torch.empty(0)
+_HOOK_CARRIER._backward_hooks = {0: _before_backward}
 
 
 class _TwiceDifferentiable(torch.autograd.Function):
@@ -500,16 +504,16 @@ def unit_rows(t: Tensor, eps: float) -> Tensor:
     if torch.compiler.is_compiling() or is_jit_tracing() or in_transform():
         unit = t / row_lengths(t, eps)
         return unit if unit.dtype is t.dtype else unit.to(t.dtype)
-    if 0 < t.numel() <= _FEW and t.is_cpu and not _are_operators_traced():
+    if 0 < t.numel() <= _FEW_ELEMENTS and t.is_cpu and not _are_operators_traced():
         lengths = torch.linalg.vector_norm(t, 2, -1, True)
         if type(lengths) is Tensor and lengths.is_cpu:  # a fake or meta tensor has no numbers to look at
             least, most = torch.aminmax(lengths.detach())
-            if least.item() >= eps and eps >= _LEAST_SQUARED and most.item() < inf:
+            if least.item() >= eps and eps >= _LEAST_SQUARABLE and most.item() < inf:
                 return t / lengths
     if requires_grad((t,)):
-        differentiable: Tensor = _Unit.apply(t, eps)
+        differentiable: Tensor = _UnitRows.apply(t, eps)
         return differentiable
-    return (t / measured_lengths(t, eps)).to(t.dtype)
+    return (t / lengths_without_gradient(t, eps)).to(t.dtype)
 
 
 def _are_operators_traced() -> bool:
@@ -519,35 +523,37 @@ def _are_operators_traced() -> bool:
 
 
 _TRACING_MODES = (_TorchDispatchModeKey.FAKE, _TorchDispatchModeKey.PROXY, _TorchDispatchModeKey.FUNCTIONAL)
-_FEW = 1 << 15  # so few numbers take less time in torch's operators than an autograd Function takes to be called
+_FEW_ELEMENTS = (
+    1 << 15
+)  # so few numbers take less time in torch's operators than an autograd Function takes to be called
 
 
 def row_lengths(t: Tensor, eps: float) -> Tensor:
     """[..., 1]: max(|t|, eps) in float32 at least, with derivatives of every order."""
     wide = torch.promote_types(t.dtype, torch.float32)
     if torch.compiler.is_compiling():  # of the first order only, as everything that is compiled
-        lengths = _norm(t, torch.float64).clamp_min(eps)
+        lengths = _row_norms(t, torch.float64).clamp_min(eps)
         return lengths if wide is torch.float64 else lengths.to(wide)
     # A short row's length counts as eps and does not depend on the row; at 0 it would have no second derivative.
-    is_short = _norm(t.detach(), torch.float64) < eps
-    return torch.where(is_short, eps, _norm(torch.where(is_short, 1.0, t), torch.float64)).to(wide)
+    is_short = _row_norms(t.detach(), torch.float64) < eps
+    return torch.where(is_short, eps, _row_norms(torch.where(is_short, 1.0, t), torch.float64)).to(wide)
 
 
-def measured_lengths(t: Tensor, eps: float) -> Tensor:
+def lengths_without_gradient(t: Tensor, eps: float) -> Tensor:
     """The values of :func:`row_lengths` without derivatives. On the CPU squares are added in float32, which takes a
     quarter of the time, unless the sum of a row overflows."""
     wide = torch.promote_types(t.dtype, torch.float32)
-    if t.is_cpu and eps >= _LEAST_SQUARED and not _are_operators_traced():
-        lengths = _norm(t, wide)
+    if t.is_cpu and eps >= _LEAST_SQUARABLE and not _are_operators_traced():
+        lengths = _row_norms(t, wide)
         if type(lengths) is Tensor and lengths.is_cpu and lengths.sum().item() < inf:
             return lengths.clamp_min_(eps)
-    return _norm(t, torch.float64).clamp_min_(eps).to(wide)
+    return _row_norms(t, torch.float64).clamp_min_(eps).to(wide)
 
 
-_LEAST_SQUARED = 1e-15  # its square is so far above the least float32 that a sum of such has all its digits
+_LEAST_SQUARABLE = 1e-15  # its square is so far above the least float32 that a sum of such has all its digits
 
 
-def _norm(t: Tensor, dtype: torch.dtype) -> Tensor:
+def _row_norms(t: Tensor, dtype: torch.dtype) -> Tensor:
     """[..., 1]: |t|, of squares added in ``dtype``. In float64 no row of float32 overflows or vanishes."""
     return torch.linalg.vector_norm(t, 2, -1, True, dtype=None if dtype is t.dtype else dtype)
 
@@ -560,13 +566,13 @@ def unit_grad(t: Tensor, dout: Tensor, eps: float, lengths: Tensor) -> Tensor:
     return (torch.addcmul(dout, along, unit, value=-1) / lengths).to(t.dtype)
 
 
-class _Unit(torch.autograd.Function):
+class _UnitRows(torch.autograd.Function):
     """:func:`unit_rows`. Its gradient takes fewer passes than those of its parts, and is right for rows too long to be
     squared and in the second order for rows of zeros."""
 
     @staticmethod
     def forward(ctx: Any, t: Tensor, eps: float) -> Tensor:
-        lengths = measured_lengths(t, eps)
+        lengths = lengths_without_gradient(t, eps)
         ctx.save_for_backward(t, lengths)
         ctx.eps = eps
         return (t / lengths).to(t.dtype)

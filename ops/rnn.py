@@ -86,7 +86,7 @@ def rnn(
         )  # fmt: skip
         return overridden
     rnn_checks.check_nonlinearity(nonlinearity)
-    out, h_n, _ = _recur(
+    out, h_n, _ = _run_layer(
         "rnn", nonlinearity, input, w_ih, w_hh, b_ih, b_hh, h0, None, reverse, batch_first, precision
     )  # fmt: skip
     return out, h_n
@@ -125,7 +125,7 @@ def gru(
             reverse=reverse, batch_first=batch_first, precision=precision,
         )  # fmt: skip
         return overridden
-    out, h_n, _ = _recur("gru", "gru", input, w_ih, w_hh, b_ih, b_hh, h0, None, reverse, batch_first, precision)
+    out, h_n, _ = _run_layer("gru", "gru", input, w_ih, w_hh, b_ih, b_hh, h0, None, reverse, batch_first, precision)
     return out, h_n
 
 
@@ -165,7 +165,7 @@ def lstm(
             reverse=reverse, batch_first=batch_first, precision=precision,
         )  # fmt: skip
         return overridden
-    return _recur("lstm", "lstm", input, w_ih, w_hh, b_ih, b_hh, h0, c0, reverse, batch_first, precision)
+    return _run_layer("lstm", "lstm", input, w_ih, w_hh, b_ih, b_hh, h0, c0, reverse, batch_first, precision)
 
 
 def elman_step(
@@ -214,7 +214,7 @@ def elman_step(
     rnn_checks.check_elman_step(*tensors)
     if torch_serves(x):
         return _torch_step(*tensors)
-    _, hidden, _ = _recur(
+    _, hidden, _ = _run_layer(
         "elman_step", "tanh", x.unsqueeze(0), W_xh, W_hh, b_h, None, h.unsqueeze(0), layer_of_torch=_step_layer
     )
     o, y = elman_head(hidden[0], W_ho, b_o, W_yh)
@@ -251,7 +251,7 @@ def _step_layer(
 # --- from arguments to a call ----------------------------------------------------------------------------------------
 
 
-def _recur(
+def _run_layer(
     op: str, cell: str, input: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None, b_hh: Tensor | None,
     h0: Tensor | None, c0: Tensor | None = None, reverse: bool = False, batch_first: bool = False,
     precision: str | None = None, layer_of_torch: Callable[..., Any] = torch_layer,
@@ -296,7 +296,7 @@ def _recur(
     if not args.is_stacked:
         w_ih, w_hh = w_ih.unsqueeze(0), w_hh.unsqueeze(0)
         b_ih, b_hh = (None if b is None else b.unsqueeze(0) for b in (b_ih, b_hh))
-    h0, c0 = _initial(cell, steps, w_hh, h0, c0, steps.shape[1])
+    h0, c0 = _initial_states(cell, steps, w_hh, h0, c0, steps.shape[1])
     call = (steps, w_ih, w_hh, b_ih, b_hh, h0, c0, cell, reverse, multiplied, saves, backend)
     if in_transform():
         out, h_n, c_n, _ = formula(*call[:9])
@@ -327,12 +327,12 @@ def sequence_layer(
     assert w_hh is not None
     if batch_sizes is None and w_hr is None:
         op = cell if cell in ("gru", "lstm") else "rnn"
-        return _recur(op, cell, input, w_ih, w_hh, b_ih, b_hh, h0, c0, batch_first=batch_first)
+        return _run_layer(op, cell, input, w_ih, w_hh, b_ih, b_hh, h0, c0, batch_first=batch_first)
     input, w_ih, w_hh, b_ih, b_hh, w_hr, h0, c0 = autocast(input, w_ih, w_hh, b_ih, b_hh, w_hr, h0, c0)
     if batch_sizes is not None:
         return _packed_layer(cell, input, batch_sizes, batch, w_ih, w_hh, b_ih, b_hh, h0, c0, w_hr)
     steps = input.transpose(0, 1) if batch_first else input
-    h0, c0 = _initial(cell, steps, w_hh, h0, c0, steps.shape[1])
+    h0, c0 = _initial_states(cell, steps, w_hh, h0, c0, steps.shape[1])
     out, h_n, c_n, _ = formula(steps, w_ih, w_hh, b_ih, b_hh, h0, c0, cell, False, w_hr)
     return out.transpose(0, 1) if batch_first else out, h_n, c_n
 
@@ -343,7 +343,7 @@ def _packed_layer(
 ) -> tuple[Tensor, Tensor, Any]:  # fmt: skip
     """A layer over packed rows, by way of a batch that is filled up with rows of its own. Each direction is filled up
     for itself, behind its last step, so that what is in the filling reaches no result."""
-    h0, c0 = _initial(cell, rows, w_hh, h0, c0, batch)
+    h0, c0 = _initial_states(cell, rows, w_hh, h0, c0, batch)
     sizes = batch_sizes.to(rows.device)
     ends = sizes.cumsum(0)
     starts = ends - sizes
@@ -369,7 +369,7 @@ def _packed_layer(
     return torch.cat(outs, -1), torch.stack(h_ns), torch.stack(c_ns) if cell == "lstm" else None  # type: ignore[arg-type]
 
 
-def _initial(
+def _initial_states(
     cell: str, input: Tensor, w_hh: Tensor, h0: Tensor | None, c0: Tensor | None, batch: int
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """The given states or zeros. With projections h is shorter than c."""

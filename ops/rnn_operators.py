@@ -43,7 +43,7 @@ def _forward(
         return out.contiguous(), h_n, or_empty(c_n, input), input.new_empty(0)
     from ..kernels.rnn import run_forward
 
-    bias, b_n = _input_bias(cell, b_ih, b_hh, w_hh.shape[-1])
+    bias, b_n = _split_bias(cell, b_ih, b_hh, w_hh.shape[-1])
     x = linear(input, w_ih.flatten(0, 1), None if bias is None else bias.flatten())
     out, h_n, c_n, cells = run_forward(
         rnn_problem(cell, input, w_hh, precision, saves), x, w_hh, b_n, h0, c0, reverse=reverse
@@ -51,7 +51,7 @@ def _forward(
     return out, h_n, or_empty(c_n, input), or_empty(cells, input)
 
 
-def _input_bias(
+def _split_bias(
     cell: str, b_ih: Tensor | None, b_hh: Tensor | None, hidden_size: int
 ) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
     """What can be added before the recurrence, and what of the GRU's hidden bias cannot."""
@@ -116,7 +116,7 @@ OP: Any = register(
 # the same formula in torch's operators where there is none and where it is differentiated again.
 
 
-def _previous(states: Tensor, first: Tensor, reverse: bool) -> Tensor:
+def _previous_states(states: Tensor, first: Tensor, reverse: bool) -> Tensor:
     """The state before each step: [T, B, D * H] and [D, B, H] to [T, B, D, H]."""
     directions = first.shape[0]
     by_direction = states.unflatten(-1, (directions, -1)).unbind(2)
@@ -152,7 +152,7 @@ def _backward(
     out: Tensor, cells: Tensor | None, dout: Tensor | None, dhn: Tensor | None, dcn: Tensor | None,
     dcells: Tensor | None, needs: list[bool], cell: str, reverse: bool, precision: str, backend: str,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    before = _previous(out, h0, reverse)
+    before = _previous_states(out, h0, reverse)
     gated = cell in ("gru", "lstm")
     gates = _gate_inputs(input, w_ih, w_hh, b_ih, b_hh, before, cell) if gated else None
     if runs_kernels(backend, input):
@@ -164,14 +164,14 @@ def _backward(
             problem, dgates, w_hh, h0, c0, out, cells, dout, dhn, dcn, dcells, reverse=reverse
         )  # fmt: skip
     else:
-        cells_before = None if cells is None or c0 is None else _previous(cells, c0, reverse)
+        cells_before = None if cells is None or c0 is None else _previous_states(cells, c0, reverse)
         dgates, dh0, dc0 = gate_grads(
             gates, w_hh, out, before, cells, cells_before, dout, dhn, dcn, dcells, cell, reverse
         )  # fmt: skip
-    return *_products(dgates, input, before, w_ih, needs, cell), dh0, or_empty(dc0, input)
+    return *_input_and_weight_grads(dgates, input, before, w_ih, needs, cell), dh0, or_empty(dc0, input)
 
 
-def _products(
+def _input_and_weight_grads(
     dgates: Tensor, input: Tensor, before: Tensor, w_ih: Tensor, needs: list[bool], cell: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of input, w_ih, w_hh, b_ih, b_hh: one product or sum each a direction; empty where not needed."""
@@ -186,20 +186,20 @@ def _products(
         to_input, to_hidden = (slots[:, :3], slots[:, 1:]) if turn else (slots, slots)
         to_input, to_hidden = to_input.flatten(1), to_hidden.flatten(1)
         if need_input:
-            dx.append(to_input @ _rolled(w_ih[d], turn))
+            dx.append(to_input @ _rolled_rows(w_ih[d], turn))
         if need_w_ih:
-            dw_ih.append(_rolled(to_input.t() @ x, -turn))
+            dw_ih.append(_rolled_rows(to_input.t() @ x, -turn))
         if need_w_hh:
             dw_hh.append(to_hidden.t() @ before[:, :, d].flatten(0, 1))
         if need_b_ih:
-            db_ih.append(_rolled(to_input.sum(0, dtype=wide).to(input.dtype), -turn))
+            db_ih.append(_rolled_rows(to_input.sum(0, dtype=wide).to(input.dtype), -turn))
         if need_b_hh:
             db_hh.append(to_hidden.sum(0, dtype=wide).to(input.dtype))
     grads = (torch.stack(one) if one else input.new_empty(0) for one in (dw_ih, dw_hh, db_ih, db_hh))
     return sum(dx[1:], dx[0]).view_as(input) if dx else input.new_empty(0), *grads  # type: ignore[return-value]
 
 
-def _rolled(t: Tensor, rows: int) -> Tensor:
+def _rolled_rows(t: Tensor, rows: int) -> Tensor:
     return t.roll(rows, 0) if rows else t
 
 

@@ -96,7 +96,7 @@ def formula(
         h, c = h0[d], None if c0 is None else c0[d]
         outs: list[Any] = [None] * count
         cells: list[Any] = [None] * count
-        for t in _steps(count, d, reverse):
+        for t in _step_order(count, d, reverse):
             a = linear(h, w_hh[d], None if b_hh is None else b_hh[d])
             if cell == "gru":
                 x_r, x_z, x_n = x[t].chunk(3, -1)
@@ -120,7 +120,7 @@ def formula(
     return out, h_n, out.new_empty(0), out.new_empty(0)
 
 
-def _steps(count: int, d: int, reverse: bool) -> range:
+def _step_order(count: int, d: int, reverse: bool) -> range:
     """The order in which a direction walks the sequence."""
     return range(count - 1, -1, -1) if reverse or d == 1 else range(count)
 
@@ -140,7 +140,7 @@ def gate_grads(
         dh = torch.zeros_like(before[0, :, d]) if dhn is None else dhn[d]
         dc = None if cells is None else torch.zeros_like(dh) if dcn is None else dcn[d]
         slots: list[Any] = [None] * count
-        for t in reversed(_steps(count, d, reverse)):
+        for t in reversed(_step_order(count, d, reverse)):
             dh = dh if dout_d is None else dh + dout_d[t]
             if gates is None:
                 assert h_t is not None
