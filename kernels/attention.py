@@ -3,21 +3,23 @@ r"""Attention with dot-product or cosine scores, forward and backward, without a
     s_ij = scale * q_i . k_j + bias_ij          -inf where the mask, or causality (j > i + shift), hides key j
     out_i = sum_j exp(s_ij - lse_i) v_j         lse_i = log sum_j exp(s_ij)
 
-For cosine scores query and key come normalised, by a kernel of its own.
+For cosine scores another kernel has divided each row of query and key by its length before.
 
-B sequences, H query heads, GROUP query heads for each head of key and value, M queries, N keys, D and DV numbers a
-head, padded to a power of two with zeros. One program serves BLOCK_M queries of one head, or in the gradients of key
-and value BLOCK_N keys. Nobody adds to what another program wrote, so each run gives the same bits.
+The letters: B sequences, H query heads, GROUP query heads that share a head of key and value, M queries, N keys, D
+numbers in a row of query and key, DV in one of value; rows are padded to a power of two with zeros. A program computes
+BLOCK_M queries of one head, or in the gradients of key and value BLOCK_N keys.
 
-This file is the door of the family: it plans the launches, registers the kernels with the tuner and calls them. The
-formulas and the bytes of each pass stand at the head of the file that computes it:
+This file plans the launches, registers the kernels with the tuner and calls them; other folders import the family from
+here. The formulas and the bytes of each pass stand at the head of the file that computes it:
 
     attention_tiles.py        tiles of queries, keys and scores, for all kernels
-    attention_forward.py      forward, and what it keeps for the backward
+    attention_forward.py      forward, and what it stores for the backward
     attention_backward.py     the gradients of key and value, of query, and of a bias
     attention_normalize.py    rows of unit length, for cosine scores
-    attention_problem.py      what a call is
+    attention_problem.py      the sizes and options that launches and configs depend on
     attention_space.py        configs: which there are, which fit, what they move, how long they take
+
+Deterministic: each element is written once, by one program, which adds in a fixed order. No atomics.
 """
 
 from __future__ import annotations
@@ -32,7 +34,7 @@ from ._launch import Launch, launch, readable, strides, unit_divisor
 from .attention_backward import bias_grad_kernel, delta_kernel, key_value_grad_kernel, query_grad_kernel
 from .attention_forward import attention_kernel
 from .attention_normalize import normalize_grad_kernel, normalize_kernel
-from .attention_problem import AttentionProblem, NormalizeProblem, Scores, bias_tiles, halves
+from .attention_problem import AttentionProblem, NormalizeProblem, Scores, bias_tile_count, lse_parts
 from .attention_space import (
     ROWS,
     TILES,
@@ -61,8 +63,10 @@ from .attention_space import (
 # --- launchers -------------------------------------------------------------------------------------------------------
 
 
-def _operands(**tensors: torch.Tensor) -> tuple[dict[str, object], int]:
-    """Pointers and strides of [B, H, S, D] tensors, in units of the vector that all of them allow."""
+def _operand_arguments(**tensors: torch.Tensor) -> tuple[dict[str, object], int]:
+    """``(arguments, vec)``: pointers and strides of [B, H, S, D] tensors. Strides are in units of ``vec`` elements, the
+    widest load that every row of every tensor allows; the kernels multiply by it, so that the compiler knows that rows
+    are aligned."""
     raw = {name: strides(t)[:3] for name, t in tensors.items()}
     itemsize = max(t.dtype.itemsize for t in tensors.values())
     vec = unit_divisor(16 // itemsize, *(stride for row in raw.values() for stride in row))
@@ -72,8 +76,9 @@ def _operands(**tensors: torch.Tensor) -> tuple[dict[str, object], int]:
     return args, vec
 
 
-def _score_operand(name: str, t: torch.Tensor | None) -> tuple[dict[str, object], int]:
-    """Pointer and strides of a mask or bias that was broadcast to [B, H, M, N]; a stride of 0 repeats."""
+def _score_arguments(name: str, t: torch.Tensor | None) -> tuple[dict[str, object], int]:
+    """``(arguments, vec)``: pointer and strides of a mask or bias [B or 1, H or 1, M or 1, N or 1]. A dimension of size
+    1 has a stride of 0, so that its one element serves all. Strides but the last are in units of ``vec`` elements."""
     if t is None:
         zeros = {f"stride_{name}_{dim}": 0 for dim in "bhm"}
         return {f"{name}_ptr": None, **zeros, f"stride_{name}_n": 0}, 1
@@ -89,10 +94,10 @@ def _launch(
     kernel: object, p: AttentionProblem, config: Config, grid: int, tensors: dict[str, torch.Tensor],
     rows: dict[str, torch.Tensor | None], scores: Scores, constants: dict[str, object], **sizes: int,
 ) -> Launch:  # fmt: skip
-    """A kernel over [B, H, S, D] ``tensors`` and contiguous [B, H, M] ``rows``, with mask and bias."""
-    args, vec = _operands(**tensors)
-    mask_args, mask_vec = _score_operand("mask", scores.mask)
-    bias_args, bias_vec = _score_operand("bias", scores.bias)
+    """The launch of a kernel that takes [B, H, S, D] ``tensors``, contiguous [B, H, M] ``rows``, mask and bias."""
+    args, vec = _operand_arguments(**tensors)
+    mask_args, mask_vec = _score_arguments("mask", scores.mask)
+    bias_args, bias_vec = _score_arguments("bias", scores.bias)
     args.update(mask_args, **bias_args, **{f"{name}_ptr": t for name, t in rows.items()}, **sizes)
     args.update(H=p.H, M=p.M, N=p.N, shift=p.shift or 0, scale=float(scores.scale))
     constants = {
@@ -107,7 +112,7 @@ def plan_forward(
     p: AttentionProblem, config: Config, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scores: Scores,
     out: torch.Tensor, lse: torch.Tensor | None, stats: torch.Tensor | None,
 ) -> list[Launch]:  # fmt: skip
-    top, rest = (None, None) if stats is None else halves(stats)
+    top, rest = (None, None) if stats is None else lse_parts(stats)
     grid = cost.cdiv(p.M, config.BLOCK_M) * p.B * p.H
     return [
         _launch(
@@ -121,7 +126,7 @@ def plan_delta(
     p: AttentionProblem, config: Config, out: torch.Tensor, dout: torch.Tensor, dlse: torch.Tensor | None,
     delta: torch.Tensor,
 ) -> list[Launch]:  # fmt: skip
-    args, vec = _operands(o=out, do=dout)
+    args, vec = _operand_arguments(o=out, do=dout)
     args.update(dlse_ptr=dlse, delta_ptr=delta, H=p.H, M=p.M)
     constants = {"DV": p.DV, "BLOCK_DV": p.block_dv, "VEC": vec, **config.constants()}
     grid = cost.cdiv(p.M, config.BLOCK_M) * p.B * p.H
@@ -132,7 +137,7 @@ def plan_key_value_grad(
     p: AttentionProblem, config: Config, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scores: Scores,
     dout: torch.Tensor, stats: torch.Tensor, delta: torch.Tensor, dk: torch.Tensor, dv: torch.Tensor,
 ) -> list[Launch]:  # fmt: skip
-    top, rest = halves(stats)
+    top, rest = lse_parts(stats)
     grid = cost.cdiv(p.N, config.BLOCK_N) * p.B * (p.H // p.group)
     return [
         _launch(
@@ -146,7 +151,7 @@ def plan_query_grad(
     p: AttentionProblem, config: Config, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scores: Scores,
     dout: torch.Tensor, stats: torch.Tensor, delta: torch.Tensor, dq: torch.Tensor,
 ) -> list[Launch]:  # fmt: skip
-    top, rest = halves(stats)
+    top, rest = lse_parts(stats)
     grid = cost.cdiv(p.M, config.BLOCK_M) * p.B * p.H
     return [
         _launch(
@@ -160,11 +165,11 @@ def plan_bias_grad(
     p: AttentionProblem, config: Config, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scores: Scores,
     dout: torch.Tensor, stats: torch.Tensor, delta: torch.Tensor, dbias: torch.Tensor,
 ) -> list[Launch]:  # fmt: skip
-    top, rest = halves(stats)
+    top, rest = lse_parts(stats)
     sums = {f"SUM_{dim.upper()}": dim not in p.bias_dims for dim in "bhmn"}
     return [
         _launch(
-            bias_grad_kernel, p, config, bias_tiles(p, config), {"q": q, "k": k, "v": v, "do": dout},
+            bias_grad_kernel, p, config, bias_tile_count(p, config), {"q": q, "k": k, "v": v, "do": dout},
             {"top": top, "rest": rest, "delta": delta, "dbias": dbias}, scores, sums, B=p.B,
         )
     ]  # fmt: skip
@@ -173,46 +178,56 @@ def plan_bias_grad(
 def plan_normalize(
     p: NormalizeProblem, config: Config, x: torch.Tensor, limit: float, out: torch.Tensor, inverse: torch.Tensor
 ) -> list[Launch]:  # fmt: skip
-    args, vec = _operands(q=x, o=out)
+    args, vec = _operand_arguments(q=x, o=out)
     args.update(inverse_ptr=inverse)
-    return _row_launch(normalize_kernel, p, config, args, vec, x, limit)
+    return _row_launches(normalize_kernel, p, config, args, vec, x, limit)
 
 
 def plan_normalize_grad(
     p: NormalizeProblem, config: Config, out: torch.Tensor, dout: torch.Tensor, inverse: torch.Tensor, limit: float,
     dx: torch.Tensor,
 ) -> list[Launch]:  # fmt: skip
-    args, vec = _operands(o=out, do=dout, dq=dx)
+    args, vec = _operand_arguments(o=out, do=dout, dq=dx)
     args.update(inverse_ptr=inverse)
-    return _row_launch(normalize_grad_kernel, p, config, args, vec, out, limit)
+    return _row_launches(normalize_grad_kernel, p, config, args, vec, out, limit)
 
 
-def _row_launch(
+def _row_launches(
     kernel: object, p: NormalizeProblem, config: Config, args: dict[str, object], vec: int, like: torch.Tensor,
     limit: float,
 ) -> list[Launch]:  # fmt: skip
+    """The launch of a kernel over the rows of ``like`` [B, H, M, D]."""
     b, h, m, _ = like.shape
     args.update(H=h, M=m, limit=float(limit))
     constants = {"D": p.D, "BLOCK_D": p.block_d, "VEC": vec, **config.constants()}
     return [Launch(kernel, cost.cdiv(m, config.BLOCK_M) * b * h, args, constants, config.num_warps, config.num_stages)]
 
 
-# --- what the tuner knows --------------------------------------------------------------------------------------------
+# --- what the tuner is told ------------------------------------------------------------------------------------------
 
 
 def _meta(p: AttentionProblem | NormalizeProblem, *shape: int, dtype: torch.dtype | None = None) -> torch.Tensor:
     return torch.empty(shape, dtype=dtype or p.dtype, device="meta")
 
 
-def _example(p: AttentionProblem) -> dict[str, torch.Tensor]:
-    """All tensors of a call, contiguous, on the meta device."""
+def _example_tensors(p: AttentionProblem) -> dict[str, torch.Tensor]:
+    """The tensors of a problem by name, contiguous, on the meta device, because a launch that is only compiled needs no
+    data."""
     q, out = _meta(p, p.B, p.H, p.M, p.D), _meta(p, p.B, p.H, p.M, p.DV)
     k, v = _meta(p, p.B, p.H // p.group, p.N, p.D), _meta(p, p.B, p.H // p.group, p.N, p.DV)
     stats = _meta(p, p.parts, p.B, p.H, p.M, dtype=torch.float32)
-    return {"q": q, "k": k, "v": v, "out": out, "stats": stats, "delta": _meta(p, p.B, p.H, p.M, dtype=torch.float32)}
+    return {
+        "q": q,
+        "k": k,
+        "v": v,
+        "out": out,
+        "stats": stats,
+        "delta": _meta(p, p.B, p.H, p.M, dtype=torch.float32),
+    }
 
 
 def _example_scores(p: AttentionProblem) -> Scores:
+    """A mask and a bias as the problem has them, on the meta device, and some scale."""
     sizes = {"b": p.B, "h": p.H, "m": p.M, "n": p.N}
     bias = (sizes[dim] if dim in p.bias_dims else 1 for dim in "bhmn")
     return Scores(
@@ -222,19 +237,19 @@ def _example_scores(p: AttentionProblem) -> Scores:
 
 
 def _forward_launches(p: AttentionProblem, config: Config) -> list[Launch]:
-    t = _example(p)
+    t = _example_tensors(p)
     lse = None if p.saves else t["delta"]
     stats = t["stats"] if p.saves else None
     return plan_forward(p, config, t["q"], t["k"], t["v"], _example_scores(p), t["out"], lse, stats)
 
 
 def _delta_launches(p: AttentionProblem, config: Config) -> list[Launch]:
-    t = _example(p)
+    t = _example_tensors(p)
     return plan_delta(p, config, t["out"], _meta(p, *t["out"].shape), None, t["delta"])
 
 
 def _key_value_grad_launches(p: AttentionProblem, config: Config) -> list[Launch]:
-    t = _example(p)
+    t = _example_tensors(p)
     grads = (_meta(p, *t[name].shape) for name in ("k", "v"))
     return plan_key_value_grad(
         p, config, t["q"], t["k"], t["v"], _example_scores(p), t["out"], t["stats"], t["delta"], *grads
@@ -242,7 +257,7 @@ def _key_value_grad_launches(p: AttentionProblem, config: Config) -> list[Launch
 
 
 def _query_grad_launches(p: AttentionProblem, config: Config) -> list[Launch]:
-    t = _example(p)
+    t = _example_tensors(p)
     dq = _meta(p, *t["q"].shape)
     return plan_query_grad(
         p, config, t["q"], t["k"], t["v"], _example_scores(p), t["out"], t["stats"], t["delta"], dq
@@ -250,7 +265,7 @@ def _query_grad_launches(p: AttentionProblem, config: Config) -> list[Launch]:
 
 
 def _bias_grad_launches(p: AttentionProblem, config: Config) -> list[Launch]:
-    t, scores = _example(p), _example_scores(p)
+    t, scores = _example_tensors(p), _example_scores(p)
     assert scores.bias is not None
     dbias = torch.empty_like(scores.bias)
     return plan_bias_grad(p, config, t["q"], t["k"], t["v"], scores, t["out"], t["stats"], t["delta"], dbias)
@@ -278,7 +293,8 @@ DELTA = register(
         moved_bytes=moved_delta, due_load_bytes=due_load_bytes,
     )
 )  # fmt: skip
-# lse and delta of the queries that pass are loaded four bytes each, as the products' layout wants: no width is due.
+# No load width is demanded: lse and delta of the streamed queries are loaded in the layout of the products, in which a
+# thread's elements are not neighbours, so these loads are four bytes wide.
 KEY_VALUE_GRAD = register(
     Tunable(
         "attention_key_value_grad", TILES, features, partial(accepts, "key_value_grad"),
@@ -317,8 +333,9 @@ NORMALIZE_GRAD = register(
 # --- calls -----------------------------------------------------------------------------------------------------------
 
 
-def _rows_of(t: torch.Tensor) -> torch.Tensor:
-    """[B, H, S, D] as the kernels read it."""
+def _readable_rows(t: torch.Tensor) -> torch.Tensor:
+    """``t`` [B, H, S, D] itself if the kernels can read it in place, else a copy: the numbers of a row must be
+    neighbours in memory, and the offsets of the rows of a tile must fit 32 bits."""
     return readable(t, unit=3, tile=(2,))
 
 
@@ -326,8 +343,9 @@ def run_forward(
     p: AttentionProblem, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scores: Scores,
     out: torch.Tensor, lse: torch.Tensor | None, stats: torch.Tensor | None,
 ) -> None:  # fmt: skip
-    """Fills out [B, H, M, DV] and, where they are given, lse [B, H, M] and stats [parts, B, H, M] for a backward."""
-    q, k, v = (_rows_of(t) for t in (q, k, v))
+    """Fills out [B, H, M, DV] and, where they are given, lse [B, H, M] and stats [parts, B, H, M], which
+    :func:`run_backward` reads."""
+    q, k, v = (_readable_rows(t) for t in (q, k, v))
     launch(FORWARD, plan_forward, p, q, k, v, scores.readable(), out, lse, stats)
 
 
@@ -336,8 +354,8 @@ def run_backward(
     stats: torch.Tensor, dout: torch.Tensor, dlse: torch.Tensor | None,
     dq: torch.Tensor | None, dk: torch.Tensor | None, dv: torch.Tensor | None, dbias: torch.Tensor | None,
 ) -> None:  # fmt: skip
-    """Fills those gradients that are given; dk and dv come together."""
-    q, k, v, out, dout = (_rows_of(t) for t in (q, k, v, out, dout))
+    """Fills those of dq, dk, dv and dbias that are not None; dk and dv are given both or neither."""
+    q, k, v, out, dout = (_readable_rows(t) for t in (q, k, v, out, dout))
     scores, stats = scores.readable(), readable(stats, dense=True)
     dlse = None if dlse is None else readable(dlse, dense=True)
     delta = q.new_empty(p.B, p.H, p.M, dtype=torch.float32)
@@ -354,12 +372,13 @@ def run_backward(
 def run_normalize(
     p: NormalizeProblem, x: torch.Tensor, eps: float, out: torch.Tensor, inverse: torch.Tensor
 ) -> None:  # fmt: skip
-    """Fills out with ``x / max(|x|, eps)`` of the rows of [B, H, M, D], inverse with 1 over those divisors."""
-    launch(NORMALIZE, plan_normalize, p, _rows_of(x), 1.0 / eps, out, inverse)
+    """Fills out [B, H, M, D] with ``x / max(|x|, eps)`` of each row, and inverse [B, H, M] with 1 over the divisor."""
+    launch(NORMALIZE, plan_normalize, p, _readable_rows(x), 1.0 / eps, out, inverse)
 
 
 def run_normalize_grad(
     p: NormalizeProblem, out: torch.Tensor, inverse: torch.Tensor, dout: torch.Tensor, eps: float, dx: torch.Tensor
 ) -> None:  # fmt: skip
+    """Fills dx [B, H, M, D] from the results of :func:`run_normalize` and the gradient ``dout``."""
     inverse = readable(inverse, dense=True)
-    launch(NORMALIZE_GRAD, plan_normalize_grad, p, _rows_of(out), _rows_of(dout), inverse, 1.0 / eps, dx)
+    launch(NORMALIZE_GRAD, plan_normalize_grad, p, _readable_rows(out), _readable_rows(dout), inverse, 1.0 / eps, dx)

@@ -1,17 +1,26 @@
-r"""Attention forward: tiles of queries, past which the keys and values go.
+r"""Attention forward: one program owns a tile of queries and streams the keys and values.
 
-    p_ij = exp(s_ij - lse_i),  lse_i = log sum_j exp(s_ij),  out_i = sum_j p_ij v_j          out_i = 0 if all is hidden
+    p_ij = exp(s_ij - lse_i),  lse_i = log sum_j exp(s_ij),  out_i = sum_j p_ij v_j
 
-One program serves BLOCK_M queries of one head. It keeps a running maximum ``top`` and a running sum ``total``; for
-cosine scores |s| <= |scale|, and with BOUNDED that bound replaces the running maximum. For the backward it keeps lse of
-each row; with a bias or in full fp32 in two parts, the maximum and the inverse of the sum: one number would lose the
-sum where biases are as large as ``finfo.min``.
+out_i is 0 for a query from which every key is hidden.
 
-Bytes (e: bytes an element, T_M = ceil(M / BLOCK_M); causal kernels skip the tiles that nobody sees):
+Bytes (e: bytes an element, T_M = ceil(M / BLOCK_M); with causality, tiles of keys that no query of the tile sees are
+neither loaded nor counted). What must come from memory once is each tensor once: Q, K, V, out, lse, mask and bias. What
+the load and store instructions move:
 
-    e B H (M D + M DV + T_M N (D + DV))          + 12 B H M          + mask and bias once a pair
+    e B H (M D + M DV + T_M N (D + DV))
+    + 4 B H M for lse, for top and for rest, whichever are stored
+    + an element of mask and of bias, whichever are given, for each pair of query and key
 
-Once from memory it is each tensor once: K and V of a head stay in the L2 cache while its tiles of queries pass.
+The first program of a head brings its K and V into the L2 cache, which serves the head's other programs.
+
+A program computes BLOCK_M queries of one head. It keeps for each query a running maximum ``top`` of the scores, a
+running sum ``total`` of the exponentials, and the weighted sum of values; when the maximum grows, the sums are scaled
+to it. Cosine scores satisfy |s| <= |scale|, so with BOUNDED this bound is used as the maximum and nothing is scaled.
+
+For the backward the forward stores lse of each query. With a bias or in full fp32 it stores lse in two parts, the
+maximum ``top`` and ``rest``, the inverse of the sum: in one number the logarithm of the sum would be rounded away next
+to a maximum as large as ``finfo.min``.
 """
 
 import triton
@@ -25,7 +34,7 @@ from .attention_tiles import (
     SCORE_STRIDES,
     SIZES,
     exp_of,
-    head_start,
+    head_pointer,
     key_limits,
     load_rows,
     prescaled,
@@ -35,7 +44,7 @@ from .attention_tiles import (
 
 
 @triton.jit
-def _attended(
+def _sums_with_keys(
     acc, total, top, q, first_row, begin, end, k_ptr, v_ptr, stride_ks, stride_vs, M, N, shift, scale,
     mask_ptr, stride_mask_m, stride_mask_n, MASK_VEC: tl.constexpr,
     bias_ptr, stride_bias_m, stride_bias_n, BIAS_VEC: tl.constexpr,
@@ -43,7 +52,8 @@ def _attended(
     CAUSAL: tl.constexpr, BOUNDED: tl.constexpr, UNIT: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CHECK: tl.constexpr,
 ):  # fmt: skip
-    """The running sums (acc, total, top) with the keys from ``begin`` to ``end`` added."""
+    """The running sums (acc [BLOCK_M, BLOCK_DV], total [BLOCK_M], top [BLOCK_M]) with the keys from ``begin`` to
+    ``end`` added. ``q`` [BLOCK_M, BLOCK_D] is loaded; keys and values are loaded here, BLOCK_N at a time."""
     row = tl.arange(0, BLOCK_M)[:, None]
     column = tl.arange(0, BLOCK_N)[None, :]
     for start in range(begin, end, BLOCK_N):
@@ -58,7 +68,7 @@ def _attended(
             p = exp_of(s - top[:, None], UNIT)
         else:
             new_top = tl.maximum(top, tl.max(s, 1))
-            base = tl.where(new_top == float("-inf"), 0.0, new_top)  # where a row has seen nothing yet
+            base = tl.where(new_top == float("-inf"), 0.0, new_top)  # no key seen yet: -inf - -inf is NaN
             p = exp_of(s - base[:, None], UNIT)
             kept = exp_of(top - base, UNIT)
             acc = acc * kept[:, None]
@@ -82,21 +92,23 @@ def attention_kernel(
     VEC: tl.constexpr, MASK_VEC: tl.constexpr, BIAS_VEC: tl.constexpr, CAUSAL: tl.constexpr, BOUNDED: tl.constexpr,
     UNIT: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """q [B, H, M, D], k [B, H / GROUP, N, D], v [B, H / GROUP, N, DV], mask and bias [B, H, M, N] by strides,
-    o [B, H, M, DV], lse, top, rest [B, H, M]."""
+    """q [B, H, M, D], k [B, H / GROUP, N, D], v [B, H / GROUP, N, DV], mask and bias [B, H, M, N] to o [B, H, M, DV]
+    and to lse, top and rest [B, H, M], of which those that are None are not stored. Mask and bias may have strides of
+    0. ``top`` alone is the whole lse, in the unit of the scores; with ``rest`` it is the maximum."""
     tiles = tl.cdiv(M, BLOCK_M)
-    # The last queries see the most keys, so they start first.
+    # With causality the last queries see the most keys. Their programs start first, so that the short ones fill the
+    # multiprocessors at the end.
     first_row = (tiles - 1 - tl.program_id(0) % tiles) * BLOCK_M
     bh = (tl.program_id(0) // tiles).to(tl.int64)
     b, h = bh // H, bh % H
-    q_ptr = head_start(q_ptr, b, h, stride_qb, stride_qh, VEC)
-    k_ptr = head_start(k_ptr, b, h // GROUP, stride_kb, stride_kh, VEC)
-    v_ptr = head_start(v_ptr, b, h // GROUP, stride_vb, stride_vh, VEC)
-    o_ptr = head_start(o_ptr, b, h, stride_ob, stride_oh, VEC)
+    q_ptr = head_pointer(q_ptr, b, h, stride_qb, stride_qh, VEC)
+    k_ptr = head_pointer(k_ptr, b, h // GROUP, stride_kb, stride_kh, VEC)
+    v_ptr = head_pointer(v_ptr, b, h // GROUP, stride_vb, stride_vh, VEC)
+    o_ptr = head_pointer(o_ptr, b, h, stride_ob, stride_oh, VEC)
     if mask_ptr is not None:
-        mask_ptr = head_start(mask_ptr, b, h, stride_mask_b, stride_mask_h, MASK_VEC)
+        mask_ptr = head_pointer(mask_ptr, b, h, stride_mask_b, stride_mask_h, MASK_VEC)
     if bias_ptr is not None:
-        bias_ptr = head_start(bias_ptr, b, h, stride_bias_b, stride_bias_h, BIAS_VEC)
+        bias_ptr = head_pointer(bias_ptr, b, h, stride_bias_b, stride_bias_h, BIAS_VEC)
     q = load_rows(q_ptr, first_row, M, stride_qs, D, BLOCK_D, BLOCK_M, VEC, True)  # [BLOCK_M, BLOCK_D]
     q, rest_scale = prescaled(q, scale)
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
@@ -106,12 +118,12 @@ def attention_kernel(
     else:
         top = tl.full([BLOCK_M], float("-inf"), tl.float32)
     whole, end = key_limits(first_row, BLOCK_M, N, shift, CAUSAL, BLOCK_N)
-    acc, total, top = _attended(
+    acc, total, top = _sums_with_keys(
         acc, total, top, q, first_row, 0, whole, k_ptr, v_ptr, stride_ks, stride_vs, M, N, shift, rest_scale,
         mask_ptr, stride_mask_m, stride_mask_n, MASK_VEC, bias_ptr, stride_bias_m, stride_bias_n, BIAS_VEC,
         D, DV, BLOCK_D, BLOCK_DV, VEC, CAUSAL, BOUNDED, UNIT, PRECISION, BLOCK_M, BLOCK_N, False,
     )  # fmt: skip
-    acc, total, top = _attended(
+    acc, total, top = _sums_with_keys(
         acc, total, top, q, first_row, whole, end, k_ptr, v_ptr, stride_ks, stride_vs, M, N, shift, rest_scale,
         mask_ptr, stride_mask_m, stride_mask_n, MASK_VEC, bias_ptr, stride_bias_m, stride_bias_n, BIAS_VEC,
         D, DV, BLOCK_D, BLOCK_DV, VEC, CAUSAL, BOUNDED, UNIT, PRECISION, BLOCK_M, BLOCK_N, True,
@@ -122,7 +134,8 @@ def attention_kernel(
     i = first_row + tl.arange(0, BLOCK_M)
     row = bh * M + i
     base = tl.where(top == float("-inf"), 0.0, top)
-    # What backward reads is in the unit of the scores. With 0 and +inf every probability of an empty row is 0.
+    # The backward reads lse in the unit of the scores. For an empty row, which sees no key, it has to compute
+    # probabilities of 0: exp(-inf - inf) is 0, and so is any exponential times ``inverse``, which is 0 there.
     if UNIT == "log2":
         kept = tl.where(empty, float("inf"), base + tl.log2(tl.where(empty, 1.0, total)))
         lse = kept * LN2

@@ -36,9 +36,9 @@ from .attention_operators import OP, OP_NORMALIZE, attention_problem
 from .attention_torch import (
     by_torch,
     mask_and_bias,
-    on_torch,
+    out_and_lse_by_torch,
     torch_attention,
-    torchs_own,
+    torch_attention_or_none,
     unit_rows,
 )
 
@@ -58,8 +58,8 @@ def scaled_dot_product_attention(
 
     .. math:: \mathrm{softmax}(scale \cdot Q K^T + mask)\, V
 
-    A drop-in for :func:`torch.nn.functional.scaled_dot_product_attention`, with derivatives of every order. Dropout is
-    left to torch.
+    It takes the place of :func:`torch.nn.functional.scaled_dot_product_attention`, and has derivatives of every order.
+    A call with dropout runs on torch.
 
     Args:
         query, key, value: ``[..., H, M, D]``, ``[..., H, N, D]``, ``[..., H, N, DV]``; leading dimensions broadcast.
@@ -73,7 +73,7 @@ def scaled_dot_product_attention(
         ``[..., H, M, DV]``. Rows that see no key are 0.
 
     Raises:
-        RuntimeError, TypeError: what torch raises, with torch's text, from one check for all backends.
+        RuntimeError, TypeError: what torch raises, with torch's text, whatever the backend.
         UnsupportedError: under ``use_backend("triton")``, for what no kernel covers.
 
     Example::
@@ -92,29 +92,30 @@ def scaled_dot_product_attention(
     errors = torch_errors(query)
     if errors is not None:
         try:
-            out = torchs_own(*call, recorded=not errors)
+            out = torch_attention_or_none(*call, recorded=not errors)
             if out is not None:
                 return out
         except errors:
-            pass  # our validator has the words
+            pass  # The validator below raises a clearer error. What it accepts runs again, and torch raises.
     if any(isinstance(t, Tensor) and t.is_nested for t in tensors[:3]):
         reason = "a nested tensor"
         choose("scaled_dot_product_attention", (query,), lambda _: Ruling(False, reason), lambda _: (), lambda: reason)
         if torch.compiler.is_compiling():
             return torch_attention(*call)
-        with torch._C._EnableTorchFunction():  # a jagged tensor turns its override off, which computes it
+        # A jagged tensor computes attention in its __torch_function__, and calls this function with that turned off.
+        with torch._C._EnableTorchFunction():
             return torch_attention(*call)
     attention_checks.check_scaled_dot_product_attention(*call)
-    torchs = partial(torchs_own, *call, recorded=records_sizes(query))
-    if torch_serves(query):  # fake or meta tensors, or an error that is torch's alone
+    call_torch = partial(torch_attention_or_none, *call, recorded=records_sizes(query))
+    if torch_serves(query):  # fake and meta tensors, and calls that torch rejects and our validator accepts
         q, k, v, given = autocast(*tensors)
         attention_checks.check_operands(q, k, v, (("attn_mask", given),), scale, enable_gqa)
-        out = torchs()
+        out = call_torch()
         if out is not None:
             return out
     mask, bias = mask_and_bias(attn_mask)
-    return _attend(
-        "scaled_dot_product_attention", torchs, query, key, value, mask, bias, scale=scale, is_causal=is_causal,
+    return _run_attention(
+        "scaled_dot_product_attention", call_torch, query, key, value, mask, bias, scale=scale, is_causal=is_causal,
         enable_gqa=enable_gqa, dropout_p=dropout_p,
     )[0]  # fmt: skip
 
@@ -146,8 +147,8 @@ def attention(
     bias and causality combine: a key is hidden if any of them hides it.
 
     Args:
-        query, key, value: ``[..., H, M, D]``, ``[..., H, N, D]``, ``[..., H, N, DV]`` of one dtype; leading dimensions
-            broadcast, strides are free.
+        query, key, value: ``[..., H, M, D]``, ``[..., H, N, D]``, ``[..., H, N, DV]`` of one dtype, with any strides;
+            leading dimensions broadcast.
         score: ``"dot"``, or ``"cosine"`` for rows divided by their length.
         scale: a number, or a tensor ``[]`` or ``[H]``, which gets a gradient; default: ``D ** -0.5``, and 1 for cosine.
         attn_mask: bool, True where a query sees a key; broadcastable to ``[..., H, M, N]``.
@@ -156,7 +157,7 @@ def attention(
         is_causal: query i sees keys up to i, or with ``causal_alignment="bottom_right"`` up to i + N - M.
         enable_gqa: key and value may have fewer heads, each for as many consecutive heads of the query.
         return_lse: also return the logarithm of the sum of exponentials; it has a gradient.
-        eps: length below which a row of cosine scores counts as that long.
+        eps: the least length that a row of query or key is divided by, for cosine scores.
         precision: how fp32 is multiplied, as in :func:`tritune.conv2d`; default: torch's setting for matrix products.
 
     Returns:
@@ -194,13 +195,13 @@ def attention(
             if out is not None:
                 return out
         except rejected:
-            pass  # our validator has the words
+            pass  # The validator below raises a clearer error. What it accepts runs again, and torch raises.
     attention_checks.check_attention(
         query, key, value, attn_mask, bias, score=score, scale=scale, causal_alignment=causal_alignment, eps=eps,
         precision=precision,
     )  # fmt: skip
 
-    def torchs() -> Tensor | None:
+    def call_torch() -> Tensor | None:
         if return_lse or in_transform():
             return None
         return by_torch(
@@ -211,11 +212,11 @@ def attention(
     if not return_lse and torch_serves(query) and not in_transform():  # compiled, fake or meta tensors
         q, k, v, added = autocast(query, key, value, bias)
         attention_checks.check_operands(q, k, v, (("attn_mask", attn_mask), ("bias", added)), scale, enable_gqa)
-        out = torchs()
+        out = call_torch()
         if out is not None:
             return out
-    out, lse = _attend(
-        "attention", torchs, query, key, value, attn_mask, bias, score=score, scale=scale, is_causal=is_causal,
+    out, lse = _run_attention(
+        "attention", call_torch, query, key, value, attn_mask, bias, score=score, scale=scale, is_causal=is_causal,
         bottom_right=causal_alignment == "bottom_right", enable_gqa=enable_gqa, wants_lse=return_lse, eps=eps,
         precision=precision,
     )  # fmt: skip
@@ -233,7 +234,7 @@ def attention_pool(
     eps: float = 1e-6,
     precision: str | None = None,
 ) -> Tensor:
-    r"""Attention pooling: each of a few queries, the same for the whole batch, gives one weighted mean of the values.
+    r"""Attention pooling: each of a few queries, which the whole batch shares, gives one weighted mean of the values.
 
     .. math:: y_m = \sum_j \mathrm{softmax}_j(s(q_m, k_j))\, v_j
 
@@ -270,16 +271,17 @@ def attention_pool(
 # --- from arguments to a call ----------------------------------------------------------------------------------------
 
 
-def _attend(
-    op: str, torchs: Callable[[], Tensor | None], query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None,
+def _run_attention(
+    op: str, call_torch: Callable[[], Tensor | None], query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None,
     bias: Tensor | None, *, scale: Any, is_causal: bool, enable_gqa: bool, score: str = "dot",
     bottom_right: bool = False, wants_lse: bool = False, eps: float = 1e-6, precision: str | None = None,
     dropout_p: float = 0.0,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """Every call, of any number of dimensions: ``(out, lse)``.
+    """``(out, lse)`` of a call with any number of dimensions; lse is None where it is not asked for.
 
-    ``torchs`` computes the call as it is computed where torch serves and nobody looks on, so that to be recorded or
-    logged changes nothing; it gives ``None`` for what torch's own attention does not compute.
+    ``call_torch`` is what computes the call where torch serves it, also while the call is recorded or explained, so
+    that to record a call does not change its result. It returns ``None`` for what torch's own attention does not
+    compute.
     """
     query, key, value, bias = autocast(query, key, value, bias)
     masks = (("attn_mask", mask), ("bias" if op == "attention" else "attn_mask", bias))
@@ -307,7 +309,7 @@ def _attend(
         lambda device: _kernel_choices(problem(), device, score == "cosine", bias is not None and bias.requires_grad),
         lambda: _limits(problem, max(q.shape[3], v.shape[3]), mask, dropout_p, q.device),
     )  # fmt: skip
-    served = torchs() if backend == "torch" else None
+    served = call_torch() if backend == "torch" else None
     if served is not None:
         return served, None
     if score == "cosine":
@@ -316,7 +318,7 @@ def _attend(
         q, scale = q * scale.to(q.dtype).view(-1, 1, 1), 1.0
     call = (q, k, v, mask, bias, float(scale), shift)
     if backend == "torch":
-        out, lse = on_torch(call, group, wants_lse, dropout_p, saves)
+        out, lse = out_and_lse_by_torch(call, group, wants_lse, dropout_p, saves)
     else:
         out, lse, _ = run_operator(OP, (*call, bounded, wants_lse, saves, resolved, backend), saves)
     return _original_dims(out, args), None if lse is None or not wants_lse else _original_dims(lse, args)
@@ -331,7 +333,8 @@ def _normalized(t: Tensor, eps: float, backend: str) -> Tensor:
 
 
 def _four_dims(t: Tensor, args: AttentionArgs, is_query: bool) -> Tensor:
-    """[B, H, S, D], broadcast; of key and value only as many heads as there are groups."""
+    """``t`` as [B, H, S, D] with its leading dimensions broadcast. Key and value keep one head for each group of query
+    heads."""
     if args.heads is None:
         return t.view(1, 1, *t.shape) if t.dim() == 2 else t
     heads = args.heads if is_query or args.group == 1 else args.heads // args.group
@@ -345,7 +348,8 @@ def _four_dims(t: Tensor, args: AttentionArgs, is_query: bool) -> Tensor:
 
 
 def _four_dims_of_mask(t: Tensor, args: AttentionArgs) -> Tensor:
-    """[B, H, M, N] with 1 wherever it is broadcast, so that its gradient is summed there."""
+    """A mask or bias as [B or 1, H or 1, M or 1, N or 1]. It is not expanded, so that the gradient of a bias is summed
+    over the dimensions that are 1."""
     known = len(args.batch) + (args.heads is not None) + 2
     t = t.view(*(1,) * (max(known, 4) - t.dim()), *t.shape)
     if len(args.batch) < 2:
@@ -356,6 +360,7 @@ def _four_dims_of_mask(t: Tensor, args: AttentionArgs) -> Tensor:
 
 
 def _original_dims(t: Tensor, args: AttentionArgs) -> Tensor:
+    """A result [B, H, ...] with the leading dimensions of the call."""
     if args.heads is None:
         return t.squeeze(0).squeeze(0)
     if not args.batch:
@@ -364,7 +369,8 @@ def _original_dims(t: Tensor, args: AttentionArgs) -> Tensor:
 
 
 def _is_bounded(scale: float, dtype: torch.dtype) -> bool:
-    """May exp(s - |scale|) of scores from -|scale| on be kept in this dtype?"""
+    """Whether exp(s - |scale|) is representable in ``dtype`` for each score, which is -|scale| or more, so that the
+    kernels may use |scale| in the place of the maximum."""
     return abs(scale) <= (4.5 if dtype is torch.float16 else 40.0)
 
 
@@ -374,6 +380,7 @@ def _is_bounded(scale: float, dtype: torch.dtype) -> bool:
 def _limits(
     problem: Callable[[], Any], head: int, mask: Tensor | None, dropout_p: float, where: torch.device
 ) -> str | None:  # fmt: skip
+    """Why no kernel covers the call, or None."""
     if dropout_p:
         return f"dropout_p={dropout_p:g}"
     if head > _max_head():
@@ -382,17 +389,17 @@ def _limits(
         return None
     if mask is not None and not is_plain(mask):
         return f"attn_mask is a {type(mask).__name__}"
-    from ..kernels.attention_space import fits, within_reach
+    from ..kernels.attention_space import fits, offsets_fit_32_bits
 
     asked, device = problem(), detect(where)
-    if not within_reach(asked, mask):
+    if not offsets_fit_32_bits(asked, mask):
         return "rows of attn_mask, or of all heads together, of 2**22 elements or more"
     if fits(asked, device):
         return None
     return f"a head dimension of {max(asked.D, asked.DV)} in {asked.dtype}: no tile of it fits {device.slug}"
 
 
-@constant  # Dynamo must not trace into the kernels
+@constant  # Dynamo must not trace the import of the kernels
 def _max_head() -> int:
     from ..kernels.attention_space import MAX_HEAD
 
@@ -417,8 +424,9 @@ def _kernel_choices(
 
 
 def _auto_rule(problem: Any, device: DeviceSpec, wants_lse: bool) -> Ruling:
-    """By measurement if there is one: each kernel of backward was timed against torch's whole backward. Else only where
-    torch has no fused operator and would write the matrix of scores."""
+    """Whether the kernels win: by measured times if there are any. The forward was timed beside torch's forward, and
+    each kernel of the backward beside torch's whole backward. Without times the kernels run only where torch has no
+    fused operator, since torch would then store the matrix of scores."""
     choices = dict(_kernel_choices(problem, device, False, False))
     timed = [choice for name, choice in choices.items() if name != "attention_delta"]
     if all(choice.us and choice.torch_us for choice in timed):

@@ -19,9 +19,9 @@ class AttentionArgs(NamedTuple):
     """The normalised arguments of a legal call."""
 
     batch: tuple[int, ...]
-    """Dimensions before the last three, broadcast."""
+    """The dimensions before the last three, after broadcasting."""
     heads: int | None
-    """Of the query, broadcast; ``None`` if there is no such dimension."""
+    """Heads of the query, after broadcasting; ``None`` if there is no such dimension."""
     group: int
     """Query heads for each head of key and value."""
 
@@ -43,7 +43,8 @@ def check_eps(eps: float) -> None:
 def check_scaled_dot_product_attention(
     query: Any, key: Any, value: Any, attn_mask: Any, dropout_p: Any, is_causal: Any, scale: Any, enable_gqa: Any
 ) -> None:
-    """What torch's function asks for beyond :func:`check_operands`: types, dropout, one mask."""
+    """Checks what torch's function requires beyond :func:`check_operands`: types, the range of ``dropout_p``, and that
+    ``attn_mask`` and ``is_causal`` are not given together."""
     name = "scaled_dot_product_attention"
     for position, (argument, tensor) in enumerate((("query", query), ("key", key), ("value", value)), 1):
         _check_tensor(name, position, argument, tensor)
@@ -69,7 +70,7 @@ def check_attention(
     query: Any, key: Any, value: Any, attn_mask: Any, bias: Any, *, score: str, scale: Any, causal_alignment: str,
     eps: float, precision: str | None,
 ) -> None:  # fmt: skip
-    """The keywords of :func:`tritune.attention`, and types."""
+    """Checks the keywords of :func:`tritune.attention` and the types of its tensors."""
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} must be a Tensor, got {type(tensor).__name__}")
@@ -92,7 +93,8 @@ def check_attention(
 def check_operands(
     query: Tensor, key: Tensor, value: Tensor, masks: Sequence[tuple[str, Tensor | None]], scale: Any, enable_gqa: bool
 ) -> AttentionArgs:
-    """Dtypes, devices and shapes. ``masks``: named, each to be broadcast to ``[..., H, M, N]``."""
+    """Checks dtypes, devices and shapes. ``masks`` are pairs of an argument's name and its value, which has to be
+    broadcastable to ``[..., H, M, N]``."""
     if not query.dtype == key.dtype == value.dtype:
         got = f"query.dtype: {_cpp_name(query)} key.dtype: {_cpp_name(key)} and value.dtype: {_cpp_name(value)}"
         raise RuntimeError(f"Expected query, key, and value to have the same dtype, but got {got} instead.")
@@ -152,7 +154,8 @@ def _check_heads(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) ->
 
 
 def _broadcast(tensors: Sequence[Tensor], last: int) -> tuple[int, ...]:
-    """torch's rule, and its text."""
+    """The shape to which the tensors broadcast without their ``last`` dimensions; raises torch's error where they do
+    not."""
     shapes = [tuple(t.shape[:-last]) for t in tensors]
     full = shapes[0]
     if full == shapes[1] == shapes[2]:

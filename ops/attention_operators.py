@@ -10,7 +10,7 @@ from torch import Tensor
 from ._dispatch import runs_kernels
 from ._layout import or_empty
 from ._register import below_autograd, register
-from .attention_torch import composite, formula, formula_grads, measured_lengths, row_lengths, unit_grad
+from .attention_torch import composite, formula, formula_grads, lengths_without_gradient, row_lengths, unit_grad
 
 
 def attention_problem(
@@ -64,12 +64,13 @@ def _forward(
         lse = full_lse if wants_lse else lse
     else:
         result = composite(*args, group=query.shape[1] // max(1, key.shape[1]))
-    # The kernels keep the stats for their backward; torch's backward does not read them.
+    # The backward of the kernels reads the stats. The backward in torch's operators does not, so here they are zeros.
     return out.copy_(result), lse, stats.zero_()
 
 
 def _stats_shape(query: Tensor, bias: Tensor | None, precision: str) -> tuple[int, ...]:
-    """The stats hold each row's lse, in one number or in two: see the head of ``kernels/attention.py``."""
+    """The shape of the stats, which hold lse of each query in one number or in two: see
+    ``kernels/attention_forward.py``."""
     is_exact = query.dtype is torch.float32 and precision != "tf32"
     return (2 if is_exact or bias is not None else 1, *query.shape[:3])
 
@@ -93,7 +94,8 @@ def _fake_forward(
 
 
 class _Attention(torch.autograd.Function):
-    """``(out, lse, stats)`` of OP, which saves the last for backward even if its caller did not ask for that."""
+    """``(out, lse, stats)`` of OP. The stats are computed here even if the caller left ``saves`` False, since the
+    backward reads them."""
 
     @staticmethod
     def forward(ctx: Any, *call: Any) -> tuple[Tensor, ...]:
@@ -152,7 +154,8 @@ def _backward(
 
 
 def _differentiable_backward(*call: Any) -> tuple[Tensor, ...]:
-    """A first backward runs the kernels; one that is differentiated again runs the formula in torch's operators."""
+    """The gradients where they are differentiated again: the formula in torch's operators, since the kernels have no
+    derivative. Other backward passes run the kernels."""
     query, key, value, mask, bias, _, _, dout, dlse, needs, scale, shift, *_ = call
     grads = formula_grads(query, key, value, mask, bias, dout, dlse, scale, shift, needs)
     return tuple(or_empty(grad, query) for grad in grads)
@@ -161,7 +164,8 @@ def _differentiable_backward(*call: Any) -> tuple[Tensor, ...]:
 def _empty_grads(
     query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, needs: list[bool]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """``(dq, dk, dv, dbias)``, those that are needed; dk and dv come together."""
+    """``(dq, dk, dv, dbias)``, uninitialised, None where not needed. One kernel computes dk and dv, so if one of them
+    is needed, there are both."""
     needs_q, needs_k, needs_v, needs_bias = needs
     pair = needs_k or needs_v
     return (
@@ -198,12 +202,12 @@ def _normalize(input: Tensor, eps: float, backend: str) -> tuple[Tensor, Tensor]
 
         run_normalize(_rows_problem(input), input, eps, out, inverse)
         return out, inverse
-    lengths = measured_lengths(input, eps)
+    lengths = lengths_without_gradient(input, eps)
     return out.copy_(input / lengths), inverse.copy_(1 / lengths.squeeze(-1))
 
 
 def _empty_units(input: Tensor) -> tuple[Tensor, Tensor]:
-    """``(out, inverse)``: rows of unit length, and what they were multiplied by."""
+    """``(out, inverse)``, uninitialised: the rows of unit length, and what they are multiplied by."""
     return _empty_rows(input, input.shape[3]), input.new_empty(input.shape[:3], dtype=_lse_dtype(input))
 
 
@@ -245,7 +249,7 @@ def _normalize_backward(
 
         run_normalize_grad(_rows_problem(out), out, inverse, dout, eps, dx)
         return dx
-    return dx.copy_(unit_grad(input, dout, eps, measured_lengths(input, eps)))
+    return dx.copy_(unit_grad(input, dout, eps, lengths_without_gradient(input, eps)))
 
 
 def _differentiable_normalize_backward(

@@ -1,4 +1,4 @@
-"""Attention in torch's operators: the fallback of the kernels, and their yardstick."""
+"""Attention in torch's operators: what runs where no kernel does, and what the tests compare the kernels with."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ from .attention_checks import ALIGNMENTS, SCORES
 # --- what torch's own attention takes as it is -----------------------------------------------------------------------
 
 
-def is_torchs(
+def torch_computes_the_same(
     query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, dropout_p: float, is_causal: bool,
     scale: float | None, enable_gqa: bool, recorded: bool,
 ) -> bool:  # fmt: skip
-    """Does torch's attention compute what we do, if it accepts the call? See ``docs/differences.md``. Where sizes are
-    ``recorded`` nothing is asked of them."""
+    """Whether torch's attention, if it accepts the call, computes what ours does; ``docs/differences.md`` lists where
+    it does not. Where sizes are ``recorded`` they are not compared, because each comparison would become a guard."""
     if attn_mask is not None and (is_causal or attn_mask.dim() < 2):
         return False
     if scale is not None and is_causal and not scale > 0:
@@ -47,23 +47,23 @@ def is_torchs(
     return key.shape[-2] == value.shape[-2] and not (enable_gqa and 0 in (key.shape[-3], value.shape[-3]))
 
 
-def has_rows(query: Tensor) -> bool:
-    """Do the rows of the query lie apart in memory? torch's kernel for the CPU cannot read rows of neighbours that
-    begin in one another."""
+def rows_are_disjoint(query: Tensor) -> bool:
+    """Whether no two rows of the query share an element in memory. torch's kernel for the CPU computes something else
+    where rows of neighbouring elements overlap."""
     if query.is_contiguous() or query.stride(-1) != 1 or query.shape[-2] == 1:
         return True
     return not 0 < query.stride(-2) < query.shape[-1]
 
 
-def torchs_own(
+def torch_attention_or_none(
     query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, dropout_p: float, is_causal: bool,
     scale: float | None, enable_gqa: bool, *, recorded: bool,
 ) -> Tensor | None:  # fmt: skip
     """torch's attention with derivatives of every order; ``None`` where it computes something else, or has no
-    derivative for the transform that is open. Where sizes are ``recorded`` nothing is asked of them."""
-    if not is_torchs(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, recorded):
+    derivative for the transform that is open. Where sizes are ``recorded`` they are not compared."""
+    if not torch_computes_the_same(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, recorded):
         return None
-    if not recorded and not has_rows(query):
+    if not recorded and not rows_are_disjoint(query):
         return None
     if not in_transform():
         out = _sdpa(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
@@ -78,7 +78,7 @@ def torch_attention(
     query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, dropout_p: float, is_causal: bool,
     scale: float | None, enable_gqa: bool,
 ) -> Tensor:  # fmt: skip
-    """torch's function with all its arguments in one row."""
+    """torch's function, with arguments that are all positional."""
     return _sdpa(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
 
 
@@ -86,8 +86,8 @@ def by_torch(
     query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, bias: Tensor | None, score: str,
     scale: Any, is_causal: bool, causal_alignment: str, enable_gqa: bool, eps: float, *, recorded: bool,
 ) -> Tensor | None:  # fmt: skip
-    """:func:`attention` by one call of torch's. ``None`` where that computes something else, or accepts what our
-    validator rejects."""
+    """:func:`attention` by one call of torch's function. ``None`` where torch computes something else, or accepts what
+    our validator rejects."""
     if score not in SCORES or causal_alignment not in ALIGNMENTS or not eps > 0:
         return None
     if attn_mask is not None and attn_mask.dtype is not torch.bool:
@@ -113,31 +113,31 @@ def by_torch(
     if query_shape != shape and not enable_gqa:
         lead = shape[:-2]
         is_shared = query_shape[:-2] != lead
-        if is_shared and query_shape[:-2] != lead[dims - len(query_shape) :] and not _expands(query, lead):
+        if is_shared and query_shape[:-2] != lead[dims - len(query_shape) :] and not _is_expandable(query, lead):
             return None
     mask = attn_mask
     if is_causal:
         shift = shape[-2] - query_shape[-2] if causal_alignment == "bottom_right" else 0
         if mask is not None or bias is not None or not _is_zero(shift):
-            visible = _visible(query_shape[-2], shape[-2], shift, query.device)
+            visible = _causal_mask(query_shape[-2], shape[-2], shift, query.device)
             mask, is_causal = visible if mask is None else mask & visible, False
     if bias is not None:
         mask = bias if mask is None else torch.where(mask, bias, -inf)
     if mask is not None and mask.dim() > dims:
         return None
-    if not is_torchs(query, key, value, mask, 0.0, is_causal, scale, enable_gqa, recorded):
+    if not torch_computes_the_same(query, key, value, mask, 0.0, is_causal, scale, enable_gqa, recorded):
         return None
-    if not recorded and not has_rows(query):
+    if not recorded and not rows_are_disjoint(query):
         return None
 
     by_products = (
-        query_shape[-2] == 1 and mask is None and not is_causal and not enable_gqa and _takes_products(key, value)
+        query_shape[-2] == 1 and mask is None and not is_causal and not enable_gqa and _products_are_faster(key, value)
     )
     lengths = None
     if score == "cosine":
         query = unit_rows(query, eps)
         if by_products and not (key.requires_grad and torch.is_grad_enabled()):
-            lengths = measured_lengths(key, eps)
+            lengths = lengths_without_gradient(key, eps)
         else:
             key = unit_rows(key, eps)
     if learned is not None:
@@ -145,8 +145,8 @@ def by_torch(
     if is_shared:
         query = query.expand(*shape[:-2], -1, -1)
     if by_products:
-        return _products(query, key, value, scale, lengths)
-    # torch takes a fused kernel only if everything has four dimensions.
+        return _attention_by_products(query, key, value, scale, lengths)
+    # torch chooses a fused kernel only if all tensors have four dimensions.
     if mask is not None and mask.dim() == 3:
         mask = mask.unsqueeze(0)
     if dims == 3:
@@ -156,37 +156,39 @@ def by_torch(
     return out if dims == 4 else out.squeeze(0)
 
 
-def _takes_products(key: Tensor, value: Tensor) -> bool:
-    """Do two products take less time than torch's fused kernel, which is made for more than one query a head? Only if
-    nothing has to be copied for them, or rounded between them."""
+def _products_are_faster(key: Tensor, value: Tensor) -> bool:
+    """Whether two products take less time than torch's fused kernel for one query a head, for which that kernel is not
+    made. Only for many keys, and if nothing has to be copied before the products or rounded between them."""
     return (
-        not torch.compiler.is_compiling() and key.numel() >= _LONG and key.is_cpu and value.is_cpu
+        not torch.compiler.is_compiling() and key.numel() >= _MANY_ELEMENTS and key.is_cpu and value.is_cpu
         and key.dtype in (torch.float32, torch.float64) and key.is_contiguous() and value.is_contiguous()
         and not _is_any_autocast_enabled() and not is_jit_tracing()
     )  # fmt: skip
 
 
-_LONG = 1 << 20  # elements of the keys
+_MANY_ELEMENTS = 1 << 20  # elements of key from which on two products take less time
 
 
-def _products(query: Tensor, key: Tensor, value: Tensor, scale: float | None, lengths: Tensor | None) -> Tensor:
-    """Attention without a mask, in operators that have all derivatives. ``lengths``: what keys are to be divided by;
-    to divide the scores of one query takes less time."""
+def _attention_by_products(
+    query: Tensor, key: Tensor, value: Tensor, scale: float | None, lengths: Tensor | None
+) -> Tensor:
+    """Attention without a mask, in operators that have all derivatives. ``lengths`` [..., N, 1] are what the keys are
+    to be divided by. The scores are divided instead, which takes less time, since there is one for each key."""
     scores = query * (query.shape[-1] ** -0.5 if scale is None else scale) @ key.transpose(-1, -2)
     if lengths is not None:
         scores = scores / lengths.transpose(-1, -2)
     return torch.softmax(scores, -1) @ value
 
 
-def _expands(query: Tensor, lead: Sequence[int]) -> bool:
-    """Can the query's leading dimensions be expanded to these?"""
+def _is_expandable(query: Tensor, lead: Sequence[int]) -> bool:
+    """Whether the query's leading dimensions can be expanded to ``lead``."""
     missing = len(lead) + 2 - query.dim()
-    pairs = zip(query.shape, lead[missing:], strict=False)  # the query's last two are no leading ones
+    pairs = zip(query.shape, lead[missing:], strict=False)  # ends before the query's last two dimensions
     return missing >= 0 and all(have in (1, wanted) for have, wanted in pairs)
 
 
 def _is_scale_of(scale: Tensor, query: Tensor) -> bool:
-    """Is this tensor one number, or one for each head of the query?"""
+    """Whether this tensor is one floating-point number, or one for each head of the query, on its device."""
     if not scale.is_floating_point() or scale.device != query.device:
         return False
     return scale.dim() == 0 or (scale.dim() == 1 and query.dim() > 2 and scale.shape[0] in (1, query.shape[-3]))
@@ -195,11 +197,12 @@ def _is_scale_of(scale: Tensor, query: Tensor) -> bool:
 # --- any call --------------------------------------------------------------------------------------------------------
 
 
-def on_torch(
+def out_and_lse_by_torch(
     call: tuple[Any, ...], group: int, wants_lse: bool, dropout_p: float, saves: bool
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """``(out, lse)`` of a call with the arguments of :func:`formula`; the lse may be ``None`` where it is not wanted.
-    ``group``: query heads that share a head of key and value. ``saves``: a gradient is needed."""
+    """``(out, lse)`` of a call with the arguments of :func:`formula`; lse may be ``None`` unless ``wants_lse``.
+    ``group`` is the number of query heads that share a head of key and value; ``saves`` says that a gradient is
+    needed."""
     if wants_lse or (in_transform() and not dropout_p):
         return formula(*call)
     out = composite(*call, group=group, dropout_p=dropout_p)
@@ -212,15 +215,16 @@ def composite(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, bias: Tensor | None, scale: float, shift: int | None, *,
     group: int, dropout_p: float = 0.0,
 ) -> Tensor:  # fmt: skip
-    """torch's own attention, on the arguments of :func:`formula`."""
+    """``out`` by torch's own attention, from the arguments of :func:`formula`."""
     if scale <= 0:
-        # torch's kernel for the CPU hides keys before it scales: -inf times 0 or less is NaN.
+        # torch's kernel for the CPU sets hidden scores to -inf before it scales them. Times 0 that is NaN, and times a
+        # negative number it is +inf, of which softmax makes NaN.
         q, scale = q * scale, 1.0
-    if not torch.compiler.is_compiling() and not has_rows(q):
+    if not torch.compiler.is_compiling() and not rows_are_disjoint(q):
         q = q.contiguous()
     is_causal = shift is not None and mask is None and bias is None and _is_zero(shift)
     if not is_causal:
-        mask = _hidden(q, k, mask, shift)
+        mask = _combined_mask(q, k, mask, shift)
     if bias is not None:
         mask = bias if mask is None else torch.where(mask, bias, -inf)
     return _sdpa(
@@ -232,16 +236,16 @@ def _is_zero(shift: Any) -> bool:
     return isinstance(shift, int) and shift == 0
 
 
-def _visible(m: int, n: int, shift: int, device: torch.device) -> Tensor:
-    """[M, N]: key j <= query i + shift."""
+def _causal_mask(m: int, n: int, shift: int, device: torch.device) -> Tensor:
+    """[M, N], True where query i sees key j: j <= i + shift."""
     return torch.ones(m, n, dtype=torch.bool, device=device).tril(shift)
 
 
-def _hidden(q: Tensor, k: Tensor, mask: Tensor | None, shift: int | None) -> Tensor | None:
-    """Mask and causality in one mask."""
+def _combined_mask(q: Tensor, k: Tensor, mask: Tensor | None, shift: int | None) -> Tensor | None:
+    """The mask that hides what ``mask`` or causality hides; None if there is neither."""
     if shift is None:
         return mask
-    visible = _visible(q.shape[2], k.shape[2], shift, q.device)
+    visible = _causal_mask(q.shape[2], k.shape[2], shift, q.device)
     return visible if mask is None else mask & visible
 
 
@@ -250,8 +254,9 @@ def pool_and_project(
 ) -> Tensor:  # fmt: skip
     """:func:`attention_pool` of ``key(input)`` and ``value(input)`` without computing these.
 
-    A score ``q . (W_k x + b_k)`` is ``(q W_k) . x + q . b_k``, and weights whose sum is 1 can be applied before ``W_v``
-    and ``b_v``. So two products over the sequence have H * M columns where those of the layers have E.
+    A score ``q . (W_k x + b_k)`` is ``(q W_k) . x + q . b_k``, and a mean of values is ``W_v`` times the mean of x,
+    plus ``b_v``, because the weights of the mean add up to 1. So the two products over the whole sequence have H * M
+    columns, where the products of the two layers would have E.
 
     Args:
         query: ``[H, M, E / H]``.
@@ -286,7 +291,8 @@ def pool_and_project(
 
 
 def _without_autocast(fn: Callable[..., Any]) -> Callable[..., Any]:
-    """The operands have been cast; what is computed from them in float32 stays there."""
+    """``fn`` with autocast turned off. Its operands have been cast already, and what it computes from them in float32
+    must not be cast to 16 bits."""
 
     @wraps(fn)
     def wrapped(first: Tensor, *args: Any) -> Any:
@@ -303,32 +309,41 @@ def _without_autocast(fn: Callable[..., Any]) -> Callable[..., Any]:
 def formula(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, bias: Tensor | None, scale: float, shift: int | None
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """The definition with all scores at once, for every transform and derivative."""
-    p, lse = _weights(q, k, mask, bias, scale, shift)
-    return (p @ _repeated(v, q).to(p.dtype)).to(q.dtype), lse
+    """``(out [B, H, M, DV], lse [B, H, M])`` by the definition, with all scores in memory, in operators that every
+    transform knows and that have all derivatives.
+
+    Args:
+        q, k, v: ``[B, H, M, D]``, ``[B, H or fewer, N, D]``, ``[B, H or fewer, N, DV]``.
+        mask, bias: broadcastable to ``[B, H, M, N]``; a key is hidden where the mask is False.
+        scale: the factor of the products.
+        shift: with causality query i sees the keys up to i + shift; None without.
+    """
+    p, lse = _probabilities_and_lse(q, k, mask, bias, scale, shift)
+    return (p @ _repeated_heads(v, q).to(p.dtype)).to(q.dtype), lse
 
 
-def _repeated(t: Tensor, q: Tensor) -> Tensor:
-    """Key or value with as many heads as the query."""
+def _repeated_heads(t: Tensor, q: Tensor) -> Tensor:
+    """Key or value ``t`` with each head repeated for the query heads that share it."""
     return t if t.shape[1] == q.shape[1] else t.repeat_interleave(q.shape[1] // t.shape[1], 1)
 
 
-def _weights(
+def _probabilities_and_lse(
     q: Tensor, k: Tensor, mask: Tensor | None, bias: Tensor | None, scale: float, shift: int | None
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """``(p, lse)`` in float32 at least."""
+    """``(p [B, H, M, N], lse [B, H, M])`` in float32, or in float64 for float64."""
     wide = torch.promote_types(q.dtype, torch.float32)
-    s = (q.to(wide) * scale) @ _repeated(k, q).to(wide).transpose(-1, -2)
+    s = (q.to(wide) * scale) @ _repeated_heads(k, q).to(wide).transpose(-1, -2)
     if bias is not None:
         s = s + bias.to(wide)
-    mask = _hidden(q, k, mask, shift)
+    mask = _combined_mask(q, k, mask, shift)
     if mask is not None:
         s = torch.where(mask, s, -inf)
-    # Rows that see nothing are computed as if they saw all, and taken back: no NaN on the way, nor in a derivative.
+    # A row from which all keys are hidden would make NaN of softmax and of its derivative. Its scores are set to 0, and
+    # its probabilities after softmax.
     empty = (s == -inf).all(-1, keepdim=True)
     s = torch.where(empty, 0.0, s)
     if k.shape[2] == 0:
-        return s, s.sum(-1) - inf  # with a gradient, as everywhere
+        return s, s.sum(-1) - inf  # both depend on q and k, so that they have a gradient here as well
     p = torch.where(empty, 0.0, torch.softmax(s, -1))
     return p, torch.where(empty.squeeze(-1), -inf, torch.logsumexp(s, -1))
 
@@ -338,24 +353,26 @@ def formula_grads(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, bias: Tensor | None, dout: Tensor, dlse: Tensor | None,
     scale: float, shift: int | None, needs: Sequence[bool],
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
-    """The gradients of :func:`formula` as functions of its arguments, in torch's operators."""
-    p, _ = _weights(q, k, mask, bias, scale, shift)
+    """``(dq, dk, dv, dbias)``: the gradients of :func:`formula` for the gradients ``dout`` and ``dlse`` of its results,
+    in operators that have derivatives themselves; None for those that ``needs`` does not ask for."""
+    p, _ = _probabilities_and_lse(q, k, mask, bias, scale, shift)
     wide = p.dtype
-    dout, keys = dout.to(wide), _repeated(k, q).to(wide)
-    dp = dout @ _repeated(v, q).to(wide).transpose(-1, -2)
+    dout, keys = dout.to(wide), _repeated_heads(k, q).to(wide)
+    dp = dout @ _repeated_heads(v, q).to(wide).transpose(-1, -2)
     inner = (p * dp).sum(-1, keepdim=True)
     ds = p * (dp - (inner if dlse is None else inner - dlse.unsqueeze(-1)))
     needs_q, needs_k, needs_v, needs_bias = needs
-    # The scale, which is most often below 1, comes first, so that sums with keys near finfo.max stay finite.
+    # ds is scaled before the product, because the scale is most often below 1: sums with keys near finfo.max then stay
+    # finite.
     dq = ((scale * ds) @ keys).to(q.dtype) if needs_q else None
-    dk = _folded((scale * ds).transpose(-1, -2) @ q.to(wide), k) if needs_k else None
-    dv = _folded(p.transpose(-1, -2) @ dout, v) if needs_v else None
+    dk = _summed_over_group((scale * ds).transpose(-1, -2) @ q.to(wide), k) if needs_k else None
+    dv = _summed_over_group(p.transpose(-1, -2) @ dout, v) if needs_v else None
     dbias = ds.sum_to_size(bias.shape).to(bias.dtype) if bias is not None and needs_bias else None
     return dq, dk, dv, dbias
 
 
-def _folded(grad: Tensor, t: Tensor) -> Tensor:
-    """Sums over the query heads that share a head of ``t``."""
+def _summed_over_group(grad: Tensor, t: Tensor) -> Tensor:
+    """``grad``, which has the query's heads, summed over those that share a head of ``t``, in the dtype of ``t``."""
     if grad.shape[1] != t.shape[1]:
         grad = grad.unflatten(1, (t.shape[1], -1)).sum(2)
     return grad.to(t.dtype)
@@ -368,25 +385,28 @@ def twice_differentiable(
     out: Tensor, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, is_causal: bool,
     scale: float | None,
 ) -> Tensor:  # fmt: skip
-    """torch's result ``out`` with the second derivative that torch's fused kernels lack; a graph has none, and a tensor
-    without data needs none."""
+    """torch's result ``out`` with the second derivative that torch's fused kernels lack. While compiling, and for fake
+    and other tensors that are no plain ones, it is ``out`` itself: compiled graphs have no second derivative."""
     if not out.requires_grad or torch.compiler.is_compiling() or type(out) is not Tensor:
         return out
     node: Any = out.grad_fn
     if not node.name().startswith("ScaledDotProduct"):
         return out  # the composite has all derivatives
     if query.is_cpu:
-        node._register_hook_dict(_HOOKED)
+        node._register_hook_dict(_HOOK_CARRIER)
         return out
     if is_jit_tracing():
-        return out  # the trace would not be the same without gradients
-    doubled: Tensor = _TwiceDifferentiable.apply(out, query, key, value, *_formulas(query, attn_mask, scale, is_causal))
+        return out  # torch.jit.trace compares with a trace without gradients, which would lack the Function
+    doubled: Tensor = _TwiceDifferentiable.apply(
+        out, query, key, value, *_formula_arguments(query, attn_mask, scale, is_causal)
+    )
     return doubled
 
 
 def has_derivatives(*tensors: Tensor | None) -> bool:
-    """Has torch's fused attention every derivative that the open transforms and those of plain autograd around them
-    ask for? It has the first, backward. A graph has no second one anyway."""
+    """Whether torch's fused attention has every derivative that the open transforms need, and autograd outside of them.
+    It has the first derivative, by backward, only. While compiling no second one is needed, since compiled graphs have
+    none."""
     if forward_ad._current_level >= 0:
         return False
     kinds = open_transforms()
@@ -399,15 +419,15 @@ def has_derivatives(*tensors: Tensor | None) -> bool:
 
 
 def unwrapped(t: Tensor) -> Tensor:
-    """The tensor outside of all transforms."""
+    """The tensor that is wrapped by the transforms, outside of all of them."""
     while is_functorch_wrapped_tensor(t):
         t = get_unwrapped(t)
     return t
 
 
 def twice_differentiable_below(out: Tensor) -> Tensor:
-    """torch's result ``out`` inside of transforms, with the second derivative for plain autograd around them. vmap
-    calls the fused kernel once a sample, so several nodes may lie below a stack and views."""
+    """torch's result ``out`` inside of transforms, with the second derivative for autograd outside of them. vmap calls
+    the fused kernel once for each sample, so several of its nodes may lie below a node of stack and nodes of views."""
     if torch.compiler.is_compiling():
         return out
     nodes: list[Any] = [unwrapped(out).grad_fn]
@@ -415,32 +435,33 @@ def twice_differentiable_below(out: Tensor) -> Tensor:
         node = nodes.pop()
         name = "" if node is None else node.name()
         if name.startswith("ScaledDotProduct"):
-            node._register_hook_dict(_HOOKED)
-        elif name.startswith(_OF_BATCHES):
+            node._register_hook_dict(_HOOK_CARRIER)
+        elif name.startswith(_VMAP_NODES):
             nodes += [below for below, _ in node.next_functions]
     return out
 
 
-# Nodes that vmap puts above those of the samples: what it stacks, and how it sorts the dimensions.
-_OF_BATCHES = ("StackBackward", "ViewBackward", "ReshapeAliasBackward", "UnsafeViewBackward", "PermuteBackward")
+# The nodes that vmap puts above those of the samples: it stacks their results and reorders the dimensions.
+_VMAP_NODES = ("StackBackward", "ViewBackward", "ReshapeAliasBackward", "UnsafeViewBackward", "PermuteBackward")
 
 
 def mask_and_bias(attn_mask: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-    """torch's one argument as our two: a boolean one hides keys, another is added to the scores."""
+    """``(mask, bias)`` of torch's one argument: a boolean tensor hides keys, any other is added to the scores."""
     return (attn_mask, None) if attn_mask is not None and attn_mask.dtype is torch.bool else (None, attn_mask)
 
 
-def _formulas(
+def _formula_arguments(
     query: Tensor, attn_mask: Tensor | None, scale: float | None, is_causal: bool
 ) -> tuple[Tensor | None, Tensor | None, float, int | None]:  # fmt: skip
-    """``(mask, bias, scale, shift)`` of :func:`formula` for a call of torch's."""
+    """``(mask, bias, scale, shift)`` of :func:`formula` for the arguments of torch's function."""
     mask, bias = mask_and_bias(attn_mask)
     return mask, bias, query.size(-1) ** -0.5 if scale is None else scale, 0 if is_causal else None
 
 
 def _before_backward(_: Tensor) -> None:
-    """Hook of torch's node, called with its output's gradient. Where the node's backward is to be differentiated again,
-    the gradients that it returns are exchanged for the formula's, of the tensors that the node has saved."""
+    """A hook of torch's autograd node, called before its backward with the gradient of its output. Where that backward
+    is to be differentiated again, the gradients that the node returns are replaced by those of :func:`formula_grads`,
+    computed from the tensors that the node has saved."""
     if not torch.is_grad_enabled():
         return
 
@@ -452,29 +473,30 @@ def _before_backward(_: Tensor) -> None:
         try:
             q, k, v, attn_mask = node._saved_query, node._saved_key, node._saved_value, node._saved_attn_mask
         except CheckpointError:
-            return None  # it hands out a tensor once: torch says that it has no second derivative
-        mask, bias, scale, shift = _formulas(q, attn_mask, node._saved_scale, node._saved_is_causal)
+            return None  # checkpointing gives a saved tensor once; torch then raises for the second derivative
+        mask, bias, scale, shift = _formula_arguments(q, attn_mask, node._saved_scale, node._saved_is_causal)
         needs = [grad is not None for grad in grads[:3]]
         dq, dk, dv, _ = formula_grads(q, k, v, mask, bias, douts[0], None, scale, shift, [*needs, False])
         return dq, dk, dv, *grads[3:]
 
     handle: Any = torch._C._current_autograd_node().register_hook(exchange)
-    # It comes before the hooks of others, which are to see and change what it returns. The node calls them in the order
-    # in which they were put in.
+    # A node calls its hooks in the order in which they were registered. This one is moved to the front, so that the
+    # hooks of others see the gradients that it returns.
     hooks = handle.hooks_dict_ref()
     for other in [id for id in hooks if id != handle.id]:
         hooks[other] = hooks.pop(other)
 
 
-# A node takes over the hooks of a tensor in a tenth of the time that Node.register_hook takes, since that also makes a
-# handle by which the hook can be removed. Nobody removes this hook, so one tensor lends it to all nodes.
-_HOOKED = torch.empty(0)
-_HOOKED._backward_hooks = {0: _before_backward}
+# Node.register_hook also makes a handle by which the hook can be removed, and takes ten times as long as to give a node
+# the hooks of a tensor. This hook is never removed, so one tensor that carries it serves all nodes.
+_HOOK_CARRIER = torch.empty(0)
+_HOOK_CARRIER._backward_hooks = {0: _before_backward}
 
 
 class _TwiceDifferentiable(torch.autograd.Function):
-    """Stands behind torch's attention, whose fused kernels have no second derivative. A first backward passes through
-    to torch's own; one that is differentiated again leaves it out and takes the formula."""
+    """The identity of ``out``, the result of torch's attention, whose fused kernels have no second derivative. A first
+    backward passes the gradient on to torch's own node. One that is differentiated again passes nothing on to it, and
+    computes the gradients of the arguments by :func:`formula_grads`."""
 
     @staticmethod
     def forward(ctx: Any, out: Tensor, *call: Any) -> Tensor:
@@ -496,77 +518,82 @@ class _TwiceDifferentiable(torch.autograd.Function):
 
 
 def unit_rows(t: Tensor, eps: float) -> Tensor:
-    """``t / max(|t|, eps)`` of the rows, in torch's operators."""
+    """``t / max(|t|, eps)`` of each row, in torch's operators."""
     if torch.compiler.is_compiling() or is_jit_tracing() or in_transform():
         unit = t / row_lengths(t, eps)
         return unit if unit.dtype is t.dtype else unit.to(t.dtype)
-    if 0 < t.numel() <= _FEW and t.is_cpu and not _are_operators_traced():
+    if 0 < t.numel() <= _FEW_ELEMENTS and t.is_cpu and not _are_operators_traced():
         lengths = torch.linalg.vector_norm(t, 2, -1, True)
-        if type(lengths) is Tensor and lengths.is_cpu:  # a fake or meta tensor has no numbers to look at
+        if type(lengths) is Tensor and lengths.is_cpu:  # a fake or meta tensor has no values to read
             least, most = torch.aminmax(lengths.detach())
-            if least.item() >= eps and eps >= _LEAST_SQUARED and most.item() < inf:
+            if least.item() >= eps and eps >= _LEAST_SQUARABLE and most.item() < inf:
                 return t / lengths
     if requires_grad((t,)):
-        differentiable: Tensor = _Unit.apply(t, eps)
+        differentiable: Tensor = _UnitRows.apply(t, eps)
         return differentiable
-    return (t / measured_lengths(t, eps)).to(t.dtype)
+    return (t / lengths_without_gradient(t, eps)).to(t.dtype)
 
 
 def _are_operators_traced() -> bool:
-    """Is a mode of torch's own tracing operators, so that no number can be read from a tensor? Modes of others look on,
-    and what they look at stays the same."""
+    """Whether one of torch's own modes traces operators, so that no value can be read from a tensor. Modes of users
+    only observe the operators, so they do not count."""
     return _len_torch_dispatch_stack() > 0 and any(map(_get_dispatch_mode, _TRACING_MODES))
 
 
 _TRACING_MODES = (_TorchDispatchModeKey.FAKE, _TorchDispatchModeKey.PROXY, _TorchDispatchModeKey.FUNCTIONAL)
-_FEW = 1 << 15  # so few numbers take less time in torch's operators than an autograd Function takes to be called
+_FEW_ELEMENTS = (
+    1 << 15
+)  # so few numbers take less time in torch's operators than an autograd Function takes to be called
 
 
 def row_lengths(t: Tensor, eps: float) -> Tensor:
-    """[..., 1]: max(|t|, eps) in float32 at least, with derivatives of every order."""
+    """max(|t|, eps) of each row, [..., 1], in float32, or float64 for float64, with derivatives of every order."""
     wide = torch.promote_types(t.dtype, torch.float32)
-    if torch.compiler.is_compiling():  # of the first order only, as everything that is compiled
-        lengths = _norm(t, torch.float64).clamp_min(eps)
+    if torch.compiler.is_compiling():  # compiled graphs have derivatives of the first order only
+        lengths = _row_norms(t, torch.float64).clamp_min(eps)
         return lengths if wide is torch.float64 else lengths.to(wide)
-    # A short row's length counts as eps and does not depend on the row; at 0 it would have no second derivative.
-    is_short = _norm(t.detach(), torch.float64) < eps
-    return torch.where(is_short, eps, _norm(torch.where(is_short, 1.0, t), torch.float64)).to(wide)
+    # The result for a row shorter than eps is the constant eps. Such rows are replaced by ones before their length is
+    # taken, because the length of a row of zeros has no second derivative.
+    is_short = _row_norms(t.detach(), torch.float64) < eps
+    return torch.where(is_short, eps, _row_norms(torch.where(is_short, 1.0, t), torch.float64)).to(wide)
 
 
-def measured_lengths(t: Tensor, eps: float) -> Tensor:
+def lengths_without_gradient(t: Tensor, eps: float) -> Tensor:
     """The values of :func:`row_lengths` without derivatives. On the CPU squares are added in float32, which takes a
-    quarter of the time, unless the sum of a row overflows."""
+    quarter of the time of float64, unless the sum of a row overflows."""
     wide = torch.promote_types(t.dtype, torch.float32)
-    if t.is_cpu and eps >= _LEAST_SQUARED and not _are_operators_traced():
-        lengths = _norm(t, wide)
+    if t.is_cpu and eps >= _LEAST_SQUARABLE and not _are_operators_traced():
+        lengths = _row_norms(t, wide)
         if type(lengths) is Tensor and lengths.is_cpu and lengths.sum().item() < inf:
             return lengths.clamp_min_(eps)
-    return _norm(t, torch.float64).clamp_min_(eps).to(wide)
+    return _row_norms(t, torch.float64).clamp_min_(eps).to(wide)
 
 
-_LEAST_SQUARED = 1e-15  # its square is so far above the least float32 that a sum of such has all its digits
+# The least eps whose square is so far above the least float32 that a sum of such squares keeps its digits.
+_LEAST_SQUARABLE = 1e-15
 
 
-def _norm(t: Tensor, dtype: torch.dtype) -> Tensor:
-    """[..., 1]: |t|, of squares added in ``dtype``. In float64 no row of float32 overflows or vanishes."""
+def _row_norms(t: Tensor, dtype: torch.dtype) -> Tensor:
+    """|t| of each row, [..., 1]; squares are added in ``dtype``. In float64 the squares of float32 numbers neither
+    overflow nor become 0."""
     return torch.linalg.vector_norm(t, 2, -1, True, dtype=None if dtype is t.dtype else dtype)
 
 
 def unit_grad(t: Tensor, dout: Tensor, eps: float, lengths: Tensor) -> Tensor:
-    """The gradient of :func:`unit_rows` as a function of its argument, whose ``lengths`` are given."""
+    """The gradient of :func:`unit_rows` at ``t``, of which ``lengths`` are the :func:`row_lengths`."""
     unit = t / lengths
     dout = dout.to(unit.dtype)
     along = torch.linalg.vecdot(unit, dout).unsqueeze(-1).masked_fill(lengths == eps, 0.0)
     return (torch.addcmul(dout, along, unit, value=-1) / lengths).to(t.dtype)
 
 
-class _Unit(torch.autograd.Function):
-    """:func:`unit_rows`. Its gradient takes fewer passes than those of its parts, and is right for rows too long to be
-    squared and in the second order for rows of zeros."""
+class _UnitRows(torch.autograd.Function):
+    """:func:`unit_rows` with a gradient of its own. That takes fewer passes than autograd's, and is right for rows
+    whose squares overflow and, in the second order, for rows of zeros."""
 
     @staticmethod
     def forward(ctx: Any, t: Tensor, eps: float) -> Tensor:
-        lengths = measured_lengths(t, eps)
+        lengths = lengths_without_gradient(t, eps)
         ctx.save_for_backward(t, lengths)
         ctx.eps = eps
         return (t / lengths).to(t.dtype)

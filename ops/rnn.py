@@ -51,9 +51,9 @@ def rnn(
 
     .. math:: h_t = \tanh(W_{ih} x_t + b_{ih} + W_{hh} h_{t-1} + b_{hh})
 
-    The function of :class:`torch.nn.RNN`. On the kernels one product serves the inputs of all steps, and one program
-    runs BLOCK_B sequences from the first step to the last with ``w_hh`` on the chip; nothing but the output is saved
-    for backward.
+    It computes what :class:`torch.nn.RNN` computes. With the kernels one matrix product multiplies the inputs of all
+    steps, and one program runs a few sequences from the first step to the last with ``w_hh`` in the memory of one
+    multiprocessor; for the backward only the arguments and the output are saved.
 
     Args:
         input: ``[T, B, I]``, ``[B, T, I]`` with ``batch_first``, or ``[T, I]`` for one sequence.
@@ -61,7 +61,8 @@ def rnn(
             dimension of 2 for both directions of a bidirectional layer.
         h0: ``[D, B, H]`` with D directions, ``[D, H]`` for one sequence; zeros by default.
         nonlinearity: ``"tanh"`` or ``"relu"``.
-        reverse: one direction, from the last step to the first.
+        reverse: run the one direction from the last step to the first.
+        batch_first: input and output are ``[B, T, ...]``; the states are not affected.
         precision: how fp32 states are multiplied, as in :func:`tritune.conv2d`; default: torch's setting for cuDNN's
             recurrent layers. The product of the inputs follows torch's own setting for matrix products.
 
@@ -69,9 +70,9 @@ def rnn(
         ``(output, h_n)``: ``[T, B, D * H]`` (its transpose with ``batch_first``) and ``[D, B, H]``.
 
     Raises:
-        RuntimeError, TypeError, ValueError: what torch.nn.RNN raises, with its text, from one check for all backends.
-        UnsupportedError: under ``use_backend("triton")``, for what no kernel covers: above all a hidden size whose
-            weights one multiprocessor cannot hold.
+        RuntimeError, TypeError, ValueError: what torch.nn.RNN raises, with its text, whatever the backend.
+        UnsupportedError: under ``use_backend("triton")``, for what no kernel covers: most often a hidden size whose
+            weights do not fit the memory of one multiprocessor.
 
     Example::
 
@@ -86,7 +87,7 @@ def rnn(
         )  # fmt: skip
         return overridden
     rnn_checks.check_nonlinearity(nonlinearity)
-    out, h_n, _ = _recur(
+    out, h_n, _ = _run_layer(
         "rnn", nonlinearity, input, w_ih, w_hh, b_ih, b_hh, h0, None, reverse, batch_first, precision
     )  # fmt: skip
     return out, h_n
@@ -110,8 +111,8 @@ def gru(
         r = \sigma(x_r + h_r), \quad z = \sigma(x_z + h_z), \quad n = \tanh(x_n + r\, h_n), \quad
         h_t = (1 - z)\, n + z\, h_{t-1}
 
-    with :math:`x = W_{ih} x_t + b_{ih}` and :math:`h = W_{hh} h_{t-1} + b_{hh}`. The function of
-    :class:`torch.nn.GRU`. Arguments, result and errors as in :func:`rnn`, with weights of ``3 * H`` rows.
+    with :math:`x = W_{ih} x_t + b_{ih}` and :math:`h = W_{hh} h_{t-1} + b_{hh}`, as in
+    :class:`torch.nn.GRU`. Arguments, result and errors are those of :func:`rnn`; the weights have ``3 * H`` rows.
 
     Example::
 
@@ -125,7 +126,7 @@ def gru(
             reverse=reverse, batch_first=batch_first, precision=precision,
         )  # fmt: skip
         return overridden
-    out, h_n, _ = _recur("gru", "gru", input, w_ih, w_hh, b_ih, b_hh, h0, None, reverse, batch_first, precision)
+    out, h_n, _ = _run_layer("gru", "gru", input, w_ih, w_hh, b_ih, b_hh, h0, None, reverse, batch_first, precision)
     return out, h_n
 
 
@@ -147,11 +148,11 @@ def lstm(
     .. math::
         c_t = \sigma(a_f)\, c_{t-1} + \sigma(a_i) \tanh(a_g), \quad h_t = \sigma(a_o) \tanh(c_t)
 
-    with :math:`a = W_{ih} x_t + b_{ih} + W_{hh} h_{t-1} + b_{hh}`. The function of :class:`torch.nn.LSTM`. Arguments
-    and errors as in :func:`rnn`, with weights of ``4 * H`` rows and ``c0`` like ``h0``.
+    with :math:`a = W_{ih} x_t + b_{ih} + W_{hh} h_{t-1} + b_{hh}`, as in :class:`torch.nn.LSTM`. Arguments
+    and errors are those of :func:`rnn`; the weights have ``4 * H`` rows, and ``c0`` has the shape of ``h0``.
 
     Returns:
-        ``(output, h_n, c_n)``.
+        ``(output, h_n, c_n)``: ``[T, B, D * H]`` (its transpose with ``batch_first``), and twice ``[D, B, H]``.
 
     Example::
 
@@ -165,7 +166,7 @@ def lstm(
             reverse=reverse, batch_first=batch_first, precision=precision,
         )  # fmt: skip
         return overridden
-    return _recur("lstm", "lstm", input, w_ih, w_hh, b_ih, b_hh, h0, c0, reverse, batch_first, precision)
+    return _run_layer("lstm", "lstm", input, w_ih, w_hh, b_ih, b_hh, h0, c0, reverse, batch_first, precision)
 
 
 def elman_step(
@@ -182,8 +183,8 @@ def elman_step(
 
     .. math:: h' = \tanh(W_{hh} h + W_{xh} x + b_h), \quad o = W_{ho} h' + b_o, \quad y = \tanh(W_{yh} o)
 
-    The step is :func:`rnn` over one step, so that a network gives the same values whether it is run step by step or
-    over the sequence; the head is two products, which cuBLAS serves.
+    The new state is computed by :func:`rnn` over one step, so that a network gives the same values whether it is run
+    step by step or over the sequence. The head is two matrix products in torch's operators.
 
     Args:
         x: ``[B, I]`` or ``[I]``.
@@ -210,11 +211,11 @@ def elman_step(
             if rnn_checks.is_regular_step(*tensors):
                 return _torch_step(*tensors)
         except rejected:
-            pass  # The validator has better words for it; what it accepts fails once more below.
+            pass  # The validator below raises a clearer error. What it accepts runs again, and torch raises.
     rnn_checks.check_elman_step(*tensors)
     if torch_serves(x):
         return _torch_step(*tensors)
-    _, hidden, _ = _recur(
+    _, hidden, _ = _run_layer(
         "elman_step", "tanh", x.unsqueeze(0), W_xh, W_hh, b_h, None, h.unsqueeze(0), layer_of_torch=_step_layer
     )
     o, y = elman_head(hidden[0], W_ho, b_o, W_yh)
@@ -224,7 +225,7 @@ def elman_step(
 def elman_head(
     h: Tensor, W_ho: Tensor | None, b_o: Tensor | None, W_yh: Tensor | None
 ) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
-    """The output of :func:`elman_step` for any number of hidden states at once."""
+    """``(o, y)`` of :func:`elman_step` for hidden states ``[..., H]``; None where the weights are missing."""
     o = None if W_ho is None else linear(h, W_ho, b_o)
     y = None if o is None or W_yh is None else torch.tanh(linear(o, W_yh))
     return o, y
@@ -234,7 +235,7 @@ def _torch_step(
     x: Tensor, h: Tensor, W_xh: Tensor, W_hh: Tensor, b_h: Tensor | None, W_ho: Tensor | None, b_o: Tensor | None,
     W_yh: Tensor | None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
-    """The formula in torch's operators."""
+    """:func:`elman_step` in torch's operators."""
     hidden = torch.tanh(linear(x, W_xh, b_h) + linear(h, W_hh))
     return hidden, *elman_head(hidden, W_ho, b_o, W_yh)
 
@@ -243,7 +244,7 @@ def _step_layer(
     cell: str, input: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None, b_hh: Tensor | None, h0: Tensor,
     *others: Any,
 ) -> tuple[Tensor, Tensor, None]:  # fmt: skip
-    """:func:`_torch_step` without its head, as a layer over one step."""
+    """:func:`_torch_step` without its head, with the arguments and results of a layer over one step."""
     hidden = _torch_step(input[0], h0[0], w_ih, w_hh, b_ih, None, None, None)[0].unsqueeze(0)
     return hidden, hidden, None
 
@@ -251,21 +252,22 @@ def _step_layer(
 # --- from arguments to a call ----------------------------------------------------------------------------------------
 
 
-def _recur(
+def _run_layer(
     op: str, cell: str, input: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None, b_hh: Tensor | None,
     h0: Tensor | None, c0: Tensor | None = None, reverse: bool = False, batch_first: bool = False,
     precision: str | None = None, layer_of_torch: Callable[..., Any] = torch_layer,
 ) -> tuple[Tensor, Tensor, Any]:  # fmt: skip
     """One layer of any cell, in one or two directions, over a batch or one sequence: ``(output, h_n, c_n)``.
 
-    ``layer_of_torch`` is called where torch serves, whether or not somebody looks on.
+    ``layer_of_torch`` is what computes the call where torch serves it, also while the call is recorded or explained, so
+    that to record a call does not change its result.
     """
     if precision is None and calls_torch(input):
         rejected = rejections()
         try:
             result = layer_of_torch(cell, input, w_ih, w_hh, b_ih, b_hh, h0, c0, reverse, batch_first)
         except rejected:
-            result = None  # The validator has better words for it; what it accepts fails once more below.
+            result = None  # The validator below raises a clearer error. What it accepts runs again, and torch raises.
         if result is not None:
             return result
     states: tuple[Tensor | None, ...] = (h0, c0) if cell == "lstm" else (h0,)
@@ -296,14 +298,14 @@ def _recur(
     if not args.is_stacked:
         w_ih, w_hh = w_ih.unsqueeze(0), w_hh.unsqueeze(0)
         b_ih, b_hh = (None if b is None else b.unsqueeze(0) for b in (b_ih, b_hh))
-    h0, c0 = _initial(cell, steps, w_hh, h0, c0, steps.shape[1])
+    h0, c0 = _initial_states(cell, steps, w_hh, h0, c0, steps.shape[1])
     call = (steps, w_ih, w_hh, b_ih, b_hh, h0, c0, cell, reverse, multiplied, saves, backend)
     if in_transform():
         out, h_n, c_n, _ = formula(*call[:9])
     else:
         out, h_n, c_n, _ = run_operator(OP, call, saves)
         if traced and saves:
-            # The operator's gradient reads its own result, and a graph does not notice that its caller changes that.
+            # The backward reads the result, and in a compiled graph autograd does not notice if the caller changes it.
             out = out.clone()
     if not args.is_batched:
         return out.squeeze(1), h_n.squeeze(1), c_n.squeeze(1) if cell == "lstm" else None
@@ -314,12 +316,13 @@ def sequence_layer(
     cell: str, input: Tensor, batch_sizes: Tensor | None, weights: Sequence[Tensor | None], h0: Tensor | None,
     c0: Tensor | None, batch_first: bool, batch: int = 0,
 ) -> tuple[Tensor, Tensor, Any]:  # fmt: skip
-    """One layer of a module where torch's own layer cannot be called as it is.
+    """One layer of a module for which torch's own layer cannot be called directly: ``(output, h_n, c_n)``.
 
     Args:
-        input: a batch as in :func:`rnn`, or the rows of a packed one.
-        batch_sizes, batch: of a packed batch; the second is the first of the first, read once for all layers, because
-            while tracing each reading is another unknown.
+        input: a batch as in :func:`rnn`, or the rows of a packed batch.
+        batch_sizes: of a packed batch, else None.
+        batch: the first of ``batch_sizes``, the number of sequences. The module reads it once for all layers, because
+            while tracing each reading makes another unbacked symbol.
         weights: w_ih, w_hh, b_ih, b_hh, and w_hr of an LSTM with projections, each with its directions stacked.
     """
     w_ih, w_hh, b_ih, b_hh, w_hr = weights
@@ -327,12 +330,12 @@ def sequence_layer(
     assert w_hh is not None
     if batch_sizes is None and w_hr is None:
         op = cell if cell in ("gru", "lstm") else "rnn"
-        return _recur(op, cell, input, w_ih, w_hh, b_ih, b_hh, h0, c0, batch_first=batch_first)
+        return _run_layer(op, cell, input, w_ih, w_hh, b_ih, b_hh, h0, c0, batch_first=batch_first)
     input, w_ih, w_hh, b_ih, b_hh, w_hr, h0, c0 = autocast(input, w_ih, w_hh, b_ih, b_hh, w_hr, h0, c0)
     if batch_sizes is not None:
         return _packed_layer(cell, input, batch_sizes, batch, w_ih, w_hh, b_ih, b_hh, h0, c0, w_hr)
     steps = input.transpose(0, 1) if batch_first else input
-    h0, c0 = _initial(cell, steps, w_hh, h0, c0, steps.shape[1])
+    h0, c0 = _initial_states(cell, steps, w_hh, h0, c0, steps.shape[1])
     out, h_n, c_n, _ = formula(steps, w_ih, w_hh, b_ih, b_hh, h0, c0, cell, False, w_hr)
     return out.transpose(0, 1) if batch_first else out, h_n, c_n
 
@@ -341,9 +344,10 @@ def _packed_layer(
     cell: str, rows: Tensor, batch_sizes: Tensor, batch: int, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None,
     b_hh: Tensor | None, h0: Tensor | None, c0: Tensor | None, w_hr: Tensor | None,
 ) -> tuple[Tensor, Tensor, Any]:  # fmt: skip
-    """A layer over packed rows, by way of a batch that is filled up with rows of its own. Each direction is filled up
-    for itself, behind its last step, so that what is in the filling reaches no result."""
-    h0, c0 = _initial(cell, rows, w_hh, h0, c0, batch)
+    """A layer over packed rows, computed over a padded batch: ``(output rows, h_n, c_n)``. The padding repeats rows of
+    the input. Each direction is padded by itself after the last step that it computes, so that no result depends on the
+    padding."""
+    h0, c0 = _initial_states(cell, rows, w_hh, h0, c0, batch)
     sizes = batch_sizes.to(rows.device)
     ends = sizes.cumsum(0)
     starts = ends - sizes
@@ -369,10 +373,10 @@ def _packed_layer(
     return torch.cat(outs, -1), torch.stack(h_ns), torch.stack(c_ns) if cell == "lstm" else None  # type: ignore[arg-type]
 
 
-def _initial(
+def _initial_states(
     cell: str, input: Tensor, w_hh: Tensor, h0: Tensor | None, c0: Tensor | None, batch: int
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """The given states or zeros. With projections h is shorter than c."""
+    """``(h0, c0)``: the given states, or zeros. With projections h has fewer units than c."""
     directions, rows, size = w_hh.shape
     h0 = input.new_zeros(directions, batch, size) if h0 is None else h0
     if c0 is None and cell == "lstm":
@@ -384,15 +388,18 @@ def _initial(
 
 
 def calls_torch(input: Any) -> bool:
-    """May torch's own layer be called on this input at once? Not under autocast, which torch follows for some cells
-    only. In a transform that has no formula for torch's layer it raises, and ours follows."""
+    """Whether torch's own layer may be called on this input before anything is checked. Not under autocast, which torch
+    applies to some cells only. In a transform that torch's layer does not support, torch raises, and the caller then
+    runs the formula."""
     return torch_validates(input) and not _is_any_autocast_enabled()
 
 
 def is_traced_as_torch(count: int) -> bool:
-    """May a graph of so many steps hold torch's own layer? In an exported program that is one operator, for a fixed
-    number of steps. In a compiled one torch has no layer, only its steps written out: minutes of compilation for some
-    hundred of them, anew for every other number, and none at all for an LSTM with gradients. There our operator stands.
+    """Whether a graph of ``count`` steps may hold torch's own layer.
+
+    In an exported program torch's layer is one operator, which serves a fixed number of steps. A compiled graph has no
+    such operator: torch writes out every step, which takes minutes to compile for some hundred steps, is compiled again
+    for every other number, and fails for an LSTM with gradients. There the graph holds our operator.
     """
     return is_exporting() and _is_static(count)
 
@@ -401,12 +408,13 @@ def is_traced_as_torch(count: int) -> bool:
 
 
 def require_torch(op: str, tensors: Iterable[Tensor], reason: str | None) -> None:
-    """Notes that torch serves a call: one which no kernel covers, for a reason, which is an error under
-    ``use_backend("triton")``; or one for which the kernels are not asked, as on the CPU."""
+    """Records the decision that torch serves a call. ``reason`` says why no kernel covers it, which is an error under
+    ``use_backend("triton")``; it is None where the kernels could cover it but do not run, as on the CPU."""
     choose(op, list(tensors), lambda _: Ruling(False, reason or ""), lambda _: (), lambda: reason)
 
 
 def _limits(problem_of: Callable[[], Any], where: torch.device) -> str | None:
+    """Why no kernel covers the problem, or None; always None while compiling."""
     if torch.compiler.is_compiling():
         return None
     from ..kernels.rnn import fits
@@ -425,7 +433,8 @@ def _kernel_choices(problem: Any, device: DeviceSpec) -> tuple[tuple[str, Choice
 
 
 def _auto_rule(problem: Any, device: DeviceSpec) -> Ruling:
-    """Only measurements speak for the kernels: time here is latency, which counted bytes say nothing of."""
+    """Whether the kernels win: by measured times only. Without these torch serves, because the time of a recurrence is
+    the latency of its steps, which cannot be derived from counted bytes."""
     return measured(_kernel_choices(problem, device)) or Ruling(
         False, "not measured, and the time of a step cannot be counted in bytes: `tritune tune` can"
     )

@@ -15,7 +15,7 @@ class RnnArgs(NamedTuple):
 
     is_batched: bool
     is_stacked: bool
-    """The weights have a leading dimension, one entry a direction."""
+    """Whether the weights have a leading dimension with one entry for each direction."""
     directions: int
     hidden_size: int
 
@@ -42,7 +42,8 @@ def check_rnn(
     reverse: bool,
     precision: str | None,
 ) -> RnnArgs:
-    """Arguments of :func:`tritune.rnn`, ``gru`` and ``lstm``, normalised. ``states``: h0, and for LSTM c0."""
+    """Checks the arguments of :func:`tritune.rnn`, ``gru`` and ``lstm`` and returns what they say of the call.
+    ``states`` are h0, and for an LSTM also c0."""
     name = _module_name(cell)
     for argument, tensor in (("input", input), ("w_ih", w_ih), ("w_hh", w_hh)):
         if not isinstance(tensor, Tensor):
@@ -90,7 +91,8 @@ def check_rnn(
 
 
 def _check_weights(cell: str, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None, b_hh: Tensor | None) -> None:
-    """The shapes of the parameters among each other: ``[G * H, I]``, ``[G * H, H]``, ``[G * H]``, or two of each."""
+    """Checks the shapes of the parameters: ``[G * H, I]``, ``[G * H, H]`` and ``[G * H]`` with G gates, or these with a
+    leading dimension of directions."""
     gates = GATES[cell]
     if w_ih.dim() not in (2, 3) or w_hh.dim() != w_ih.dim() or (w_ih.dim() == 3 and w_ih.shape[0] not in (1, 2)):
         raise RuntimeError(
@@ -141,9 +143,9 @@ def is_regular_step(
     x: Tensor, h: Tensor, w_xh: Tensor, w_hh: Tensor, b_h: Tensor | None, w_ho: Tensor | None, b_o: Tensor | None,
     w_yh: Tensor | None,
 ) -> bool:  # fmt: skip
-    """Does :func:`check_elman_step` accept these arguments as far as torch's products would not say so themselves?
-    They broadcast biases, take inputs and weights of other dimensions, and compute something with weights that are
-    on the meta device."""
+    """Whether torch's products may be called on these arguments before :func:`check_elman_step`. It is False for what
+    the check rejects and torch's products accept: biases that are broadcast, inputs and weights of other numbers of
+    dimensions, and weights on the meta device. What the products reject themselves is not looked at."""
     *batch, input_size = x.shape
     *others, hidden_size = h.shape
     if (
@@ -166,7 +168,7 @@ def check_elman_step(
     x: Tensor, h: Tensor, w_xh: Tensor, w_hh: Tensor, b_h: Tensor | None, w_ho: Tensor | None, b_o: Tensor | None,
     w_yh: Tensor | None,
 ) -> None:  # fmt: skip
-    """Arguments of :func:`tritune.elman_step`."""
+    """Checks the arguments of :func:`tritune.elman_step`."""
     for argument, tensor in (("x", x), ("h", h)):
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{argument} must be a Tensor, got {type(tensor).__name__}")

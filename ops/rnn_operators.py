@@ -15,7 +15,8 @@ from .rnn_torch import formula, gate_grads, torch_layer
 
 
 def rnn_problem(cell: str, input: Tensor, w_hh: Tensor, precision: str, saves: bool) -> Any:
-    """``input`` is [T, B, I], or [T, I] for one sequence; ``w_hh`` may have its directions stacked."""
+    """The problem of a layer. ``input`` is [T, B, I], or [T, I] for one sequence; ``w_hh`` is [G * H, H], or with its
+    directions stacked [D, G * H, H]."""
     from ..kernels.rnn import RnnProblem
 
     directions = w_hh.shape[0] if w_hh.dim() == 3 else 1
@@ -43,7 +44,7 @@ def _forward(
         return out.contiguous(), h_n, or_empty(c_n, input), input.new_empty(0)
     from ..kernels.rnn import run_forward
 
-    bias, b_n = _input_bias(cell, b_ih, b_hh, w_hh.shape[-1])
+    bias, b_n = _split_bias(cell, b_ih, b_hh, w_hh.shape[-1])
     x = linear(input, w_ih.flatten(0, 1), None if bias is None else bias.flatten())
     out, h_n, c_n, cells = run_forward(
         rnn_problem(cell, input, w_hh, precision, saves), x, w_hh, b_n, h0, c0, reverse=reverse
@@ -51,10 +52,11 @@ def _forward(
     return out, h_n, or_empty(c_n, input), or_empty(cells, input)
 
 
-def _input_bias(
+def _split_bias(
     cell: str, b_ih: Tensor | None, b_hh: Tensor | None, hidden_size: int
 ) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
-    """What can be added before the recurrence, and what of the GRU's hidden bias cannot."""
+    """``(bias, b_n)``: the bias [D, G * H] that is added to the inputs of all steps, before the recurrence, and the
+    part [D, H] of the GRU's hidden bias that cannot be, because the reset gate multiplies it at each step."""
     if b_hh is None:
         return b_ih, None
     early, b_n = b_hh, None
@@ -77,8 +79,9 @@ def _fake_forward(
 
 
 class _Rnn(torch.autograd.Function):
-    """``(out, h_n, c_n, cells)`` of OP; the last two are empty where the cell has none. The cells are an output so that
-    a second derivative reaches them. OP saves them even if its caller did not ask for that."""
+    """``(out, h_n, c_n, cells)`` of OP; the last two are empty tensors where the cell has none. The cells are an output
+    so that a second derivative reaches them. OP computes them here even if the caller left ``saves`` False, since the
+    backward reads them."""
 
     @staticmethod
     def forward(ctx: Any, *call: Any) -> tuple[Tensor, ...]:
@@ -112,11 +115,11 @@ OP: Any = register(
 
 # --- its gradients ---------------------------------------------------------------------------------------------------
 
-# What is around the reverse loop are products over all steps, in torch's operators; the loop itself is the kernel, or
-# the same formula in torch's operators where there is none and where it is differentiated again.
+# The products over all steps before and after the loop over the steps are in torch's operators. The loop itself is the
+# kernel; where no kernel runs, and where the backward is differentiated again, it is the formula in torch's operators.
 
 
-def _previous(states: Tensor, first: Tensor, reverse: bool) -> Tensor:
+def _previous_states(states: Tensor, first: Tensor, reverse: bool) -> Tensor:
     """The state before each step: [T, B, D * H] and [D, B, H] to [T, B, D, H]."""
     directions = first.shape[0]
     by_direction = states.unflatten(-1, (directions, -1)).unbind(2)
@@ -130,7 +133,8 @@ def _previous(states: Tensor, first: Tensor, reverse: bool) -> Tensor:
 def _gate_inputs(
     input: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None, b_hh: Tensor | None, before: Tensor, cell: str
 ) -> Tensor:
-    """[T, B, D, 4, H]: what the gates' functions are applied to, recomputed for all steps at once."""
+    """[T, B, D, 4, H]: what the functions of the gates are applied to, in the order of the kernel's slots, recomputed
+    for all steps at once from the states ``before`` each step."""
     hidden_size = w_hh.shape[-1]
     per_direction = []
     for d in range(w_ih.shape[0]):
@@ -152,7 +156,7 @@ def _backward(
     out: Tensor, cells: Tensor | None, dout: Tensor | None, dhn: Tensor | None, dcn: Tensor | None,
     dcells: Tensor | None, needs: list[bool], cell: str, reverse: bool, precision: str, backend: str,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    before = _previous(out, h0, reverse)
+    before = _previous_states(out, h0, reverse)
     gated = cell in ("gru", "lstm")
     gates = _gate_inputs(input, w_ih, w_hh, b_ih, b_hh, before, cell) if gated else None
     if runs_kernels(backend, input):
@@ -164,20 +168,22 @@ def _backward(
             problem, dgates, w_hh, h0, c0, out, cells, dout, dhn, dcn, dcells, reverse=reverse
         )  # fmt: skip
     else:
-        cells_before = None if cells is None or c0 is None else _previous(cells, c0, reverse)
+        cells_before = None if cells is None or c0 is None else _previous_states(cells, c0, reverse)
         dgates, dh0, dc0 = gate_grads(
             gates, w_hh, out, before, cells, cells_before, dout, dhn, dcn, dcells, cell, reverse
         )  # fmt: skip
-    return *_products(dgates, input, before, w_ih, needs, cell), dh0, or_empty(dc0, input)
+    return *_input_and_weight_grads(dgates, input, before, w_ih, needs, cell), dh0, or_empty(dc0, input)
 
 
-def _products(
+def _input_and_weight_grads(
     dgates: Tensor, input: Tensor, before: Tensor, w_ih: Tensor, needs: list[bool], cell: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of input, w_ih, w_hh, b_ih, b_hh: one product or sum each a direction; empty where not needed."""
+    """Gradients of input, w_ih, w_hh, b_ih and b_hh, each from one product or sum a direction; those that ``needs``
+    does not ask for are empty tensors."""
     need_input, need_w_ih, need_w_hh, need_b_ih, need_b_hh = needs
     wide = torch.promote_types(input.dtype, torch.float32)
-    # The GRU's slots are n, r, z, hidden n; the rows of its weights are r, z, n.
+    # The GRU's slots are n, r, z, hidden n, and the rows of its weights r, z, n: rolling H rows down turns one order
+    # into the other.
     turn = before.shape[-1] if cell == "gru" else 0
     x = input.flatten(0, 1)
     dx, dw_ih, dw_hh, db_ih, db_hh = ([] for _ in range(5))
@@ -186,25 +192,27 @@ def _products(
         to_input, to_hidden = (slots[:, :3], slots[:, 1:]) if turn else (slots, slots)
         to_input, to_hidden = to_input.flatten(1), to_hidden.flatten(1)
         if need_input:
-            dx.append(to_input @ _rolled(w_ih[d], turn))
+            dx.append(to_input @ _rolled_rows(w_ih[d], turn))
         if need_w_ih:
-            dw_ih.append(_rolled(to_input.t() @ x, -turn))
+            dw_ih.append(_rolled_rows(to_input.t() @ x, -turn))
         if need_w_hh:
             dw_hh.append(to_hidden.t() @ before[:, :, d].flatten(0, 1))
         if need_b_ih:
-            db_ih.append(_rolled(to_input.sum(0, dtype=wide).to(input.dtype), -turn))
+            db_ih.append(_rolled_rows(to_input.sum(0, dtype=wide).to(input.dtype), -turn))
         if need_b_hh:
             db_hh.append(to_hidden.sum(0, dtype=wide).to(input.dtype))
     grads = (torch.stack(one) if one else input.new_empty(0) for one in (dw_ih, dw_hh, db_ih, db_hh))
     return sum(dx[1:], dx[0]).view_as(input) if dx else input.new_empty(0), *grads  # type: ignore[return-value]
 
 
-def _rolled(t: Tensor, rows: int) -> Tensor:
+def _rolled_rows(t: Tensor, rows: int) -> Tensor:
+    """``t`` with its rows rolled by ``rows``; ``t`` itself for 0."""
     return t.roll(rows, 0) if rows else t
 
 
 def _differentiable_backward(*call: Any) -> tuple[Tensor, ...]:
-    """A first backward runs the kernel; one that is differentiated again runs the formula in torch's operators."""
+    """The gradients where they are differentiated again: the formula in torch's operators, since the kernel has no
+    derivative. Other backward passes run the kernel."""
     return _backward(*(*call[:-1], "torch"))
 
 

@@ -1,4 +1,4 @@
-"""Recurrence in torch's operators: the fallback of the kernels, and their yardstick."""
+"""Recurrence in torch's operators: what runs where no kernel does, and what the tests compare the kernels with."""
 
 from __future__ import annotations
 
@@ -26,10 +26,11 @@ def torch_layer(
     cell: str, input: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None, b_hh: Tensor | None, h0: Tensor | None,
     c0: Tensor | None, reverse: bool, batch_first: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None] | None:  # fmt: skip
-    """torch's own layer, on the arguments of :func:`rnn` as they are.
+    """``(output, h_n, c_n)`` of torch's own layer, from the arguments of :func:`rnn` before any check.
 
-    ``None`` for arguments that the validator rejects and torch would not: it looks at the sizes of its products only,
-    broadcasts biases and states, and computes with integers and complex numbers. On others torch itself may raise.
+    The result is ``None`` for arguments that our validator rejects and torch would accept: torch looks only at the
+    sizes of its products, broadcasts biases and states, and computes with integers and complex numbers. For other wrong
+    arguments torch itself raises.
     """
     sizes, dtype = input.shape, input.dtype
     is_batched = len(sizes) == 3
@@ -67,7 +68,8 @@ def torch_layer(
         return None
     if reverse:
         input = input.flip(1 if batch_first else 0)
-    # In training mode wherever there may be gradients: cuDNN has no backward otherwise. A trace is checked without.
+    # In training mode wherever there may be gradients, because cuDNN has no backward otherwise. torch.jit.trace checks
+    # its result without gradients, so there the mode must not depend on them.
     is_training = torch.is_grad_enabled() or torch._C._is_tracing()
     options = (parameters, b_ih is not None, 1, 0.0, is_training, directions == 2, batch_first)
     if cell == "lstm":
@@ -88,7 +90,8 @@ def formula(
     input: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None, b_hh: Tensor | None, h0: Tensor, c0: Tensor | None,
     cell: str, reverse: bool, w_hr: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """The definition, step by step, for every transform: ``(out, h_n, c_n, cells)``. ``w_hr``: LSTM's projections."""
+    """The definition, step by step, in operators that every transform knows: ``(out [T, B, D * H], h_n [D, B, H], c_n
+    [D, B, H], cells [T, B, D * H])``. The last two are empty but for an LSTM. ``w_hr`` are an LSTM's projections."""
     count = input.shape[0]
     directions: list[list[Tensor]] = []
     for d in range(w_ih.shape[0]):
@@ -96,7 +99,7 @@ def formula(
         h, c = h0[d], None if c0 is None else c0[d]
         outs: list[Any] = [None] * count
         cells: list[Any] = [None] * count
-        for t in _steps(count, d, reverse):
+        for t in _step_order(count, d, reverse):
             a = linear(h, w_hh[d], None if b_hh is None else b_hh[d])
             if cell == "gru":
                 x_r, x_z, x_n = x[t].chunk(3, -1)
@@ -120,7 +123,7 @@ def formula(
     return out, h_n, out.new_empty(0), out.new_empty(0)
 
 
-def _steps(count: int, d: int, reverse: bool) -> range:
+def _step_order(count: int, d: int, reverse: bool) -> range:
     """The order in which a direction walks the sequence."""
     return range(count - 1, -1, -1) if reverse or d == 1 else range(count)
 
@@ -129,7 +132,8 @@ def gate_grads(
     gates: Tensor | None, w_hh: Tensor, out: Tensor, before: Tensor, cells: Tensor | None, cells_before: Tensor | None,
     dout: Tensor | None, dhn: Tensor | None, dcn: Tensor | None, dcells: Tensor | None, cell: str, reverse: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
-    """The reverse loop in torch's operators: gradients of the gate inputs, of h0 and of c0."""
+    """The loop over the steps of a backward in torch's operators: the gradients of the gates' inputs [T, B, D, S, H],
+    with S = 4 for GRU and LSTM and 1 otherwise, of h0 and of c0."""
     count = out.shape[0]
     per_direction, dh0, dc0 = [], [], []
     directions = w_hh.shape[0]
@@ -140,7 +144,7 @@ def gate_grads(
         dh = torch.zeros_like(before[0, :, d]) if dhn is None else dhn[d]
         dc = None if cells is None else torch.zeros_like(dh) if dcn is None else dcn[d]
         slots: list[Any] = [None] * count
-        for t in reversed(_steps(count, d, reverse)):
+        for t in reversed(_step_order(count, d, reverse)):
             dh = dh if dout_d is None else dh + dout_d[t]
             if gates is None:
                 assert h_t is not None

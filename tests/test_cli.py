@@ -476,9 +476,14 @@ class TestExplain:
         assert texts[0] != texts[1]
 
     def test_it_leaves_the_environment_alone(self, capsys):
-        before = dict(os.environ)
+        """torch may set variables of its own when it imports its compiler."""
+
+        def ours():
+            return {name: value for name, value in os.environ.items() if name.startswith(("TRITUNE_", "TRITON_"))}
+
+        before = ours()
         self.explain(capsys, "max_pool2d", "1x8x8x8", "--device", "mi300x")
-        assert dict(os.environ) == before
+        assert ours() == before
 
     def test_every_public_operator(self, capsys):
         """One that is added to the package must be added to the command."""

@@ -624,7 +624,7 @@ class TestPrecision:
 
         monkeypatch.setattr(kernels, function, run)
         # Slices of fake CUDA tensors need a torch that was built for CUDA.
-        monkeypatch.setattr(rnn_operators, "_previous", lambda states, first, reverse: states.unsqueeze(2))
+        monkeypatch.setattr(rnn_operators, "_previous_states", lambda states, first, reverse: states.unsqueeze(2))
         own, other = torch.backends.cudnn.conv, torch.backends.cudnn.rnn
         if module == "rnn":
             own, other = other, own
