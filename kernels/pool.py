@@ -2,7 +2,7 @@ r"""Pooling of 1, 2 and 3 dimensions, by fixed and by adaptive windows: forward,
 
     y[n,c,z,p,q] = reduce over the window's taps t, r, s of x[n, c, d0 + t*DIL_D, h0 + r*DIL_H, w0 + s*DIL_W]
 
-This file is the door of the family: it plans the launches, registers the kernels with the tuner and calls them. The
+This file is what other modules call: it plans the launches, registers the kernels with the tuner and calls them. The
 formulas and the bytes of each pass stand at the head of the file that computes it:
 
     pool_windows.py     where windows lie and what their sums are made of, for all kernels
