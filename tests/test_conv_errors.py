@@ -1071,7 +1071,8 @@ def accepted_transposed(f: Function):
             lambda: call(x(), w(taps=2), stride=2, padding=6, output_padding=1),
             args(2, 6, output_padding=1),
         ),
-        "stride 2**31 - 2": (lambda: call(x(size=1), w(), stride=2**31 - 2), args(2**31 - 2)),
+        # Without images: for such a stride torch's transposed kernels take minutes, leave memory unwritten, or crash.
+        "stride 2**31 - 2": (lambda: call(x(n=0, size=1), w(), stride=2**31 - 2), args(2**31 - 2)),
         "dilation 2**31 - 2": (lambda: call(x(), w(taps=1), dilation=2**31 - 2), args(dilation=2**31 - 2)),
         "empty batch, no pixels": (lambda: call(x(n=0, size=0), w()), args()),
         "more filters than channels": (lambda: call(x(c=2), w(k=12, c=2)), args()),
@@ -1111,7 +1112,7 @@ def test_accepted_and_normalised(name, make, args):
         options = (args.stride, args.padding, args.output_padding, args.groups, args.dilation)
     else:
         options = (args.stride, args.padding, args.dilation, args.groups)
-    assert_same(theirs_of(name)(*operands, *options), theirs, f.transposed, args)
+    torch.testing.assert_close(theirs_of(name)(*operands, *options), theirs)
 
 
 @accepted_rows(NAMES)
@@ -1119,15 +1120,7 @@ def test_accepted_by_the_public_function(name, make, args):
     made = make()
     ours = outcome(getattr(tritune, name), made)
     assert isinstance(ours, Tensor), ours
-    assert_same(ours, outcome(theirs_of(name), made), BY_NAME[name].transposed, args)
-
-
-def assert_same(ours, theirs, transposed, args):
-    """With the largest stride torch's transposed kernels leave memory unwritten on some processors."""
-    if transposed and max(args.stride) == 2**31 - 2:
-        assert (ours.shape, ours.dtype) == (theirs.shape, theirs.dtype)
-    else:
-        torch.testing.assert_close(ours, theirs)
+    torch.testing.assert_close(ours, outcome(theirs_of(name), made))
 
 
 @pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor")
