@@ -81,6 +81,17 @@ def product(cases: Sequence[Case], *choices: Sequence[Any], compat: Container[st
     return rows
 
 
+def in_turn(cases: Iterable[Any], *choices: Sequence[Any]) -> list[Any]:
+    """A row for pytest of each case with each combination of choices. `make test` runs one combination for each case,
+    the combinations in turn, where each case takes the same path whatever is chosen; the other rows are ``full``."""
+    combinations = list(itertools.product(*choices))
+    return [
+        pytest.param(case, *row, marks=[] if (number - place) % len(combinations) == 0 else [pytest.mark.full])
+        for number, case in enumerate(cases)
+        for place, row in enumerate(combinations)
+    ]
+
+
 def lp_pool(rank: int) -> Callable[..., Tensor]:
     """torch's function; before 2.13 infinite norms, of which it sums infinite powers there, as since."""
     theirs: Callable[..., Tensor] = getattr(F, f"lp_pool{rank}d")

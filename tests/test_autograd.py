@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from harness import backend_of, lay_out
+from harness import backend_of, in_turn, lay_out
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.library import opcheck
@@ -277,9 +277,7 @@ class TestOperators:
         assert gradcheck(lambda x: ops.max_unpool(x, indices, size, *windows, "auto"), x, fast_mode=True)
         assert gradgradcheck(lambda x: ops.max_unpool(x, indices, size, *windows, "auto"), x, fast_mode=True)
 
-    @pytest.mark.parametrize("last", [False, True])
-    @pytest.mark.parametrize("activation", ["none", "relu", "silu"])
-    @pytest.mark.parametrize("name", CONVOLUTIONS)
+    @pytest.mark.parametrize("name, activation, last", in_turn(CONVOLUTIONS, ["none", "relu", "silu"], [False, True]))
     def test_opcheck_conv(self, name, activation, last):
         op, shapes, geometry = name.split("-")[0], *CONVOLUTIONS[name]
         x, *rest = (t.detach() for t in tensors(torch.float32, shapes=shapes))
@@ -290,8 +288,9 @@ class TestOperators:
             opcheck(getattr(ops, op).default, call)
             opcheck(getattr(ops, f"{op}_saving_input").default, call)
 
-    @pytest.mark.parametrize("channels_last", [False, True])
-    @pytest.mark.parametrize("name", [name for name in CONVOLUTIONS if "transpose" not in name])
+    @pytest.mark.parametrize(
+        "name, channels_last", in_turn([name for name in CONVOLUTIONS if "transpose" not in name], [False, True])
+    )
     def test_opcheck_gradients_of_conv(self, name, channels_last):
         shapes, geometry = CONVOLUTIONS[name]
         x, w, _, _, g = tensors(torch.float32, shapes=shapes)
@@ -302,8 +301,7 @@ class TestOperators:
                 call = (g, saved, activation, need_bias, channels_last, "auto")
                 opcheck(ops.conv_epilogue_grad.default, call)
 
-    @pytest.mark.parametrize("last", [False, True])
-    @pytest.mark.parametrize("name", MAXIMA)
+    @pytest.mark.parametrize("name, last", in_turn(MAXIMA, [False, True]))
     def test_opcheck_max_pool(self, name, last):
         shape, (size, *windows) = MAXIMA[name]
         x = lay_out(distinct(shape, torch.float32).detach(), "nhwc" if last else "nchw").requires_grad_()
@@ -315,8 +313,7 @@ class TestOperators:
             opcheck(ops.max_pool_backward.default, (dy, winners, shape[2:], last, *windows, "auto"))
             opcheck(ops.pool_gather.default, (x, winners, *windows, "auto"))
 
-    @pytest.mark.parametrize("last", [False, True])
-    @pytest.mark.parametrize("name", MEANS)
+    @pytest.mark.parametrize("name, last", in_turn(MEANS, [False, True]))
     def test_opcheck_avg_pool(self, name, last):
         shape, (size, *windows) = MEANS[name]
         x = lay_out(torch.randn(shape), "nhwc" if last else "nchw").requires_grad_()
@@ -326,8 +323,7 @@ class TestOperators:
             opcheck(ops.avg_pool_backward.default, (dy, shape[2:], last, *windows, *options, "auto"))
 
     @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # opcheck looks at them
-    @pytest.mark.parametrize("norm", [1.0, 2.0])
-    @pytest.mark.parametrize("name", FIXED)
+    @pytest.mark.parametrize("name, norm", in_turn(FIXED, [1.0, 2.0]))
     def test_opcheck_lp_pool(self, name, norm):
         shape, (size, *windows) = unpadded(FIXED[name])
         x = torch.rand(shape, requires_grad=True)
@@ -356,8 +352,7 @@ class TestOperators:
         assert gradcheck(layer, args, fast_mode=True)
         assert gradgradcheck(layer, args, fast_mode=True)
 
-    @pytest.mark.parametrize("cell", CELLS)
-    @pytest.mark.parametrize("directions", [1, 2])
+    @pytest.mark.parametrize("cell, directions", in_turn(CELLS, [1, 2]))
     def test_opcheck_rnn(self, cell, directions):
         args = sequence(cell, directions, torch.float32)
         opcheck(ops.rnn.default, (*args, cell, False, "ieee", True, "auto"))

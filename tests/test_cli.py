@@ -137,6 +137,7 @@ assert not [name for name in sys.modules if name.startswith("tritune.perf.")]
             assert any(one.startswith(f"{package}>=") for one in project["optional-dependencies"][extra])
 
     @pytest.mark.slow
+    @pytest.mark.full
     def test_completion(self):
         """Of commands, operators, their options, and words that an option takes."""
         for typed, expected in {
@@ -231,6 +232,7 @@ PATHS = [(words, name) for words, options in COMMANDS for name, is_path in optio
 
 
 @pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
 def test_an_interrupted_demo_says_one_line(number, tmp_path):
     for module in ("rich", "matplotlib", "sklearn"):
@@ -372,6 +374,7 @@ class TestExplain:
         "def run():\n    while True:\n        os.write(1, b'printed')\n        time.sleep(0.001)\n"
         "threading.Thread(target=run, daemon=True).start()\n",
     ], ids=["atexit", "child", "finalizer", "thread"])  # fmt: skip
+    @pytest.mark.full
     def test_what_a_model_prints_last_goes_to_standard_error(self, last, tmp_path, monkeypatch):
         (tmp_path / "prints_last.py").write_text(
             f"import torch, tritune\n{last}def make():\n    return tritune.nn.MaxPool2d(2)\n"

@@ -45,6 +45,7 @@ def compared(name):
 
 
 @pytest.mark.slow
+@pytest.mark.full
 def test_demo(tmp_path):
     for module in ("triton", "rich", "matplotlib", "sklearn"):
         pytest.importorskip(module)

@@ -111,6 +111,7 @@ def test_a_short_rehearsal(tmp_path):
         assert str(SOURCE.parent) not in path.read_text(), f"{path.name} names a folder of this machine"
 
 
+@pytest.mark.full
 def test_faults_are_survived_and_named(tmp_path):
     pytest.importorskip("triton")
     (tmp_path / "planted.py").write_text(PLANTED)
@@ -151,6 +152,7 @@ def started(*arguments: str, path: Path) -> Iterator[subprocess.Popen[str]]:
             process.kill()
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
 def test_interrupted(tmp_path, number):
     pytest.importorskip("triton")
@@ -179,6 +181,7 @@ def test_killed_it_leaves_what_it_has(tmp_path):
     assert records(tmp_path / "out", "conv")[0]["correct"] is True
 
 
+@pytest.mark.full
 class TestResume:
     CASES = (
         PLANTED

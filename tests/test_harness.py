@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import conftest
 import pytest
 import torch
-from harness import EPSILON, FEW, Case, Errors, assert_close, check, product
+from harness import EPSILON, FEW, Case, Errors, assert_close, check, in_turn, product
 
 pytestmark = pytest.mark.torch
 EXACT = torch.tensor([1.0, -2.0, 0.5, 4.0], dtype=torch.float64)
@@ -151,3 +151,12 @@ def test_rows_of_the_short_suite():
     for one, other in itertools.combinations(range(3), 2):
         pairs = {(row[one], row[other]) for row in short}
         assert len(pairs) == len({row[one] for row in short}) * len({row[other] for row in short})
+
+
+def test_rows_in_turn():
+    """One for each case; every combination is met where there are as many cases."""
+    rows = in_turn("fghijk", ("a", "b", "c"), ("x", "y"))
+    short = [row.values for row in rows if not row.marks]
+    assert len(rows) == 36
+    assert [case for case, *_ in short] == list("fghijk")
+    assert len({tuple(choice) for _, *choice in short}) == 6
