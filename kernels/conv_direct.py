@@ -29,13 +29,14 @@ import torch
 from ..autotune import cost
 from ..autotune.config import Config, Estimate, Tunable, register
 from ..autotune.device import DeviceSpec
+from ..autotune.layout import empty
 from ._launch import Launch, launch, layout_strides, raw_strides, readable, row_alignment, unit_divisor
 from .conv import prepare, sum_splits
 from .conv_direct_forward import direct_kernel, direct_rows_kernel
 from .conv_direct_tiles import MAX_ROWS, equal_block, first_run, last_run, reads_row, reads_run
 from .conv_direct_transpose import block_input, direct_transpose_kernel
 from .conv_direct_weight_grad import direct_rows_weight_grad_kernel, direct_weight_grad_kernel
-from .conv_problem import ConvProblem, Epilogue, Geometry, channels_last, empty_output, meta_tensors, problem_of
+from .conv_problem import ConvProblem, Epilogue, Geometry, channels_last, meta_tensors, problem_of
 from .conv_space import due_load_bytes, features
 from .conv_windows import X_STRIDES, Y_STRIDES
 
@@ -614,7 +615,7 @@ def run_weight_grad(
     precision: str = "ieee", is_channels_last: bool = False,
 ) -> torch.Tensor:  # fmt: skip
     """dw; with one channel a group it has one layout, and the kernel's is that of x."""
-    dw = empty_output(x, weight_shape, is_channels_last)
+    dw = empty(x, weight_shape, is_channels_last)
     unit_channels = x.stride(1) == 1
     problem = problem_of(x.shape, weight_shape, g.shape[2:], geometry, x.dtype, precision, unit_channels)
     launch(WEIGHT_GRAD, plan_weight_grad, problem, x, _laid_as(g, unit_channels), dw)

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ..autotune import cost
+from ..autotune.layout import empty
 from ._launch import layout_strides, readable, unit_divisor
 
 Triple = tuple[int, int, int]
@@ -243,13 +244,6 @@ def unpad_weight_grad(dw: torch.Tensor, p: ConvProblem, shape: Sequence[int]) ->
 # --- results ---------------------------------------------------------------------------------------------------------
 
 
-def empty_output(like: torch.Tensor, shape: Sequence[int], is_channels_last: bool) -> torch.Tensor:
-    if not is_channels_last:
-        return like.new_empty(shape)
-    n, c, *space = shape
-    return like.new_empty((n, *space, c)).movedim(-1, 1)
-
-
 def dense_layout(out: torch.Tensor, run: bool = True) -> dict[str, Any]:
     """The constants CHANNELS_LAST and RUN by which a kernel addresses a dense result."""
     last = layout_strides(out)[1]
@@ -295,6 +289,6 @@ def meta_tensors(p: ConvProblem) -> tuple[torch.Tensor, torch.Tensor, torch.Tens
     """x, weights and y of a problem on the meta device, laid out as the problem says."""
     groups, skip = p.geometry.groups, 3 - p.rank
     like = torch.empty(0, dtype=p.dtype, device="meta")
-    x = empty_output(like, (p.N, p.C * groups, *p.image[skip:]), p.channels_last)
+    x = empty(like, (p.N, p.C * groups, *p.image[skip:]), p.channels_last)
     w = like.new_empty(p.K * groups, *p.window[skip:], p.C)
-    return x, w, empty_output(like, (p.N, p.K * groups, *p.output[skip:]), p.channels_last)
+    return x, w, empty(like, (p.N, p.K * groups, *p.output[skip:]), p.channels_last)

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..autotune.layout import empty, laid_out
 from ._dispatch import conv_setting, resolved_precision, runs_kernels
-from ._layout import empty, has_unit_channels, is_channels_last, laid_out, or_empty
+from ._layout import has_unit_channels, is_channels_last, or_empty
 from ._register import below_autograd, register
 from .conv_torch import (
     SAVES_INPUT,
