@@ -47,21 +47,18 @@ MAX_BLOCK, MAX_PRODUCTS = 16, 256  # outputs and products of one position that t
 # --- launchers -------------------------------------------------------------------------------------------------------
 
 
-def takes(p: ConvProblem) -> bool:
-    """Which convolutions, and transposes of them, are for these kernels."""
-    outputs, products = _block(p)
-    fits = p.geometry.parities == 1 or (outputs <= MAX_BLOCK and products <= MAX_PRODUCTS)
-    return p.geometry.groups > 1 and p.C in CHANNELS and p.K in CHANNELS and fits
+def takes(weight_shape: Sequence[int], stride: Sequence[int], groups: int) -> bool:
+    """Which convolutions, and transposes of them, are for these kernels: those where few channels meet in a group."""
+    filters, channels, *window = weight_shape
+    filters //= groups
+    outputs, products = _block(stride, window, filters)
+    fits = math.prod(stride) == 1 or (outputs <= MAX_BLOCK and products <= MAX_PRODUCTS)
+    return groups > 1 and channels in CHANNELS and filters in CHANNELS and fits
 
 
-def _block(p: ConvProblem) -> tuple[int, int]:
+def _block(stride: Sequence[int], window: Sequence[int], filters: int) -> tuple[int, int]:
     """Outputs of a block of the transpose, and products that a channel sums in it: its code is that long."""
-    _, stride_h, stride_w = p.geometry.stride
-    return stride_h * stride_w, p.window[1] * p.window[2] * p.K
-
-
-def takes_weight_grad(p: ConvProblem) -> bool:
-    return takes(p) and p.C == 1
+    return math.prod(stride[-2:]), math.prod(window[-2:]) * filters
 
 
 def _turned(p: ConvProblem) -> ConvProblem:
@@ -318,7 +315,7 @@ def _transpose_accepts(p: ConvProblem, config: Config, device: DeviceSpec) -> bo
         return _forward_accepts(_turned(p), config, device)
     if p.channels_last == ("BLOCK_Q" in config):
         return False
-    blocks, products = _block(p)
+    blocks, products = _block(p.geometry.stride, p.window, p.K)
     if not p.channels_last:
         threads = device.warp_size * config.num_warps
         return config.BLOCK_P == 1 and config.BLOCK_Q <= max(1, 32 // blocks) * threads

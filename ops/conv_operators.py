@@ -7,7 +7,6 @@ them: the convolution ``y = conv(x, w)``, its transpose ``x = conv_transpose(y, 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -35,12 +34,9 @@ from .conv_torch import (
 
 def is_direct(weight_shape: Sequence[int], stride: Sequence[int], groups: int) -> bool:
     """Do few channels meet in a group, so that the kernels multiply them one by one and not as matrices?"""
-    from ..kernels.conv_direct import CHANNELS, MAX_BLOCK, MAX_PRODUCTS
+    from ..kernels.conv_direct import takes
 
-    filters, channels = weight_shape[0] // groups, weight_shape[1]
-    block, products = math.prod(stride[-2:]), math.prod(weight_shape[2:][-2:]) * filters
-    fits = math.prod(stride) == 1 or (block <= MAX_BLOCK and products <= MAX_PRODUCTS)
-    return groups > 1 and channels in CHANNELS and filters in CHANNELS and fits
+    return takes(weight_shape, stride, groups)
 
 
 def module_of(weight_shape: Sequence[int], stride: Sequence[int], groups: int) -> Any:

@@ -58,6 +58,7 @@ def check(
 ) -> None:  # fmt: skip
     """Forward, transpose and weight gradient of a layer whose operands lie in ``layout`` and results in ``out``."""
     from tritune.kernels import conv, conv_direct
+    from tritune.ops.conv_operators import module_of, weight_grad_module_of
 
     def draw() -> tuple[Tensor, Tensor, Tensor]:
         x, w = torch.randn(one.x).to(dtype), torch.randn(one.w).to(dtype)
@@ -77,8 +78,7 @@ def check(
     x, w, g = tensors or draw()
     exact, torchs = reference(x.double(), w.double(), g.double()), reference(x, w, g)
     geometry = conv.Geometry.of(*one[2:])
-    problem = conv.problem_of(one.x, one.w, g.shape[2:], geometry, dtype, "ieee", layout == "nhwc")
-    assert conv_direct.takes(problem)
+    assert module_of(one.w, one.stride, one.groups) is conv_direct
     out = out or ("nhwc" if layout == "nhwc" else "nchw")
     x, g, w = lay_out(x, layout).to(device), lay_out(g, layout).to(device), w.to(device)
     ours = {}
@@ -87,7 +87,7 @@ def check(
             ours["f"] = conv_direct.run_forward(x, w, g.shape[2:], geometry, is_channels_last=out == "nhwc")[0]
         if "t" in passes:
             ours["t"] = conv_direct.run_transpose(g, w, x.shape[2:], geometry, is_channels_last=out == "nhwc")[0]
-        if "w" in passes and conv_direct.takes_weight_grad(problem):
+        if "w" in passes and weight_grad_module_of(one.w, one.stride, one.groups) is conv_direct:
             ours["w"] = conv_direct.run_weight_grad(x, g, one.w, geometry)
     for name, result in ours.items():
         assert_close(name, result, exact[name], torchs[name], [] if tensors else torch_errors(name))
