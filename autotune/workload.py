@@ -19,6 +19,7 @@ from torch import Tensor
 
 from .config import TUNABLES, Tunable
 from .device import DeviceSpec
+from .layout import laid_out
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # How a layer's products are computed: dtype of the operands, and the name that kernels know the precision by.
@@ -172,7 +173,7 @@ def random_tensors(operator: Operator, case: Case, device: str, seed: int) -> di
 def lay_out(t: Tensor, layout: str) -> Tensor:
     if not layout or t.dim() < 3:
         return t
-    return t.movedim(1, -1).contiguous().movedim(-1, 1) if layout == "nhwc" else t.contiguous()
+    return laid_out(t, layout == "nhwc")
 
 
 def stream_us(elements: float, flops: float, itemsize: int, rate_tflops: float, device: DeviceSpec) -> float:

@@ -39,6 +39,7 @@ import torch
 
 from ..autotune import cost
 from ..autotune.config import Config, Tunable, register
+from ..autotune.layout import empty
 from ._launch import Launch, descriptor, launch, layout_strides, readable, unit_divisor
 from .conv_epilogue import epilogue_grad_kernel, reduce_splits_kernel, sum_splits_kernel
 from .conv_forward import conv_kernel, conv_lines_kernel
@@ -50,7 +51,6 @@ from .conv_problem import (
     channels_last,
     dense_layout,
     dot_precision,
-    empty_output,
     is_one_line,
     line_sizes,
     line_tiles,
@@ -335,21 +335,21 @@ def _config_constants(config: Config) -> dict[str, int]:
 def _forward_launches(p: ConvProblem, config: Config) -> list[Launch]:
     x, w, y = meta_tensors(p)
     epilogue = Epilogue(bias=w.new_empty(y.shape[1]), activation="relu")
-    return plan_forward(p, config, empty_output(x, x.shape, True), w, y, epilogue)
+    return plan_forward(p, config, empty(x, x.shape, True), w, y, epilogue)
 
 
 def _transpose_launches(p: ConvProblem, config: Config) -> list[Launch]:
     x, w, y = meta_tensors(p)
-    return plan_transpose(p, config, empty_output(y, y.shape, True), w, x, Epilogue(bias=w.new_empty(x.shape[1])))
+    return plan_transpose(p, config, empty(y, y.shape, True), w, x, Epilogue(bias=w.new_empty(x.shape[1])))
 
 
 def _weight_grad_launches(p: ConvProblem, config: Config) -> list[Launch]:
     x, w, y = meta_tensors(p)
-    return plan_weight_grad(p, config, empty_output(x, x.shape, True), empty_output(y, y.shape, True), w)
+    return plan_weight_grad(p, config, empty(x, x.shape, True), empty(y, y.shape, True), w)
 
 
 def _epilogue_launches(p: EpilogueProblem, config: Config) -> list[Launch]:
-    y = empty_output(torch.empty(0, dtype=p.dtype, device="meta"), (1, p.K, p.M, 1), True)
+    y = empty(torch.empty(0, dtype=p.dtype, device="meta"), (1, p.K, p.M, 1), True)
     saved = torch.empty_like(y) if p.has_saved else None
     g = torch.empty_like(y) if p.writes_g else None
     bias_grad = y.new_empty(p.K) if p.has_bias else None
@@ -391,7 +391,7 @@ def result_and_epilogue(
     scale: torch.Tensor | None, residual: torch.Tensor | None, activation: str, save_input: bool,
 ) -> tuple[torch.Tensor, Epilogue]:  # fmt: skip
     """The result, allocated but not computed, and the epilogue that its kernel applies."""
-    y = empty_output(like, shape, is_channels_last)
+    y = empty(like, shape, is_channels_last)
     scale, bias = (None if vector is None else readable(vector, dense=True) for vector in (scale, bias))
     residual = None if residual is None else readable(residual, like=y)
     saved = torch.empty_like(y) if save_input else None
@@ -438,11 +438,11 @@ def run_weight_grad(
     problem = problem_of(x.shape, weight_shape, g.shape[2:], geometry, x.dtype, precision, is_channels_last)
     padded = pad_problem(problem)
     window = padded.window[3 - len(weight_shape[2:]) :]
-    dw = empty_output(x, (weight_shape[0], padded.C, *window), is_channels_last)
+    dw = empty(x, (weight_shape[0], padded.C, *window), is_channels_last)
     launch(WEIGHT_GRAD, plan_weight_grad, padded, pad_image(x, problem, padded), channels_last(g), dw)
     if padded == problem:
         return dw
-    return empty_output(x, weight_shape, is_channels_last).copy_(unpad_weight_grad(dw, problem, weight_shape))
+    return empty(x, weight_shape, is_channels_last).copy_(unpad_weight_grad(dw, problem, weight_shape))
 
 
 def run_epilogue_grad(
@@ -451,7 +451,7 @@ def run_epilogue_grad(
     """g, the gradient at the activation's input, in the layout that is asked for, and with ``need_bias`` the gradient
     of the bias."""
     channels = dy.shape[1]
-    g = empty_output(dy, dy.shape, is_channels_last)
+    g = empty(dy, dy.shape, is_channels_last)
     bias_grad = dy.new_empty(channels) if need_bias else None
     problem = EpilogueProblem(_pixel_count(dy), channels, dy.dtype, saved is not None, True, need_bias)
     launch(EPILOGUE_GRAD, plan_epilogue_grad, problem, dy, saved, g, bias_grad, activation)

@@ -30,13 +30,14 @@ import torch
 from ..autotune import cost
 from ..autotune.config import Config, Estimate, Tunable, register
 from ..autotune.device import DeviceSpec
+from ..autotune.layout import empty
 from ._launch import Launch, launch, layout_strides, raw_strides, readable, row_alignment, unit_divisor
 from .conv import result_and_epilogue, sum_splits_launch
 from .conv_direct_forward import direct_kernel, direct_rows_kernel
 from .conv_direct_tiles import MAX_ROWS, equal_block, first_run, last_run, reads_row, reads_run
 from .conv_direct_transpose import cell_input, direct_transpose_kernel
 from .conv_direct_weight_grad import direct_rows_weight_grad_kernel, direct_weight_grad_kernel
-from .conv_problem import ConvProblem, Epilogue, Geometry, channels_last, empty_output, meta_tensors, problem_of
+from .conv_problem import ConvProblem, Epilogue, Geometry, channels_last, meta_tensors, problem_of
 from .conv_space import due_load_bytes, features
 from .conv_windows import X_STRIDES, Y_STRIDES
 
@@ -49,23 +50,20 @@ MAX_CELL, MAX_PRODUCTS = 16, 256
 # --- launchers -------------------------------------------------------------------------------------------------------
 
 
-def takes(p: ConvProblem) -> bool:
-    """Do these kernels compute forward and transpose of this problem?"""
-    outputs, products = _cell_outputs_and_products(p)
-    fits = p.geometry.parities == 1 or (outputs <= MAX_CELL and products <= MAX_PRODUCTS)
-    return p.geometry.groups > 1 and p.C in CHANNELS and p.K in CHANNELS and fits
+def takes(weight_shape: Sequence[int], stride: Sequence[int], groups: int) -> bool:
+    """Do these kernels compute this convolution, and its transpose? They take those where few channels meet in a
+    group."""
+    filters, channels, *window = weight_shape
+    filters //= groups
+    outputs, products = _cell_outputs_and_products(stride, window, filters)
+    fits = math.prod(stride) == 1 or (outputs <= MAX_CELL and products <= MAX_PRODUCTS)
+    return groups > 1 and channels in CHANNELS and filters in CHANNELS and fits
 
 
-def _cell_outputs_and_products(p: ConvProblem) -> tuple[int, int]:
+def _cell_outputs_and_products(stride: Sequence[int], window: Sequence[int], filters: int) -> tuple[int, int]:
     """The pixels of a cell of the transpose, and the products that one channel sums in a cell. The kernel is unrolled
     over both."""
-    _, stride_h, stride_w = p.geometry.stride
-    return stride_h * stride_w, p.window[1] * p.window[2] * p.K
-
-
-def takes_weight_grad(p: ConvProblem) -> bool:
-    """Do these kernels compute the weight gradient of this problem?"""
-    return takes(p) and p.C == 1
+    return math.prod(stride[-2:]), math.prod(window[-2:]) * filters
 
 
 def _turned_problem(p: ConvProblem) -> ConvProblem:
@@ -335,7 +333,7 @@ def _transpose_accepts(p: ConvProblem, config: Config, device: DeviceSpec) -> bo
         return _forward_accepts(_turned_problem(p), config, device)
     if p.channels_last == ("BLOCK_Q" in config):
         return False
-    outputs, products = _cell_outputs_and_products(p)
+    outputs, products = _cell_outputs_and_products(p.geometry.stride, p.window, p.K)
     if not p.channels_last:
         threads = device.warp_size * config.num_warps
         return config.BLOCK_P == 1 and config.BLOCK_Q <= max(1, 32 // outputs) * threads
@@ -636,7 +634,7 @@ def run_weight_grad(
 ) -> torch.Tensor:  # fmt: skip
     """dw, of ``weight_shape``. With one channel a group both layouts of dw are the same in memory, so the kernel is
     chosen by the layout of x."""
-    dw = empty_output(x, weight_shape, is_channels_last)
+    dw = empty(x, weight_shape, is_channels_last)
     unit_channels = x.stride(1) == 1
     problem = problem_of(x.shape, weight_shape, g.shape[2:], geometry, x.dtype, precision, unit_channels)
     launch(WEIGHT_GRAD, plan_weight_grad, problem, x, _in_layout(g, unit_channels), dw)

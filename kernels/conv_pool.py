@@ -50,6 +50,7 @@ import triton.language as tl
 from ..autotune import cost
 from ..autotune.config import Config, Estimate, Tunable, register
 from ..autotune.device import DeviceSpec
+from ..autotune.layout import empty
 from ._launch import Launch, launch, layout_strides
 from ._math import activate, dot, narrow, position
 from .conv import result_and_epilogue
@@ -58,7 +59,6 @@ from .conv_problem import (
     Epilogue,
     Geometry,
     dot_precision,
-    empty_output,
     meta_tensors,
     pad_image,
     pad_problem,
@@ -373,7 +373,7 @@ def _estimate(p: ConvPoolProblem, config: Config, device: DeviceSpec) -> Estimat
 
 def _launches(p: ConvPoolProblem, config: Config) -> list[Launch]:
     x, w, z = meta_tensors(p.conv)
-    y = empty_output(z, (*z.shape[:2], *p.output), True)
+    y = empty(z, (*z.shape[:2], *p.output), True)
     return plan(p, config, x, w, y, Epilogue(bias=w.new_empty(y.shape[1]), activation="relu"))
 
 
@@ -426,4 +426,4 @@ def run(
     problem = conv_pool_problem(conv, window, output)
     x, weight = pad_image(x, conv, problem.conv), pad_weight(weight, conv, problem.conv)
     launch(CONV_MAX_POOL, plan, problem, x, weight, y, epilogue)
-    return y if is_channels_last else empty_output(y, y.shape, False).copy_(y)
+    return y if is_channels_last else empty(y, y.shape, False).copy_(y)

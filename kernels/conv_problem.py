@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ..autotune import cost
+from ..autotune.layout import empty
 from ._launch import layout_strides, readable, unit_divisor
 
 Triple = tuple[int, int, int]
@@ -259,14 +260,6 @@ def unpad_weight_grad(dw: torch.Tensor, p: ConvProblem, shape: Sequence[int]) ->
 # --- results ---------------------------------------------------------------------------------------------------------
 
 
-def empty_output(like: torch.Tensor, shape: Sequence[int], is_channels_last: bool) -> torch.Tensor:
-    """A dense tensor of ``shape``, uninitialised, of the dtype and on the device of ``like``."""
-    if not is_channels_last:
-        return like.new_empty(shape)
-    n, c, *space = shape
-    return like.new_empty((n, *space, c)).movedim(-1, 1)
-
-
 def dense_layout(out: torch.Tensor, run: bool = True) -> dict[str, Any]:
     """The constants CHANNELS_LAST and RUN by which a kernel addresses the dense result ``out``; without ``run`` RUN is
     1."""
@@ -315,6 +308,6 @@ def meta_tensors(p: ConvProblem) -> tuple[torch.Tensor, torch.Tensor, torch.Tens
     problem."""
     groups, skip = p.geometry.groups, 3 - p.rank
     like = torch.empty(0, dtype=p.dtype, device="meta")
-    x = empty_output(like, (p.N, p.C * groups, *p.image[skip:]), p.channels_last)
+    x = empty(like, (p.N, p.C * groups, *p.image[skip:]), p.channels_last)
     w = like.new_empty(p.K * groups, *p.window[skip:], p.C)
-    return x, w, empty_output(like, (p.N, p.K * groups, *p.output[skip:]), p.channels_last)
+    return x, w, empty(like, (p.N, p.K * groups, *p.output[skip:]), p.channels_last)

@@ -135,21 +135,19 @@ def torch_validates(input: Any) -> bool:
     raises? No for meta and fake tensors, of which torch checks less, and under dispatch modes and hooks of saved
     tensors, whose exceptions would look like torch's. Always in torch.jit.trace, where our checks would make sizes
     constants."""
-    kind = type(input)
-    if (kind is not Tensor and kind is not Parameter) or is_dynamo_compiling():
+    if not torch_computes(input) or _state.recorder is not None:
         return False
-    backend = _state.torch_first
-    if (
+    looked_on = (
         _len_torch_dispatch_stack() or _top_saved_tensors_default_hooks(True) is not None
         or logger.isEnabledFor(INFO)  # :func:`choose` logs why torch serves
-    ):  # fmt: skip
-        return backend != "" and _is_tracing()
-    return input.is_cpu or _is_tracing() if backend == "auto" else backend == "torch" and not input.is_meta
+    )  # fmt: skip
+    return not looked_on or _is_tracing()
 
 
 def torch_computes(input: Any) -> bool:
     """Does torch serve a call on this real tensor, whoever looks on? Looking on must not change what runs, so a module
-    that may take a way of its own there goes by this; whether :func:`choose` has to be told is :func:`is_watched`."""
+    that may take a way of its own there goes by this, and a function, whose torch call must not be taken for the
+    user's, by :func:`torch_validates`; whether :func:`choose` has to be told is :func:`is_watched`."""
     kind = type(input)
     if (kind is not Tensor and kind is not Parameter) or is_dynamo_compiling():
         return False
@@ -168,8 +166,9 @@ TORCH_ERRORS = (TypeError, ValueError, RuntimeError, IndexError, AttributeError,
 
 
 def rejections() -> tuple[type[Exception], ...]:
-    """The exceptions after which our validator is asked. In torch.jit.trace there are none: it does not survive that
-    another operator follows one that failed. Asked before the call, since a failure also ends the trace."""
+    """The exceptions after which our validator is asked, where :func:`torch_validates`. In torch.jit.trace there are
+    none: it does not survive that another operator follows one that failed. Asked before the call, since a failure also
+    ends the trace."""
     return () if _is_tracing() else TORCH_ERRORS
 
 
@@ -178,7 +177,7 @@ def torch_errors(input: Any) -> tuple[type[Exception], ...] | None:
     if it may not. None of them, ``()``, while sizes are recorded: our checks would ask about sizes, and each answer
     would be recorded, too, as a guard or a constant. So there torch's own has the call, whatever it says."""
     if torch_validates(input):
-        return () if _is_tracing() else TORCH_ERRORS
+        return rejections()
     return () if records_sizes(input) and torch_serves(input) else None
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -34,19 +33,6 @@ def is_channels_last(t: torch.Tensor) -> bool:
 def has_unit_channels(t: torch.Tensor) -> bool:
     """Are neighbouring channels neighbours in memory?"""
     return t.shape[1] == 1 or t.stride(1) == 1
-
-
-def laid_out(t: torch.Tensor, channels_last: bool) -> torch.Tensor:
-    """The tensor dense in that layout: itself, or a copy."""
-    return t.movedim(1, -1).contiguous().movedim(-1, 1) if channels_last else t.contiguous()
-
-
-def empty(like: torch.Tensor, shape: Sequence[int], channels_last: bool) -> torch.Tensor:
-    """An uninitialised tensor of that shape and layout; dtype and device are those of ``like``."""
-    if not channels_last:
-        return like.new_empty(shape)
-    n, c, *space = shape
-    return like.new_empty((n, *space, c)).movedim(-1, 1)
 
 
 def or_empty(t: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:

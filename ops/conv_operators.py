@@ -7,15 +7,15 @@ them: the convolution ``y = conv(x, w)``, its transpose ``x = conv_transpose(y, 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..autotune.layout import empty, laid_out
 from ._dispatch import conv_setting, resolved_precision, runs_kernels
-from ._layout import empty, has_unit_channels, is_channels_last, laid_out, or_empty
+from ._layout import has_unit_channels, is_channels_last, or_empty
 from ._register import below_autograd, register
 from .conv_torch import (
     SAVES_INPUT,
@@ -34,12 +34,9 @@ from .conv_torch import (
 
 def is_direct(weight_shape: Sequence[int], stride: Sequence[int], groups: int) -> bool:
     """Do few channels meet in a group, so that the kernels multiply them one by one and not as matrices?"""
-    from ..kernels.conv_direct import CHANNELS, MAX_CELL, MAX_PRODUCTS
+    from ..kernels.conv_direct import takes
 
-    filters, channels = weight_shape[0] // groups, weight_shape[1]
-    cell, products = math.prod(stride[-2:]), math.prod(weight_shape[2:][-2:]) * filters
-    fits = math.prod(stride) == 1 or (cell <= MAX_CELL and products <= MAX_PRODUCTS)
-    return groups > 1 and channels in CHANNELS and filters in CHANNELS and fits
+    return takes(weight_shape, stride, groups)
 
 
 def module_of(weight_shape: Sequence[int], stride: Sequence[int], groups: int) -> Any:

@@ -7,9 +7,9 @@ from typing import Any
 
 from torch import Tensor
 
+from ..autotune.layout import empty
 from . import conv_operators, pool_operators
 from ._dispatch import conv_setting, resolved_precision, runs_kernels
-from ._layout import empty
 from ._register import register
 from .pool_checks import pool_output_size
 

@@ -12,11 +12,12 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_unary, has_torch_function_variadic
 
 from ..autotune.device import DeviceSpec
+from ..autotune.layout import empty
 from ..autotune.resolve import Choice, resolve
 from . import pool_checks
 from ._checks import Size
 from ._dispatch import Ruling, are_plain, choose, is_jit_tracing, measured, torch_errors
-from ._layout import empty, is_channels_last
+from ._layout import is_channels_last
 from ._register import requires_grad, run_operator
 from .pool_checks import Ints, PoolArgs
 from .pool_operators import (

@@ -18,8 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..autotune.layout import empty, laid_out
 from ._dispatch import runs_kernels
-from ._layout import empty, is_channels_last, laid_out
+from ._layout import is_channels_last
 from ._register import below_autograd, register
 from .pool_checks import Ints
 from .pool_torch import (

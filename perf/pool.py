@@ -12,9 +12,9 @@ from torch import Tensor
 
 from .. import ops
 from ..autotune.device import DeviceSpec
+from ..autotune.layout import empty
 from ..autotune.resolve import resolve
 from ..autotune.workload import ALL_LAYERS, DTYPES, PRECISIONS, Case, Kernel, Layers, Operator, Shape, random_tensors
-from ..ops._layout import empty
 from ..ops.pool_operators import kernel_window, offset_dtype
 from .providers import IMAGES
 

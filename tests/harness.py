@@ -7,6 +7,7 @@ backend (``torch`` in tier 1, the kernels in tiers 2 and 4).
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import itertools
 import math
@@ -20,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.modules.utils import _pair, _triple
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 import tritune
 from tritune.autotune.check import EPSILON as EPSILON_BY_NAME
@@ -153,6 +154,43 @@ def assert_close(name: str, ours: Tensor, reference: Tensor, torchs: Tensor, oth
     )
 
 
+def assert_as_exact(ours: Any, reference: Callable[..., Any], *args: Any) -> None:
+    """:func:`assert_close` of our results with those of ``reference(*args)`` in float64, and in the arguments' dtypes.
+
+    Results are tensors or sequences of them, in the same order. Tuples of tensors and modules may be arguments, and a
+    module the reference. The other values for torch's error are the arguments times random numbers between 7/8 and
+    9/8, which leave zeros, NaN and infinities as they are.
+    """
+
+    def changed(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+        if isinstance(value, torch.nn.Module):
+            return copy.deepcopy(value)._apply(change)
+        return change(value.detach()).requires_grad_(value.requires_grad) if isinstance(value, Tensor) else value
+
+    def in_float64(t: Tensor) -> Tensor:
+        return (t.double() if t.is_floating_point() else t).cpu()
+
+    def other(t: Tensor) -> Tensor:
+        return t * (0.875 + torch.rand(t.shape, device=t.device) / 4).to(t.dtype) if t.is_floating_point() else t
+
+    def both(values: list[Any]) -> list[list[Tensor]]:
+        """The reference's results in float64, and torch's."""
+        with tritune.use_backend("torch"):
+            calls = [tree_map(functools.partial(changed, change=in_float64), values), values]
+            return [[t.detach() for t in tree_leaves(function(*rest))] for function, *rest in calls]
+
+    @functools.cache
+    def sample(_: int) -> list[Errors]:
+        pairs = zip(*both(tree_map(functools.partial(changed, change=other), call)), strict=True)
+        return [Errors.of(theirs, exact) for exact, theirs in pairs]
+
+    call = [reference, *args]
+    results = zip(tree_leaves(ours), *both(call), strict=True)
+    for index, (result, exact, theirs) in enumerate(results):
+        others = (sample(number)[index] for number in range(TORCH_SAMPLES - 1))
+        assert_close(f"result {index}", result, exact, theirs, others)
+
+
 class Allocations(TorchDispatchMode):
     """Bytes of all memory that is allocated in the block, inside our operators too."""
 
@@ -206,6 +244,22 @@ def few_dots(limit: int = MAX_INTERPRETED_DOTS) -> Iterator[None]:
     finally:
         InterpreterBuilder.create_dot = original
     assert count <= limit, f"{count} interpreted dots: make the case smaller"
+
+
+def recorded_precisions(monkeypatch: pytest.MonkeyPatch) -> set[str]:
+    """How the products of all launches from here on multiply fp32 operands. In the interpreter the values do not tell,
+    since there all products are in full precision."""
+    from tritune.kernels._launch import Launch
+
+    original, precisions = Launch.run, set()
+
+    def run(launch: Any) -> None:
+        if "PRECISION" in launch.constants:
+            precisions.add(launch.constants["PRECISION"])
+        original(launch)
+
+    monkeypatch.setattr(Launch, "run", run)
+    return precisions
 
 
 def run(fn: Callable[..., Any], inputs: dict[str, Tensor], kwargs: dict[str, Any], dy_seed: int) -> dict[str, Tensor]:

@@ -10,12 +10,25 @@ import math
 import pickle
 import weakref
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from harness import TORCH_SAMPLES, Allocations, Case, Errors, assert_close, backend_of, check, few_dots, poisoned
+from harness import (
+    TORCH_SAMPLES,
+    Allocations,
+    Case,
+    Errors,
+    assert_as_exact,
+    assert_close,
+    backend_of,
+    check,
+    few_dots,
+    poisoned,
+    recorded_precisions,
+)
 from torch import Tensor
 
 import tritune
@@ -139,6 +152,13 @@ def tensors(*shapes: tuple[int, ...], device: str, dtype: torch.dtype = torch.fl
     return [torch.randn(shape, device=device).to(dtype).requires_grad_() for shape in shapes]
 
 
+def with_gradients(fn: Callable[..., Tensor], *args: Tensor) -> tuple[Tensor, ...]:
+    """The result, and for a random gradient of it those of the arguments that need one."""
+    out = fn(*args)
+    dout = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out)
+    return out, *torch.autograd.grad(out, [t for t in args if t.requires_grad], dout)
+
+
 class TestCases:
     pytestmark = every_backend
 
@@ -174,32 +194,35 @@ class TestShapes:
     )
     def test_broadcasting(self, q, k, v, bias, device, tier):
         args = tensors(*(s for s in (q, k, v, bias) if s is not None), device=device)
-        names = ("query", "key", "value", "bias")[: len(args)]
-        with tritune.use_backend(backend_of(tier)), poisoned():
-            out = tritune.attention(**dict(zip(names, args, strict=True)))
-            grads = torch.autograd.grad(out.square().sum(), args)
         lead = torch.broadcast_shapes(q[:-2], k[:-2], v[:-2])
-        full = [t.expand(*lead, *t.shape[-2:]) for t in args[:3]]
-        mask = None if bias is None else args[3].expand(*lead, q[-2], k[-2])
-        wanted = F.scaled_dot_product_attention(*full, mask)
-        torch.testing.assert_close(out, wanted)
-        for got, one in zip(grads, torch.autograd.grad(wanted.square().sum(), args), strict=True):
-            torch.testing.assert_close(got, one, rtol=1e-4, atol=1e-5)
+
+        def ours(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
+            return tritune.attention(q, k, v, bias=bias)
+
+        def expanded(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
+            mask = None if bias is None else bias.expand(*lead, q.shape[-2], k.shape[-2])
+            return F.scaled_dot_product_attention(*(t.expand(*lead, *t.shape[-2:]) for t in (q, k, v)), mask)
+
+        with tritune.use_backend(backend_of(tier)), poisoned():
+            results = with_gradients(ours, *args)
+        assert_as_exact(results, partial(with_gradients, expanded), *args)
 
     def test_one_head_for_all_is_not_copied(self, device, tier):
         """Multi-query attention by broadcasting: the gradient of the one head is summed in the kernel."""
-        q, k, v = tensors((2, 4, 9, 8), (2, 1, 11, 8), (2, 1, 11, 8), device=device)
+        args = tensors((2, 4, 9, 8), (2, 1, 11, 8), (2, 1, 11, 8), device=device)
+
+        def expanded(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return F.scaled_dot_product_attention(q, k.expand(-1, 4, -1, -1), v.expand(-1, 4, -1, -1))
+
         with tritune.use_backend(backend_of(tier)):
-            out = tritune.attention(q, k, v)
-            grad = torch.autograd.grad(out.square().sum(), k)[0]
-        wanted = F.scaled_dot_product_attention(q, k.expand(-1, 4, -1, -1), v.expand(-1, 4, -1, -1))
-        torch.testing.assert_close(grad, torch.autograd.grad(wanted.square().sum(), k)[0], rtol=1e-4, atol=1e-5)
+            results = with_gradients(tritune.attention, *args)
+        assert_as_exact(results, partial(with_gradients, expanded), *args)
 
     def test_groups_that_differ_between_key_and_value(self, device, tier):
         q, k, v = tensors((2, 6, 5, 8), (2, 3, 7, 8), (2, 2, 7, 8), device=device)
         with tritune.use_backend(backend_of(tier)):
             out = tritune.attention(q, k, v, enable_gqa=True)
-        torch.testing.assert_close(out, F.scaled_dot_product_attention(q, k, v, enable_gqa=True))
+        assert_as_exact(out, partial(F.scaled_dot_product_attention, enable_gqa=True), q, k, v)
 
     @pytest.mark.parametrize("inner", ["heads", "sequence"])
     def test_the_result_lies_as_the_query_does(self, inner, device, tier):
@@ -215,19 +238,19 @@ class TestShapes:
     @pytest.mark.parametrize("kind", ["expanded", "last dimension strided", "one packed tensor", "flipped"])
     def test_views(self, kind, device, tier):
         packed = torch.randn(2, 9, 3, 4, 8, device=device, requires_grad=True)
-        base = {
-            "expanded": lambda: [packed[:1, :, 0].transpose(1, 2).expand(2, -1, -1, -1) for _ in range(3)],
-            "last dimension strided": lambda: [packed[:, :, i].permute(0, 3, 2, 1) for i in range(3)],
-            "one packed tensor": lambda: [t.transpose(1, 2) for t in packed.unbind(2)],
-            "flipped": lambda: [t.transpose(1, 2).flip(-1)[..., ::2] for t in packed.unbind(2)],
+        views = {
+            "expanded": lambda packed: [packed[:1, :, 0].transpose(1, 2).expand(2, -1, -1, -1) for _ in range(3)],
+            "last dimension strided": lambda packed: [packed[:, :, i].permute(0, 3, 2, 1) for i in range(3)],
+            "one packed tensor": lambda packed: [t.transpose(1, 2) for t in packed.unbind(2)],
+            "flipped": lambda packed: [t.transpose(1, 2).flip(-1)[..., ::2] for t in packed.unbind(2)],
         }[kind]
-        grads = []
-        for backend in (backend_of(tier), "torch"):
-            q, k, v = base()
-            with tritune.use_backend(backend):
-                out = tritune.attention(q, k, v, is_causal=True)
-            grads.append((out, torch.autograd.grad(out.square().sum(), packed)[0]))
-        torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-5)
+
+        def of_views(attention: Callable[..., Tensor], packed: Tensor) -> Tensor:
+            return attention(*views(packed), is_causal=True)
+
+        with tritune.use_backend(backend_of(tier)):
+            results = with_gradients(partial(of_views, tritune.attention), packed)
+        assert_as_exact(results, partial(with_gradients, partial(of_views, reference)), packed)
 
     @pytest.mark.parametrize(
         "q, k, v",
@@ -293,12 +316,10 @@ class TestEdges:
             out = tritune.attention(q, k, v, bias=bias)
             dv = torch.autograd.grad(out[:, :, 2].sum(), v, retain_graph=True)[0]
             dq = torch.autograd.grad(out.float().square().sum(), q)[0]
-        tolerance = 2 * torch.finfo(dtype).eps
-        torch.testing.assert_close(out[:, :, 2].float(), v.float().mean(2), rtol=tolerance, atol=tolerance)
+        assert_as_exact(out[:, :, 2], lambda v: v.mean(2), v)
         if tier != "torch":  # torch's kernel for the CPU loses the logarithm of 9 beside finfo.min, and says 1
-            torch.testing.assert_close(dv.float(), torch.full_like(dv, 1 / 9).float(), rtol=tolerance, atol=tolerance)
-        alone = F.scaled_dot_product_attention(q[:, :, 4:5], k[:, :, :3], v[:, :, :3])
-        torch.testing.assert_close(out[:, :, 4:5], alone, rtol=tolerance, atol=tolerance)
+            assert_as_exact(dv, lambda v: torch.full_like(v, 1 / 9), v)
+        assert_as_exact(out[:, :, 4:5], F.scaled_dot_product_attention, q[:, :, 4:5], k[:, :, :3], v[:, :, :3])
         assert dq.isfinite().all()
 
     def test_causal_alignment(self, device, tier):
@@ -318,7 +339,7 @@ class TestEdges:
         with tritune.use_backend(backend_of(tier)):
             out, lse = tritune.attention(q, q.clone(), v, scale=1.0, return_lse=True)
         assert torch.equal(out, v)
-        torch.testing.assert_close(lse, torch.full_like(lse, size**2), rtol=1e-2, atol=0)
+        assert_as_exact(lse, lambda q, v: reference(q, q, v, scale=1.0, return_lse=True)[1], q, v)
 
     @pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")
     @pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
@@ -361,9 +382,10 @@ class TestEdges:
         with tritune.use_backend(backend_of(tier)), poisoned():
             out, lse = tritune.attention(rows, k, v, score="cosine", scale=3.0, eps=eps, return_lse=True)
             dq, dk = torch.autograd.grad(out.sum() + lse.sum(), (rows, k))
-        exact = F.cosine_similarity(torch.ones(8, device=device), k.detach().float(), dim=-1) * 3.0
-        torch.testing.assert_close(lse[0], torch.tensor(math.log(5), device=device))
-        torch.testing.assert_close(lse[2:], torch.logsumexp(exact, 0).expand(2), rtol=1e-3, atol=1e-3)
+        options = {"score": "cosine", "scale": 3.0, "return_lse": True}
+        directions = torch.ones(3, 8, device=device, dtype=dtype)
+        directions[0] = 0
+        assert_as_exact(lse[[0, 2, 3]], lambda *args: reference(*args, **options)[1], directions, k, v)
         assert all(t.isfinite().all() for t in (out, dq, dk))
         if dtype is torch.float32:
             assert dq[0].abs().max() <= 3e6 and dq[0].any() and not dq[3].abs().gt(1e-20).any()
@@ -372,22 +394,21 @@ class TestEdges:
         """They are divided by a constant: nothing of their gradient is projected away."""
         q, k, v = tensors((6, 8), (7, 8), (7, 8), device=device)
         q = (F.normalize(q, dim=-1) * torch.linspace(0.1, 1.0, 6, device=device)[:, None]).detach().requires_grad_()
+
+        def composed(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            a, b = (F.normalize(t, dim=-1, eps=0.5) for t in (q, k))
+            return torch.softmax(3.0 * a @ b.transpose(-1, -2), -1) @ v
+
         with tritune.use_backend(backend_of(tier)):
-            out = tritune.attention(q, k, v, score="cosine", scale=3.0, eps=0.5)
-            grad = torch.autograd.grad(out.square().sum(), q)[0]
-        a, b = (F.normalize(t, dim=-1, eps=0.5) for t in (q, k))
-        wanted = torch.softmax(3.0 * a @ b.transpose(-1, -2), -1) @ v
-        torch.testing.assert_close(out, wanted)
-        exact = torch.autograd.grad(wanted.square().sum(), q)[0]
-        torch.testing.assert_close(grad, exact, rtol=1e-4, atol=1e-5)
+            results = with_gradients(partial(tritune.attention, score="cosine", scale=3.0, eps=0.5), q, k, v)
+        assert_as_exact(results, partial(with_gradients, composed), q, k, v)
 
     def test_a_negative_scale_of_cosine_does_not_overflow(self, device, tier):
         """The bound of the scores is |scale|: above it 10 000 exponentials would pass what fp32 holds."""
         q, k, v = (torch.full((s, 8), x, device=device) for s, x in ((1, -1.0), (10_000, 1.0), (10_000, 2.0)))
         with tritune.use_backend(backend_of(tier)), few_dots():
-            out, lse = tritune.attention(q, k, v, score="cosine", scale=-40.0, return_lse=True)
-        torch.testing.assert_close(out, torch.full_like(out, 2.0), rtol=1e-3, atol=0)
-        torch.testing.assert_close(lse, torch.full_like(lse, 40 + math.log(10_000)))
+            results = tritune.attention(q, k, v, score="cosine", scale=-40.0, return_lse=True)
+        assert_as_exact(results, partial(reference, score="cosine", scale=-40.0, return_lse=True), q, k, v)
 
     def test_gradient_of_lse_is_the_weights(self, device, tier):
         q, k, v = tensors((1, 2, 6, 8), (1, 2, 7, 8), (1, 2, 7, 7), device=device)
@@ -450,14 +471,13 @@ class TestEdges:
             out = tritune.attention(q, k, v, bias=bias)
             grad = torch.autograd.grad(out.float().sum(), bias)[0]
         assert out.dtype == torch.bfloat16 and grad.dtype == torch.float32 and grad.shape == bias.shape
-        wanted = F.scaled_dot_product_attention(q, k, v, bias)
-        torch.testing.assert_close(out, wanted, rtol=0.02, atol=0.02)
+        assert_as_exact(out, F.scaled_dot_product_attention, q, k, v, bias)
 
     def test_every_head_size(self, device, tier):
         for d in (1, 2, 7, 16, 17, 31, 48, 80, 96, 127, 160, 255):
             q, k, v = (torch.randn(1, 1, 5, d, device=device) for _ in range(3))
             with tritune.use_backend(backend_of(tier)):
-                torch.testing.assert_close(tritune.attention(q, k, v), F.scaled_dot_product_attention(q, k, v))
+                assert_as_exact(tritune.attention(q, k, v), F.scaled_dot_product_attention, q, k, v)
 
     def test_autocast(self, device, tier):
         q, k, v = tensors((1, 2, 6, 8), (1, 2, 7, 8), (1, 2, 7, 8), device=device)
@@ -496,18 +516,21 @@ class TestKernels:
         one = case("tiles", 1, 2, 70, 37, 16, bias=(1, 2, 70, 37), is_causal=True, causal_alignment="bottom_right",
                    mask=(70, 37))  # fmt: skip
         one.kwargs["attn_mask"][:, 0] = True
-        options = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in one.kwargs.items()}
-        q, k, v, bias = (t.requires_grad_() for t in one.inputs(torch.float32, "nchw", device).values())
-        grads = []
+        options = {"is_causal": True, "causal_alignment": "bottom_right", "return_lse": True}
+        args = [t.requires_grad_() for t in one.inputs(torch.float32, "nchw", device).values()]
+        mask = one.kwargs["attn_mask"].to(device)
+
+        def outcome(attention: Callable[..., Any], mask: Tensor, *args: Tensor) -> tuple[Tensor, ...]:
+            out, lse = attention(*args[:3], bias=args[3], attn_mask=mask, **options)
+            results = torch.cat([out, lse.unsqueeze(-1)], -1)
+            return with_gradients(lambda *_: results, *args)
+
         with contextlib.ExitStack() as stack:
             for tunable in tunables:
                 stack.enter_context(override(tunable, config))
-            for backend in ("triton", "torch"):
-                with tritune.use_backend(backend), poisoned():
-                    out, lse = tritune.attention(q, k, v, bias=bias, return_lse=True, **options)
-                    loss = out.square().sum() + lse.nan_to_num(neginf=0.0).sum()
-                    grads.append((out, lse, *torch.autograd.grad(loss, (q, k, v, bias))))
-        torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-5)
+            with tritune.use_backend("triton"), poisoned():
+                results = outcome(tritune.attention, mask, *args)
+        assert_as_exact(results, partial(outcome, tritune.attention), mask, *args)
 
     @pytest.mark.parametrize("shift", [1, 14])
     def test_the_diagonal_beside_the_edge_of_a_tile(self, shift, device):
@@ -553,11 +576,16 @@ class TestKernels:
         assert sorted(extra) == sorted([*(tuple(t.shape) for t in (q, k, v, q)), (1, 1, 2, 32)])
 
     @pytest.mark.parametrize("precision", ["ieee", "tf32", "tf32x3"])
-    def test_precisions(self, precision, device):
+    def test_precisions(self, precision, device, monkeypatch):
+        asked = recorded_precisions(monkeypatch)
         q, k, v = (torch.randn(1, 2, 17, 32, device=device) for _ in range(3))
         with tritune.use_backend("triton"):
             out = tritune.attention(q, k, v, precision=precision)
-        torch.testing.assert_close(out, F.scaled_dot_product_attention(q, k, v), rtol=2e-3, atol=2e-3)
+        assert asked == {precision}
+        if device == "cpu" or precision == "ieee":  # the interpreter always multiplies in full precision
+            assert_as_exact(out, F.scaled_dot_product_attention, q, k, v)
+        else:  # a number, since torch's fused kernels have no tf32
+            torch.testing.assert_close(out, F.scaled_dot_product_attention(q, k, v), rtol=2e-3, atol=2e-3)
 
 
 class TestPool:
@@ -568,24 +596,30 @@ class TestPool:
         mask = torch.ones(4, 10, dtype=torch.bool, device=device)
         mask[1, 6:] = False
         mask[2] = False
+        seen = [0, 1, 3]
+
+        def formula(query: Tensor, x: Tensor, mask: Tensor) -> Tensor:
+            s = 7.0 * F.normalize(query, dim=-1) @ F.normalize(x, dim=-1).transpose(-1, -2)
+            return torch.softmax(s.masked_fill(~mask[:, None, None], -inf), -1) @ x
+
+        dy = torch.randn(4, 3, 2, 8, device=device)
+
+        def of_seen(query: Tensor, x: Tensor, mask: Tensor, dy: Tensor) -> tuple[Tensor, ...]:
+            y = formula(query, x, mask)[seen]
+            dquery, dx = torch.autograd.grad(y, (query, x), dy[seen])
+            return y, dquery, dx[seen]
+
         with tritune.use_backend(backend_of(tier)):
             y = tritune.attention_pool(query, x, x, score="cosine", scale=7.0, attn_mask=mask)
-            grads = torch.autograd.grad(y.square().sum(), (query, x))
-        s = 7.0 * F.normalize(query, dim=-1) @ F.normalize(x, dim=-1).transpose(-1, -2)
-        s = s.masked_fill(~mask[:, None, None], -inf)
-        wanted = torch.softmax(s, -1).nan_to_num(0.0) @ x
-        assert y.shape == (4, 3, 2, 8) and not y[2].any()
-        torch.testing.assert_close(y, wanted)
-        kept = torch.cat([wanted[:2], wanted[3:]])
-        exact = torch.autograd.grad(kept.square().sum(), (query, x))
-        assert all(grad.isfinite().all() for grad in grads)
-        torch.testing.assert_close(grads[1][[0, 1, 3]], exact[1][[0, 1, 3]], rtol=1e-4, atol=1e-5)
+            dquery, dx = torch.autograd.grad(y, (query, x), dy)
+        assert y.shape == dy.shape and not y[2].any() and not dx[2].any()
+        assert_as_exact((y[seen], dquery, dx[seen]), of_seen, query, x, mask, dy)
 
     def test_without_heads(self, device, tier):
         query, x = tensors((2, 8), (4, 10, 8), device=device)
         with tritune.use_backend(backend_of(tier)):
             y = tritune.attention_pool(query, x, x)
-        torch.testing.assert_close(y, F.scaled_dot_product_attention(query.expand(4, -1, -1), x, x))
+        assert_as_exact(y, lambda q, x: F.scaled_dot_product_attention(q.expand(4, -1, -1), x, x), query, x)
 
 
 class TestModules:
@@ -620,12 +654,16 @@ class TestModules:
             y = layer(x, mask)
             alone = layer(x[1], mask[1])
             y.square().sum().backward()
-        k, v = (p(x).view(3, 9, heads, 16 // heads).transpose(1, 2) for p in (layer.key, layer.value))
-        q, k = (F.normalize(t, dim=-1) if score == "cosine" else t for t in (layer.query, k))
-        s = (layer.scale * q @ k.transpose(-1, -2)).masked_fill(~mask[:, None, None], -inf)
-        wanted = layer.out((torch.softmax(s, -1) @ v).transpose(1, 2).flatten(2))
-        torch.testing.assert_close(y, wanted.squeeze(1) if queries == 1 else wanted, rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(alone, y[1], rtol=1e-4, atol=1e-5)
+
+        def formula(layer: Any, x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+            k, v = (p(x).view(3, 9, heads, 16 // heads).transpose(1, 2) for p in (layer.key, layer.value))
+            q, k = (F.normalize(t, dim=-1) if score == "cosine" else t for t in (layer.query, k))
+            s = (layer.scale * q @ k.transpose(-1, -2)).masked_fill(~mask[:, None, None], -inf)
+            wanted = layer.out((torch.softmax(s, -1) @ v).transpose(1, 2).flatten(2))
+            wanted = wanted.squeeze(1) if queries == 1 else wanted
+            return wanted, wanted[1]
+
+        assert_as_exact((y, alone), formula, layer, x, mask)
         assert all(p.grad is not None and p.grad.isfinite().all() for p in layer.parameters())
 
     def test_copies_pickles_and_state(self, device, tier):
@@ -1146,6 +1184,7 @@ class TestWhereTorchServes:
             second = torch.autograd.grad(first[1].square().sum(), leaves[1])
             return [out.detach(), *(t.detach() for t in first), *second]
 
+        # Numbers, since torch has no cosine scores, and its norms overflow or underflow in fp32 at these lengths.
         for name, got, wanted in zip(
             ("out", "dq", "dk", "ddk"),
             derivatives(tritune.attention, args, dout),

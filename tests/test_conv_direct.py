@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import torch.nn.functional as F
-from harness import TORCH_SAMPLES, Errors, assert_close, poisoned
+from harness import TORCH_SAMPLES, Errors, assert_as_exact, assert_close, poisoned
 from torch import Tensor
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -58,6 +58,7 @@ def check(
 ) -> None:  # fmt: skip
     """Forward, transpose and weight gradient of a layer whose operands lie in ``layout`` and results in ``out``."""
     from tritune.kernels import conv, conv_direct
+    from tritune.ops.conv_operators import module_of, weight_grad_module_of
 
     def draw() -> tuple[Tensor, Tensor, Tensor]:
         x, w = torch.randn(one.x).to(dtype), torch.randn(one.w).to(dtype)
@@ -77,8 +78,7 @@ def check(
     x, w, g = tensors or draw()
     exact, torchs = reference(x.double(), w.double(), g.double()), reference(x, w, g)
     geometry = conv.Geometry.of(*one[2:])
-    problem = conv.problem_of(one.x, one.w, g.shape[2:], geometry, dtype, "ieee", layout == "nhwc")
-    assert conv_direct.takes(problem)
+    assert module_of(one.w, one.stride, one.groups) is conv_direct
     out = out or ("nhwc" if layout == "nhwc" else "nchw")
     x, g, w = lay_out(x, layout).to(device), lay_out(g, layout).to(device), w.to(device)
     ours = {}
@@ -87,7 +87,7 @@ def check(
             ours["f"] = conv_direct.run_forward(x, w, g.shape[2:], geometry, is_channels_last=out == "nhwc")[0]
         if "t" in passes:
             ours["t"] = conv_direct.run_transpose(g, w, x.shape[2:], geometry, is_channels_last=out == "nhwc")[0]
-        if "w" in passes and conv_direct.takes_weight_grad(problem):
+        if "w" in passes and weight_grad_module_of(one.w, one.stride, one.groups) is conv_direct:
             ours["w"] = conv_direct.run_weight_grad(x, g, one.w, geometry)
     for name, result in ours.items():
         assert_close(name, result, exact[name], torchs[name], [] if tensors else torch_errors(name))
@@ -212,32 +212,29 @@ class TestOperands:
         from tritune.kernels import conv, conv_direct
 
         one = CASES["3x3"]
-        x, w = torch.randn(one.x, device=device), torch.randn(one.w, device=device)
-        y = one.convolve(x, w.requires_grad_())
-        g = torch.randn_like(y)
-        (wanted,) = torch.autograd.grad(y, w, g)
+        x, w = torch.randn(one.x), torch.randn(one.w, requires_grad=True)
+        g = torch.randn(one.convolve(x, w).shape)
         for layout in LAYOUTS:
             other = "nchw" if layout == "nhwc" else "nhwc"
             with configured(layout):
                 dw = conv_direct.run_weight_grad(
-                    lay_out(x, layout), lay_out(g, other), one.w, conv.Geometry.of(*one[2:])
+                    lay_out(x, layout).to(device), lay_out(g, other).to(device), one.w, conv.Geometry.of(*one[2:])
                 )
-            torch.testing.assert_close(dw, wanted, rtol=1e-4, atol=1e-4)
+            assert_as_exact(dw, lambda x, w, g: torch.autograd.grad(one.convolve(x, w), w, g), x, w, g)
 
     @pytest.mark.parametrize("layout", LAYOUTS)
     def test_one_expanded_element_as_gradient(self, layout, device):
         from tritune.kernels import conv, conv_direct
 
-        one = layer((1, 2, 5, 8), 3, padding=1)
+        one = layer((1, 16, 5, 8), 3, padding=1)
         x, w = torch.randn(one.x, requires_grad=True), torch.randn(one.w, requires_grad=True)
-        wanted = torch.autograd.grad(one.convolve(x, w).sum(), (x, w))
         g = torch.ones(1, device=device).expand(one.x)
         geometry = conv.Geometry.of(*one[2:])
         operand, weight = lay_out(x.detach(), layout).to(device), w.detach().to(device)
         with configured(layout), poisoned():
             dx, _ = conv_direct.run_transpose(g, weight, (5, 8), geometry, is_channels_last=layout == "nhwc")
             dw = conv_direct.run_weight_grad(operand, g, one.w, geometry)
-        torch.testing.assert_close((dx.cpu(), dw.cpu()), wanted, rtol=1e-5, atol=1e-5)
+        assert_as_exact((dx, dw), lambda x, w: torch.autograd.grad(one.convolve(x, w).sum(), (x, w)), x, w)
 
     @pytest.mark.parametrize("layout", LAYOUTS)
     @pytest.mark.parametrize("pass_", ["forward", "transpose", "transpose-strided"])
@@ -247,22 +244,26 @@ class TestOperands:
         one = layer((2, 4, 7, 8), 3, c=2, k=4, stride=2 if pass_.endswith("strided") else 1, padding=1)
         x, w = torch.randn(one.x), torch.randn(one.w)
         y = one.convolve(x, w)
-        if pass_ == "forward":
-            operand, plain, run_pass = x, y, conv_direct.run_forward
-        else:
-            operand, run_pass = torch.randn(y.shape), conv_direct.run_transpose
-            (plain,) = torch.autograd.grad(one.convolve(x.requires_grad_(), w), x, operand)
-        channels = plain.shape[1]
-        scale, bias, residual = torch.randn(channels), torch.randn(channels), torch.randn(plain.shape)
-        z = plain * scale.view(-1, 1, 1) + bias.view(-1, 1, 1) + residual
+        operand, shape = (x, y.shape) if pass_ == "forward" else (torch.randn(y.shape), x.shape)
+        run_pass = conv_direct.run_forward if pass_ == "forward" else conv_direct.run_transpose
+        scale, bias, residual = torch.randn(shape[1]), torch.randn(shape[1]), torch.randn(shape)
+
+        def theirs(operand: Tensor, w: Tensor, scale: Tensor, bias: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+            if pass_ == "forward":
+                plain = one.convolve(operand, w)
+            else:
+                x = torch.zeros(shape, dtype=w.dtype, requires_grad=True)
+                (plain,) = torch.autograd.grad(one.convolve(x, w), x, operand)
+            z = plain * scale.view(-1, 1, 1) + bias.view(-1, 1, 1) + residual
+            return F.silu(z), z
+
         with configured(layout, rows=2), poisoned():
-            ours, ours_z = run_pass(
-                lay_out(operand, layout).to(device), w.to(device), plain.shape[2:], conv.Geometry.of(*one[2:]),
+            ours = run_pass(
+                lay_out(operand, layout).to(device), w.to(device), shape[2:], conv.Geometry.of(*one[2:]),
                 is_channels_last=layout == "nhwc", bias=bias.to(device), scale=scale.to(device),
                 residual=residual.to(device), activation="silu", save_input=True,
             )  # fmt: skip
-        torch.testing.assert_close(ours_z.cpu(), z, rtol=1e-4, atol=1e-4)
-        torch.testing.assert_close(ours.cpu(), F.silu(z), rtol=1e-4, atol=1e-4)
+        assert_as_exact(ours, theirs, operand, w, scale, bias, residual)
 
     @pytest.mark.parametrize("layout", LAYOUTS)
     def test_transpose_writes_images_that_no_window_reaches(self, layout, device):
@@ -271,14 +272,16 @@ class TestOperands:
 
         g, w = torch.randn(1, 4, 3, 4), torch.randn(4, 1, 2, 2)
         for stride in (1, 3):
-            least = F.conv_transpose2d(g, w, stride=stride, groups=4)
-            wanted = F.pad(least, (0, 5, 0, 4))
+
+            def padded(g: Tensor, w: Tensor, stride: int = stride) -> Tensor:
+                return F.pad(F.conv_transpose2d(g, w, stride=stride, groups=4), (0, 5, 0, 4))
+
             with configured(layout, rows=2 if stride == 1 else 1), poisoned():
                 x, _ = conv_direct.run_transpose(
-                    lay_out(g, layout).to(device), w.to(device), wanted.shape[2:],
+                    lay_out(g, layout).to(device), w.to(device), padded(g, w).shape[2:],
                     conv.Geometry.of((stride, stride), (0, 0), (1, 1), 4), is_channels_last=layout == "nhwc",
                 )  # fmt: skip
-            torch.testing.assert_close(x.cpu(), wanted, rtol=1e-5, atol=1e-5)
+            assert_as_exact(x, padded, g, w)
 
     @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy, inside the interpreter
     @pytest.mark.parametrize("layout", LAYOUTS)
@@ -343,17 +346,18 @@ class TestMeetings:
 
         one = layer((1, 2, 4, 8), 3, padding=1)
         x, w, g = torch.randn(one.x), torch.randn(one.w), torch.randn(one.x)
-        wanted = (
-            one.convolve(x, w),
-            *torch.autograd.grad(one.convolve(x.requires_grad_(), w.requires_grad_()), (x, w), g),
-        )
-        a, b = (F.pad(t.detach(), (1, 2), value=float("nan")).to(device)[..., 1:-2] for t in (x, g))
-        w, geometry = w.detach().to(device), conv.Geometry.of(*one[2:])
+        a, b = (F.pad(t, (1, 2), value=float("nan")).to(device)[..., 1:-2] for t in (x, g))
+        geometry = conv.Geometry.of(*one[2:])
         with configured("nchw"):
-            y, _ = conv_direct.run_forward(a, w, (4, 8), geometry)
-            dx, _ = conv_direct.run_transpose(b, w, (4, 8), geometry)
+            y, _ = conv_direct.run_forward(a, w.to(device), (4, 8), geometry)
+            dx, _ = conv_direct.run_transpose(b, w.to(device), (4, 8), geometry)
             dw = conv_direct.run_weight_grad(a, b, one.w, geometry)
-        torch.testing.assert_close((y.cpu(), dx.cpu(), dw.cpu()), wanted, rtol=1e-4, atol=1e-4)
+
+        def theirs(x: Tensor, w: Tensor, g: Tensor) -> tuple[Tensor, ...]:
+            y = one.convolve(x, w)
+            return y, *torch.autograd.grad(y, (x, w), g)
+
+        assert_as_exact((y, dx, dw), theirs, x.requires_grad_(), w.requires_grad_(), g)
 
     @pytest.mark.parametrize("layout", ["nchw", "nhwc"])
     def test_shares_that_do_not_divide_the_tiles(self, layout, device):
@@ -362,8 +366,7 @@ class TestMeetings:
 
         one = layer((5, 2, 5, 36), 3, padding=1)
         x, w, g = torch.randn(6, *one.x[1:]), torch.randn(one.w, requires_grad=True), torch.randn(6, *one.x[1:])
-        (wanted,) = torch.autograd.grad(one.convolve(x[:5], w), w, g[:5])
-        x, g = (lay_out(t, layout).to(device)[:5] for t in (x, g))
+        a, b = (lay_out(t, layout).to(device)[:5] for t in (x, g))
         with configured(layout, splits=2, block_m=4):
-            dw = conv_direct.run_weight_grad(x, g, one.w, conv.Geometry.of(*one[2:]))
-        torch.testing.assert_close(dw.cpu(), wanted, rtol=1e-4, atol=1e-4)
+            dw = conv_direct.run_weight_grad(a, b, one.w, conv.Geometry.of(*one[2:]))
+        assert_as_exact(dw, lambda x, w, g: torch.autograd.grad(one.convolve(x, w), w, g), x[:5], w, g[:5])

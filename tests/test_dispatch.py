@@ -258,18 +258,18 @@ class TestKernelsOnly:
         assert decision.backend == "torch" and "interpreter" in decision.because
         assert (decision.origin, decision.instead) == ("rule", ())
 
-    def test_threads(self, device):
-        if device == "cpu":
-            return  # the interpreter serves one thread at a time, under its lock
-        x, w = torch.randn(2, 8, 9, 9, device=device), torch.randn(8, 8, 3, 3, device=device)
 
-        def work(_: int) -> torch.Tensor:
-            with tritune.use_backend("triton"):
-                return tritune.conv2d(x, w, activation="relu")
+@pytest.mark.gpu  # the interpreter serves one thread at a time, under its lock
+def test_launches_in_threads(device):
+    x, w = torch.randn(2, 8, 9, 9, device=device), torch.randn(8, 8, 3, 3, device=device)
 
-        with ThreadPoolExecutor(8) as threads:
-            results = list(threads.map(work, range(64)))
-        assert all(torch.equal(results[0], result) for result in results)
+    def work(_: int) -> torch.Tensor:
+        with tritune.use_backend("triton"):
+            return tritune.conv2d(x, w, activation="relu")
+
+    with ThreadPoolExecutor(8) as threads:
+        results = list(threads.map(work, range(64)))
+    assert all(torch.equal(results[0], result) for result in results)
 
 
 @pytest.mark.interpret

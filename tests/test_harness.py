@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import conftest
 import pytest
 import torch
-from harness import EPSILON, FEW, Case, Errors, assert_close, check, in_turn, product
+from harness import EPSILON, FEW, Case, Errors, assert_as_exact, assert_close, check, in_turn, product
 
 pytestmark = pytest.mark.torch
 EXACT = torch.tensor([1.0, -2.0, 0.5, 4.0], dtype=torch.float64)
@@ -69,6 +69,32 @@ class TestAssertClose:
             assert_close("y", off_by(0.0)[:3], EXACT, off_by(0.0))
         with pytest.raises(AssertionError, match="dtype"):
             assert_close("y", off_by(0.0, torch.float16), EXACT, off_by(0.0))
+
+
+class TestAssertAsExact:
+    def test_each_result_is_held_to_torchs_error(self):
+        def outcome(layer, x):
+            y = layer(x)
+            return y, torch.autograd.grad(y.square().sum(), [x, *layer.parameters()])
+
+        x, layer = torch.randn(5, 7, requires_grad=True), torch.nn.Linear(7, 3)
+        y, grads = outcome(layer, x)
+        assert_as_exact((y, grads), outcome, layer, x)
+        for index in range(3):
+            wrong = [*grads[:index], grads[index] * (1 + 2e-6), *grads[index + 1 :]]
+            with pytest.raises(AssertionError, match=f"result {index + 1}: max error"):
+                assert_as_exact((y, wrong), outcome, layer, x)
+        with pytest.raises(ValueError, match="zip"):
+            assert_as_exact((y, grads[:2]), outcome, layer, x)
+
+    def test_a_module_in_half_precision_and_what_is_not_finite(self):
+        x, layer = torch.randn(5, 7).half(), torch.nn.Linear(7, 3).half()
+        x[1, 2], x[4, 0] = float("nan"), float("inf")
+        y = layer(x)
+        assert_as_exact(y, layer, x)
+        assert layer.weight.dtype == torch.float16
+        with pytest.raises(AssertionError, match="NaN or inf misplaced"):
+            assert_as_exact(y.nan_to_num(), layer, x)
 
 
 class TestCheck:

@@ -15,7 +15,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 import torch.nn.functional as F
-from harness import assert_close
+from harness import assert_as_exact, assert_close
 from torch.ao import quantization
 from torch.ao.quantization.quantize_fx import convert_fx, prepare_fx
 from torch.nn.modules.module import register_module_parameter_registration_hook
@@ -612,7 +612,7 @@ class TestFusing:
         rank, transposed = int(name[-2]), "Transpose" in name
         conv, bn, x = getattr(tritune.nn, name)(4, 6, 3).eval(), normalisation(rank, 6), torch.randn(X[rank])
         fused = fusion.fuse_conv_bn_eval(conv, bn, transpose=transposed)
-        torch.testing.assert_close(fused(x), bn(conv(x)), rtol=1e-5, atol=1e-5)
+        assert_as_exact(fused(x), torch.nn.Sequential(conv, bn), x)
 
     def test_torchs_tool_is_stopped_where_an_activation_lies_between(self, name):
         rank = int(name[-2])
@@ -727,7 +727,7 @@ def test_fx_fuses_right_or_not_at_all(kinds):
 
     layers = [build(kinds[0]), normalisation(2, 6), torch.nn.ReLU(), *map(build, kinds[1:])]
     model, x = torch.nn.Sequential(*layers).eval(), torch.randn(X[2])
-    torch.testing.assert_close(optimization.fuse(model)(x), model(x), rtol=1e-5, atol=1e-5)
+    assert_as_exact(optimization.fuse(model)(x), model, x)
 
 
 # --- fold_bn ---------------------------------------------------------------------------------------------------------
@@ -756,22 +756,21 @@ class TestFoldBn:
         bn, x = normalisation(rank, 6, **options), torch.randn(X[rank])
         before = copy.deepcopy(conv.state_dict())
         folded = tritune.fold_bn(conv, bn)
-        torch.testing.assert_close(folded(x), bn(conv(x)), rtol=1e-5, atol=1e-5)
+        assert_as_exact(folded(x), torch.nn.Sequential(conv, bn), x)
         assert type(folded) is getattr(tritune.nn, name) and not folded.training
         torch.testing.assert_close(conv.state_dict(), before)
         theirs = getattr(torch.nn, name)(4, 6, 3, stride=2, padding=1, groups=2)
         theirs.load_state_dict(folded.state_dict())
         torch.testing.assert_close(theirs(x), folded(x))
-        wanted = bn(conv(x)).relu()
         folded = tritune.fold_bn(conv, bn, activation="relu")
         assert type(folded) is activated(name) and list(folded.state_dict()) == ["weight", "bias"]
-        torch.testing.assert_close(through_a_file(folded)(x), wanted, rtol=1e-5, atol=1e-5)
+        assert_as_exact(through_a_file(folded)(x), torch.nn.Sequential(conv, bn, torch.nn.ReLU()), x)
 
     def test_sync_batch_norm_and_gradients_that_are_off(self):
         conv, bn, x = torch.nn.Conv2d(4, 6, 3), normalisation(2, 6), torch.randn(X[2])
         synced = torch.nn.SyncBatchNorm.convert_sync_batchnorm(bn)
         folded = tritune.fold_bn(conv.requires_grad_(False), synced)
-        torch.testing.assert_close(folded(x), bn(conv(x)), rtol=1e-5, atol=1e-5)
+        assert_as_exact(folded(x), torch.nn.Sequential(conv, bn), x)
         assert not any(one.requires_grad for one in folded.parameters())
 
     @pytest.mark.parametrize("wrap", [
@@ -780,7 +779,7 @@ class TestFoldBn:
     def test_parametrized_weights_are_taken_as_they_are(self, wrap):
         conv, bn, x = wrap(torch.nn.Conv2d(4, 6, 3)).eval(), normalisation(2, 6), torch.randn(X[2])
         folded = tritune.fold_bn(conv, bn)
-        torch.testing.assert_close(folded(x), bn(conv(x)), rtol=1e-5, atol=1e-5)
+        assert_as_exact(folded(x), torch.nn.Sequential(conv, bn), x)
         assert list(through_pickle(folded).state_dict()) == ["weight", "bias"]
 
     @pytest.mark.filterwarnings("ignore:.*weight_norm. is deprecated:FutureWarning")
@@ -840,7 +839,7 @@ class TestFoldBn:
             normalisation(2, 6),
         )
         x, folded = torch.randn(X[2]), tritune.fold_bn(conv, bn)
-        torch.testing.assert_close(folded(x), bn(conv(x)), rtol=1e-5, atol=1e-5)
+        assert_as_exact(folded(x), torch.nn.Sequential(conv, bn), x)
         assert folded.precision == "tf32x3"
 
     @pytest.mark.parametrize(

@@ -66,7 +66,7 @@ class TestCases:
     def test_floor(self, case, floor_us):
         pytest.importorskip("triton")
         one = case_named(case)
-        assert operator_of(one).floor_us(one, H200) == pytest.approx(floor_us, rel=0.02)
+        assert operator_of(one).floor_us(one, H200) == pytest.approx(floor_us, rel=0.02)  # the table has 2 to 3 digits
 
     def test_floor_of_the_gradients(self):
         pytest.importorskip("triton")
@@ -285,7 +285,7 @@ class TestTimerOnAGpu:
         one, same = result["one"], result["same"]
         assert one.method == same.method == method
         assert one.p20 <= one.p50 <= one.p80
-        assert one.p50 == pytest.approx(same.p50, rel=0.1)
+        assert one.p50 == pytest.approx(same.p50, rel=0.1)  # two measurements of one product
         tflops = 2 * side**3 / one.p50 / 1e6
         assert tflops < 1.05 * 2250  # more than any device of the table has: the wrong thing was timed
 
@@ -577,8 +577,8 @@ class TestOverhead:
                 pass
 
         found = overhead.measure(lambda: spin(50 + slower_us), lambda: spin(50), 0.05)
-        assert found.above_us == pytest.approx(slower_us, abs=5)
-        assert found.ratio == pytest.approx(1 + slower_us / 50, abs=0.1)
+        assert found.above_us == pytest.approx(slower_us, abs=5)  # a clock's times: what a call of spin adds
+        assert found.ratio == pytest.approx(1 + slower_us / 50, abs=0.1)  # the same 5 us of 50
 
     @pytest.mark.parametrize(
         "size, above_us, ratio, within",

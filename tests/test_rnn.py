@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from harness import Case, backend_of, check, poisoned, without_onednn
+from harness import Case, assert_as_exact, backend_of, check, poisoned, without_onednn
 from torch import Tensor
 
 import tritune
@@ -144,7 +144,7 @@ def layers(name: str, *args: Any, device: str, **kwargs: Any) -> tuple[Any, Any]
 
 
 def assert_same(got: Any, wanted: Any) -> None:
-    torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(got, wanted, rtol=0, atol=0)
 
 
 MODULES = ("RNN", "GRU", "LSTM")
@@ -161,9 +161,8 @@ class TestModules:
         x = torch.randn(2, 4, 3, device=device)
         with tritune.use_backend(backend_of(tier)), poisoned():
             got = mine(x)
-        wanted = theirs(x)
-        assert_same(got, wanted)
-        assert got[0].stride() == wanted[0].stride()
+        assert_as_exact(got, theirs, x)
+        assert got[0].stride() == theirs(x)[0].stride()
 
     @pytest.mark.parametrize("name", MODULES)
     def test_one_sequence(self, name, device, tier):
@@ -171,7 +170,7 @@ class TestModules:
         x, h = torch.randn(4, 3, device=device), torch.randn(2, 5, device=device)
         state = (h, h + 1) if name == "LSTM" else h
         with tritune.use_backend(backend_of(tier)):
-            assert_same(mine(x, state), theirs(x, state))
+            assert_as_exact(mine(x, state), theirs, x, state)
 
     @pytest.mark.parametrize("name", MODULES)
     def test_an_empty_batch(self, name, device, tier):
@@ -200,13 +199,15 @@ class TestModules:
         theirs = copy.deepcopy(theirs).cpu()
         mine.eval()
         x = torch.randn(3, 2, 3)
-        grads = []
-        for model, backend in ((mine, backend_of(tier)), (theirs, "torch")):
-            with tritune.use_backend(backend):
-                state = model(x.to(next(model.parameters()).device))[1]
+
+        def gradients(model: torch.nn.Module, x: Tensor) -> tuple[Tensor, ...]:
+            state = model(x)[1]
             last = state[1] if name == "LSTM" else state
-            grads.append([g.cpu() for g in torch.autograd.grad(last.square().sum(), list(model.parameters()))])
-        assert_same(*grads)
+            return torch.autograd.grad(last.square().sum(), list(model.parameters()))
+
+        with tritune.use_backend(backend_of(tier)):
+            results = gradients(mine, x.to(device))
+        assert_as_exact(results, gradients, theirs, x)
 
     @pytest.mark.parametrize("name", MODULES)
     def test_frozen_parameters_get_no_gradient(self, name, device, tier):
@@ -276,7 +277,10 @@ class TestModules:
         """On the kernels the gradient of what was used, the stacked weights of both directions; torch refuses."""
         mine, theirs = layers(name, 3, 4, bidirectional=True, device=device)
         x = torch.randn(5, 2, 3, device=device, requires_grad=True)
-        wanted = torch.autograd.grad(theirs(x)[0].square().sum(), x)[0]
+
+        def gradient(model: torch.nn.Module, x: Tensor) -> tuple[Tensor, ...]:
+            return torch.autograd.grad(model(x)[0].square().sum(), x)
+
         with tritune.use_backend(backend_of(tier)):
             loss = mine(x)[0].square().sum()
             with torch.no_grad():
@@ -285,7 +289,7 @@ class TestModules:
                 with pytest.raises(RuntimeError, match="modified by an inplace operation"):
                     torch.autograd.grad(loss, x)
             else:
-                assert_same(torch.autograd.grad(loss, x)[0], wanted)
+                assert_as_exact(torch.autograd.grad(loss, x), gradient, theirs, x)
 
 
 @pytest.mark.torch
@@ -420,16 +424,16 @@ class TestModulesAreTorchs:
         layer = getattr(tritune.nn, name)(3, 4, 2, bidirectional=True)
         x = torch.randn(6, 5, 2, 3)
         got = torch.func.vmap(lambda one: layer(one)[0])(x)
-        assert_same(got, torch.stack([layer(one)[0] for one in x]))
+        assert_as_exact(got, lambda layer, x: torch.stack([layer(one)[0] for one in x]), layer, x)
 
     def test_autocast(self):
         mine, theirs = layers("LSTM", 3, 4, device="cpu")
         x = torch.randn(5, 2, 3)
         # Without oneDNN, whose bfloat16 LSTM some processors lack: torch itself stays in float32 then.
         with torch.autocast("cpu", torch.bfloat16), without_onednn():
-            got, wanted = mine(x), theirs(x)
-        assert got[0].dtype == torch.bfloat16
-        torch.testing.assert_close(got[0].float(), wanted[0].float(), rtol=0.02, atol=0.02)
+            got = mine(x)
+            assert got[0].dtype == torch.bfloat16
+            assert_same(got, theirs(x))
 
     @pytest.mark.parametrize("name", MODULES)
     def test_functional_call(self, name):
@@ -505,33 +509,40 @@ class TestElman:
 
     def test_the_formulas(self, device, tier):
         sizes = ((2, 3), (2, 5), (5, 3), (5, 5), (5,), (4, 5), (4,), (6, 4))
-        x, h, W_xh, W_hh, b_h, W_ho, b_o, W_yh = (torch.randn(size, device=device) for size in sizes)
+        x, h, *weights = (torch.randn(size, device=device) for size in sizes)
+
+        def formulas(x: Tensor, h: Tensor, *weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            W_xh, W_hh, b_h, W_ho, b_o, W_yh = weights
+            new_h = torch.tanh(h @ W_hh.T + x @ W_xh.T + b_h)
+            o = new_h @ W_ho.T + b_o
+            return new_h, o, torch.tanh(o @ W_yh.T)
+
         with tritune.use_backend(backend_of(tier)):
-            new_h, o, y = tritune.elman_step(x, h, W_xh, W_hh, b_h, W_ho, b_o, W_yh)
-            alone = tritune.elman_step(x[0], h[0], W_xh, W_hh, b_h, W_ho, b_o, W_yh)
-            bare = tritune.elman_step(x, h, W_xh, W_hh)
-        wanted_h = torch.tanh(h @ W_hh.T + x @ W_xh.T + b_h)
-        wanted_o = wanted_h @ W_ho.T + b_o
-        assert_same((new_h, o, y), (wanted_h, wanted_o, torch.tanh(wanted_o @ W_yh.T)))
-        assert_same(alone, (wanted_h[0], wanted_o[0], y[0]))
-        assert_same(bare[0], torch.tanh(h @ W_hh.T + x @ W_xh.T))
+            step = tritune.elman_step(x, h, *weights)
+            alone = tritune.elman_step(x[0], h[0], *weights)
+            bare = tritune.elman_step(x, h, *weights[:2])
+        assert_as_exact(step, formulas, x, h, *weights)
+        assert_as_exact(alone, formulas, x[0], h[0], *weights)
+        assert_as_exact(bare[0], lambda x, h, W_xh, W_hh: torch.tanh(h @ W_hh.T + x @ W_xh.T), x, h, *weights[:2])
         assert bare[1:] == (None, None)
 
     @pytest.mark.parametrize("batch_first", [False, True])
     def test_the_module_is_its_steps(self, batch_first, device, tier):
         net = tritune.nn.ElmanRNN(3, 6, 4, 2, batch_first=batch_first).to(device)
         x, h = torch.randn(5, 2, 3, device=device), torch.randn(2, 6, device=device)
-        with tritune.use_backend(backend_of(tier)):
-            y, o, h_n = net(x.transpose(0, 1) if batch_first else x, h)
+
+        def in_steps(net: Any, x: Tensor, h: Tensor) -> tuple[Tensor, ...]:
             steps = []
             for x_t in x:
                 h, o_t, y_t = net.step(x_t, h)
                 steps.append((y_t, o_t))
+            return *map(torch.stack, zip(*steps, strict=True)), h
+
+        with tritune.use_backend(backend_of(tier)):
+            y, o, h_n = net(x.transpose(0, 1) if batch_first else x, h)
         if batch_first:
             y, o = y.transpose(0, 1), o.transpose(0, 1)
-        assert_same(y, torch.stack([y_t for y_t, _ in steps]))
-        assert_same(o, torch.stack([o_t for _, o_t in steps]))
-        assert_same(h_n, h)
+        assert_as_exact((y, o, h_n), in_steps, net, x, h)
         assert y.shape == (5, 2, 2) and o.shape == (5, 2, 4)
 
     def test_one_sequence(self, device, tier):
@@ -539,9 +550,8 @@ class TestElman:
         x = torch.randn(5, 3, device=device)
         with tritune.use_backend(backend_of(tier)):
             y, _, h = net(x)
-            batched, _, _ = net(x.unsqueeze(1), torch.zeros(1, 6, device=device))
         assert y.shape == (5, 4) and h.shape == (6,)
-        assert_same(y, batched[:, 0])
+        assert_as_exact(y, lambda net, x: net(x.unsqueeze(1), x.new_zeros(1, 6))[0][:, 0], net, x)
 
 
 @pytest.mark.static

@@ -30,6 +30,7 @@ from tritune.autotune.bench import Bench, Target  # noqa: E402
 from tritune.autotune.check import Machine, Verdict  # noqa: E402
 from tritune.autotune.config import Config  # noqa: E402
 from tritune.autotune.device import TARGETS, named  # noqa: E402
+from tritune.autotune.layout import empty  # noqa: E402
 from tritune.autotune.resolve import ranked, resolve  # noqa: E402
 from tritune.autotune.workload import ALL_LAYERS, Kernel  # noqa: E402
 from tritune.kernels import attention, conv, conv_pool, pool, registered, rnn  # noqa: E402
@@ -139,7 +140,7 @@ def test_binaries_of_killed_runs_are_swept(tmp_path, monkeypatch):
 @pytest.mark.parametrize("target", NVIDIA)
 def test_the_epilogues_gradient_moves_runs_of_either_layout(target, dy, g):
     like = torch.empty(0, dtype=torch.bfloat16, device="meta")
-    dy, g = (conv.empty_output(like, (8, 256, 28, 28), last) for last in (dy, g))
+    dy, g = (empty(like, (8, 256, 28, 28), last) for last in (dy, g))
     p = conv.EpilogueProblem(8 * 28 * 28, 256, torch.bfloat16, True, True, True)
     config = ranked(conv.EPILOGUE_GRAD, p, named(target))[0][0]
     launch = conv.plan_epilogue_grad(p, config, dy, torch.empty_like(dy), g, like.new_empty(256), "relu")[0]

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from . import ops
 from .autotune.device import named
+from .autotune.layout import empty
 from .autotune.shapes import Option, Shape, parse
 from .ops import (
     Decision,
@@ -43,7 +44,6 @@ from .ops import (
     scaled_dot_product_attention,
     use_backend,
 )
-from .ops._layout import empty
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "fp64": torch.float64}
 
