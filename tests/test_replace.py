@@ -743,6 +743,12 @@ class ReadingBuffers(Twice):
         return self.bn(self.conv(x)) + self.bn.running_var.sum()
 
 
+class Keeping(Twice):
+    def forward(self, x):
+        self.features = {"conv": [self.conv(x)]}
+        return self.bn(self.features["conv"][0])
+
+
 class Unbatched(Twice):
     def forward(self, x):
         return self.bn(self.conv(x)) if x.sum() > 0 else x
@@ -780,6 +786,7 @@ NOT_FOLDED = {
     "another way": (lambda: Either().eval(), "bn", "conv feeds something else, too, or feeds bn in some calls only"),
     "weight read": (lambda: Reading().eval(), "bn", "forward reads a parameter or buffer of conv"),
     "buffer read": (lambda: ReadingBuffers().eval(), "bn", "forward reads a parameter or buffer of conv"),
+    "kept": (lambda: Keeping().eval(), "bn", "forward keeps what conv returns in an attribute"),
     "not traceable": (lambda: Unbatched().eval(), "bn", "torch.fx cannot trace forward .symbolically traced"),
     "many ways": (lambda: Many().eval(), "bn", "forward has 5 arguments that may be left out"),
     "first": (lambda: sequential(nn.BatchNorm2d(3), nn.Conv2d(3, 3, 1)), "0", "it does not follow a convolution"),
@@ -814,7 +821,7 @@ def test_what_is_not_folded_says_why(name):
     assert isinstance(model.get_submodule(norm), nn.BatchNorm2d)
     equal(model(x), wanted)
     tritune.restore(model)
-    assert name == "weight norm" or snapshot(model) == before  # its hook assigns the weight in each call
+    assert name in ("weight norm", "kept") or snapshot(model) == before  # in these two a call sets attributes
 
 
 @torch_tier
@@ -838,6 +845,31 @@ def test_tracing_leaves_no_trace():
     assert became(report)["bn"] == "torch.nn.Identity"
     assert model.last is x and torch.equal(torch.get_rng_state(), random)
     torch.testing.assert_close(model(x), wanted)
+
+
+class Optional(Twice):
+    """Each argument that may be left out is followed both ways, and in none of them the convolution feeds more."""
+
+    def __init__(self):
+        super().__init__()
+        self.act = nn.ReLU()
+
+    def forward(self, x, mask=None, doubled=False, *, bias=None):
+        y = self.act(self.bn(self.conv(x)))
+        if doubled:
+            y = 2 * y
+        y = y if mask is None else y * mask
+        return y if bias is None else y + bias
+
+
+@torch_tier
+def test_arguments_that_may_be_left_out():
+    model, x = Optional().eval(), torch.randn(2, 3, 4, 4)
+    original = copy.deepcopy(model)
+    _, report = tritune.replace(model, fold=True, fuse=True)
+    assert became(report)["bn"] == became(report)["act"] == "torch.nn.Identity"
+    for arguments in ({}, {"mask": x}, {"doubled": True, "bias": x}):
+        torch.testing.assert_close(model(x, **arguments), original(x, **arguments))
 
 
 @torch_tier

@@ -19,12 +19,13 @@ from operator import attrgetter
 from typing import Any
 
 import torch
-from torch.fx import Graph, Node, Tracer
+from torch.fx import Graph, Node, Proxy, Tracer
 from torch.fx._symbolic_trace import PH
 from torch.nn import Identity, Module
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils import parametrize
+from torch.utils._pytree import tree_leaves
 
 from . import nn
 from .nn._of_torch import OfTorch, Quantizable, counterpart
@@ -115,7 +116,8 @@ def replace(
     and stays the same object. So Parameters, buffers, ``state_dict``, hooks, parametrizations, mode, attributes and
     optimizers are as before, and outputs too, as far as the backend that serves computes the same. What stays is in the
     report with its reason: subclasses (which may compute something else), lazy modules that were not called yet,
-    modules prepared for quantisation, and those with a ``forward`` of the instance.
+    modules prepared for quantisation, and those with a ``forward`` of the instance. Our recurrent modules are no
+    instances of ``torch.nn.RNN``, ``GRU`` and ``LSTM``, which Dynamo refuses, but of their base ``torch.nn.RNNBase``.
 
     ``fold`` and ``fuse`` go by what ``torch.fx`` sees in the model's ``forward``, called with and without each argument
     whose default is None, True or False, and with modules and attributes as they are. Code that calls the parts of the
@@ -394,7 +396,7 @@ class _Plan:
         reason = self._why_not_folded(forward, conv, name)
         if reason is None:
             try:
-                folded = nn.fold_bn(self.modules[conv], self.modules[name])  # type: ignore[arg-type]
+                folded = nn.fold_bn(self.modules[conv], self.modules[name])
             except (TypeError, ValueError) as error:
                 reason = str(error).removeprefix("fold_bn: ")
         if reason is not None:
@@ -485,12 +487,14 @@ class _Forward:
     Attributes:
         graphs: one for each mode and each choice of the arguments that may be left out.
         read: the ids of the Parameters and buffers that forward reads itself, not through the module that has them.
+        kept: what forward stores in attributes of modules.
     """
 
     def __init__(self, model: Module, modes: Sequence[bool]) -> None:
         copied = _without_hooks(model)
         self.graphs: list[Graph] = []
         self.read: set[int] = set()
+        self.kept: set[Node] = set()
         for mode, arguments in itertools.product(modes, _ways(model)):
             if mode != model.training:
                 copied.train(mode)
@@ -498,9 +502,10 @@ class _Forward:
                 with torch.random.fork_rng(devices=[]):
                     graph = _Tracer().trace(copied, arguments)
             except Exception as error:
-                first_line = (str(error) or type(error).__name__).splitlines()[0]
-                raise _CannotFollowError(f"torch.fx cannot trace forward ({first_line})") from error
+                sentence = (str(error) or type(error).__name__).splitlines()[0].partition(". ")[0]
+                raise _CannotFollowError(f"torch.fx cannot trace forward ({sentence})") from error
             self.graphs.append(graph)
+            self.kept |= {one.node for one in _held(copied) if isinstance(one, Proxy)}
             self.read |= {id(attrgetter(node.target)(copied)) for node in graph.nodes if node.op == "get_attr"}
 
     def calls(self, name: str) -> list[Node]:
@@ -519,12 +524,14 @@ class _Forward:
             for name, nodes in calls.items():
                 if len(nodes) > 1:
                     return f"{name} is called more than once"
-            if any(calls.values()):
-                (before,), (after,) = calls[first] or (None,), calls[second] or (None,)
-                if before is None or list(before.users) != [after]:
-                    return f"{first} feeds something else, too, or feeds {second} in some calls only"
-                if after.all_input_nodes != [before]:
-                    return f"{second} reads something else, too"
+            if not any(calls.values()):
+                continue
+            if not all(calls.values()) or list(calls[first][0].users) != calls[second]:
+                return f"{first} feeds something else, too, or feeds {second} in some calls only"
+            if calls[first][0] in self.kept:
+                return f"forward keeps what {first} returns in an attribute"
+            if calls[second][0].all_input_nodes != calls[first]:
+                return f"{second} reads something else, too"
         return None
 
 
@@ -537,14 +544,17 @@ def _without_hooks(model: Module) -> Module:
     for module in model.modules():
         if type(module).__module__.startswith(_WRAPPERS):
             raise _CannotFollowError(f"replace before {_title(type(module))} wraps the model")
-    memo: dict[int, Any] = {id(t): t for t in itertools.chain(model.parameters(), model.buffers())}
-    for module in model.modules():
-        memo |= {id(one): one for one in vars(module).values() if isinstance(one, torch.Tensor | _Before)}
-        memo |= {id(getattr(module, hooks)): OrderedDict() for hooks in _HOOKS}
+    memo: dict[int, Any] = {id(getattr(module, hooks)): OrderedDict() for module in model.modules() for hooks in _HOOKS}
+    memo |= {id(one): one for one in _held(model) if isinstance(one, torch.Tensor | _Before)}
     try:
         return copy.deepcopy(model, memo)
     except Exception as error:
         raise _CannotFollowError(f"deepcopy cannot copy the model ({type(error).__name__})") from error
+
+
+def _held(model: Module) -> list[Any]:
+    """What stands in attributes of modules, also in lists and dicts there."""
+    return tree_leaves([vars(module) for module in model.modules()])
 
 
 def _ways(model: Module) -> list[dict[str, Any] | None]:
