@@ -863,6 +863,22 @@ class Optional(Twice):
 
 
 @torch_tier
+def test_two_normalisations_in_a_row():
+    """Each fold starts from the weights that the last one has left."""
+    one, other = (build("mobilenet")[0] for _ in range(2))
+    model = sequential(one[2], one[3], other[3])
+    x, original, before = torch.randn(2, 16, 6, 6), copy.deepcopy(model), snapshot(model)
+    _, report = tritune.replace(model, fold=True)
+    assert reasons(report)["2"] == "not folded: another one is folded into 0: call replace once more"
+    tritune.replace(model, fold=True)
+    assert list(map(type, model)) == [tritune.nn.Conv2d, nn.Identity, nn.Identity]
+    within_verdict(original, model, x)
+    tritune.restore(model)
+    assert snapshot(model) == before
+    equal(model(x), original(x))
+
+
+@torch_tier
 def test_arguments_that_may_be_left_out():
     model, x = Optional().eval(), torch.randn(2, 3, 4, 4)
     original = copy.deepcopy(model)

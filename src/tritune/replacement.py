@@ -410,6 +410,8 @@ class _Plan:
         modules = [self.modules[conv], self.modules[norm]]
         if conv not in self.convolutions:
             return f"{conv}, which it follows, stays as it is"
+        if conv in self.changes and self.changes[conv].entries:
+            return f"another one is folded into {conv}: call replace once more"
         if any(id(t) in forward.read for module in modules for t in (*module.parameters(), *module.buffers())):
             return f"forward reads a parameter or buffer of {conv} or of itself directly"
         if any(map(parametrize.is_parametrized, modules)):
@@ -518,7 +520,7 @@ class _Forward:
             node.graph.erase_node(node)
 
     def why_apart(self, first: str, second: str) -> str | None:
-        """Why the two modules are no unit: it is one if the second reads only the first, which feeds nothing else."""
+        """Why the two modules, of which the second takes one argument, are no unit: all that reads the first is it."""
         for graph in self.graphs:
             calls = {name: _calls(graph, name) for name in (first, second)}
             for name, nodes in calls.items():
@@ -530,8 +532,6 @@ class _Forward:
                 return f"{first} feeds something else, too, or feeds {second} in some calls only"
             if calls[first][0] in self.kept:
                 return f"forward keeps what {first} returns in an attribute"
-            if calls[second][0].all_input_nodes != calls[first]:
-                return f"{second} reads something else, too"
         return None
 
 
