@@ -1048,6 +1048,16 @@ def test_an_activation_with_a_forward_of_its_own_stays():
 
 
 @torch_tier
+@pytest.mark.parametrize("hooked", [False, True], ids=["", "hooked"])
+def test_an_identity_lies_between(hooked):
+    model = nn.Sequential(nn.Conv2d(3, 3, 1), nn.Identity(), nn.ReLU())
+    if hooked:
+        model[1].register_forward_hook(lambda *_: None)
+    tritune.replace(model, fuse=True)
+    assert type(model[2]) is (nn.ReLU if hooked else nn.Identity)
+
+
+@torch_tier
 def test_a_convolution_before_its_hooks_is_fused():
     """What a hook before the call sees is the input, with and without the activation."""
     assert isinstance(tritune.replace(hooked_activation(0, "register_forward_pre_hook"), fuse=True)[0][1], nn.Identity)

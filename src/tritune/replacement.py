@@ -221,10 +221,10 @@ class _Change:
     def apply(self, module: Module) -> None:
         before = vars(module).setdefault(_BEFORE, _Before(_kind(module)))
         for name, value in self.entries.items():
-            if name not in vars(module):
-                before.added.add(name)
-            elif name not in before.added:
+            if name in vars(module):
                 before.entries.setdefault(name, vars(module)[name])
+            else:
+                before.added.add(name)
             vars(module)[name] = value
         _set_kind(module, self.kind)
 
