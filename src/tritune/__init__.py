@@ -53,6 +53,7 @@ from .ops import (
     scaled_dot_product_attention,
     use_backend,
 )
+from .replacement import replace, restore
 
 __all__ = [
     "Decision",
@@ -93,6 +94,8 @@ __all__ = [
     "max_unpool2d",
     "max_unpool3d",
     "nn",
+    "replace",
+    "restore",
     "rnn",
     "scaled_dot_product_attention",
     "use_backend",
