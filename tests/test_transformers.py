@@ -24,6 +24,7 @@ from tritune.ops import record
 
 transformers = pytest.importorskip("transformers")
 pytestmark = pytest.mark.torch
+on_kernels = pytest.mark.interpret
 
 BATCH, LENGTH, VOCABULARY = 2, 7, 32
 SIZES = {
@@ -94,7 +95,7 @@ def wav2vec2() -> Any:
 
 def gemma2() -> Any:
     # Most scores are beyond the cap.
-    return causal_lm("Gemma2", sliding_window=WINDOW, attn_logit_softcapping=1.0, query_pre_attn_scalar=1)
+    return causal_lm("Gemma2", sliding_window=WINDOW, attn_logit_softcapping=1.5, query_pre_attn_scalar=1)
 
 
 def gpt_oss() -> Any:
@@ -121,7 +122,7 @@ ON_TORCH_ALONE = ("qwen3", "gemma2", "vit", "wav2vec2")  # a soft cap, or like a
 CASES = [
     pytest.param(
         name, padding, id=f"{name}-{padding or 'whole'}",
-        marks=[] if name in ON_TORCH_ALONE else [pytest.mark.interpret],
+        marks=[] if name in ON_TORCH_ALONE else [on_kernels],
     )
     for name in MODELS for padding in ("", "left", "right") if not padding or name in PADDED
 ]  # fmt: skip
@@ -248,10 +249,10 @@ def test_generates_the_same_tokens(name: str, cache: str) -> None:
         generated[implementation] = model.generate(**inputs, **options)
     assert torch.equal(generated["tritune"], generated["eager"])
     assert generated["eager"].shape == (BATCH, LENGTH + 8)
-    assert len(generated["eager"][:, LENGTH:].unique()) > 4, "a model that repeats itself shows nothing"
+    assert len(generated["eager"][:, LENGTH:].unique()) > 3, "a model that repeats itself shows nothing"
 
 
-@pytest.mark.interpret
+@on_kernels
 def test_generates_with_the_kernels(tier: str) -> None:
     model, inputs = make("llama"), inputs_of("llama", "left")
     wanted = model.generate(**inputs, max_new_tokens=3, do_sample=False)
@@ -345,16 +346,17 @@ def eager_of(family: str) -> Callable[..., Any]:
 CALLS: dict[str, tuple[str, dict[str, Any]]] = {
     "plain": ("llama", {}),
     "scaled": ("llama", {"scaling": 1.5}),
-    "softcap": ("gemma2", {"softcap": 1.0}),
+    "softcap": ("gemma2", {"softcap": 1.5}),
     "sinks": ("gpt_oss", {"s_aux": (H,)}),
     "sink of a row": ("inkling2", {"sinks": (B, H, M, 1)}),
     "position bias": ("inkling2", {"position_bias": (1, H, M, N)}),
 }
 
 
+@pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")  # finfo.min * log2(e), of which exp is 0
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=lambda dtype: str(dtype)[6:])
 @pytest.mark.parametrize("masks", ["none", "bool", "numbers"])
-@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("call", [pytest.param(one, marks=[] if one == "softcap" else on_kernels) for one in CALLS])
 def test_a_call(call: str, masks: str, dtype: torch.dtype, tier: str) -> None:
     """Against the attention that the models themselves define, with a row that sees no key where there is a mask."""
     family, options = CALLS[call]
@@ -388,9 +390,11 @@ def test_a_call(call: str, masks: str, dtype: torch.dtype, tier: str) -> None:
     drawn = draw()
     with InFloat64():
         wanted = run(eager_of(family), drawn, wide=True)
-    eagers, ours = run(eager_of(family), drawn), run(attend, drawn)
+    eagers = run(eager_of(family), drawn)
+    with tritune.use_backend(backend_of(tier)), few_dots():
+        ours = run(attend, drawn)
     for part in wanted:
-        if part == "grad position_bias" and masks != "none":  # docs/differences.md: none of a row that sees no key
+        if part == "grad position_bias" and masks != "none":  # docs/transformers.md: none of a row that sees no key
             sees = padded().any(-1, keepdim=True).all(0, keepdim=True)
             ours[part], wanted[part], eagers[part] = (
                 torch.where(sees, one[part], 0.0) for one in (ours, wanted, eagers)
@@ -406,15 +410,26 @@ def test_no_mask_of_a_causal_layer() -> None:
     """Places of a static cache behind the last query are empty, whatever they hold; a single query sees everything."""
     query, key, value = qkv()
     key[:, :, M:] = value[:, :, M:] = torch.nan
-    for options in ({}, {"softcap": 2.0}, {"s_aux": torch.randn(H)}):
-        out, _ = attend(Layer(is_causal=True), query, key, value, None, **options)
+    for options in ({}, {"softcap": 2.0}, {"s_aux": torch.randn(H)}, {"position_bias": torch.randn(1, H, M, N)}):
+        out, weights = attend(Layer(is_causal=True), query, key, value, None, **options)
         mask = torch.ones(M, M, dtype=torch.bool).tril()
-        wanted, _ = attend(Layer(), query, key[:, :, :M], value[:, :, :M], mask, **options)
+        short = {name: one[..., :M] if name == "position_bias" else one for name, one in options.items()}
+        wanted, _ = attend(Layer(), query, key[:, :, :M], value[:, :, :M], mask, **short)
         torch.testing.assert_close(out, wanted)
+        assert weights is None, "nobody asked for them"
         assert torch.equal(attend(Layer(is_causal=False), query, key, value, None, is_causal=True, **options)[0], out)
         key, value = key.nan_to_num(1.0), value.nan_to_num(1.0)
-        one, _ = attend(Layer(is_causal=True), query[:, :, :1], key, value, None, **options)
-        torch.testing.assert_close(one, attend(Layer(is_causal=False), query[:, :, :1], key, value, None, **options)[0])
+        if "position_bias" not in options:
+            last = (query[:, :, -1:], key, value, None)
+            one, _ = attend(Layer(is_causal=True), *last, **options)
+            torch.testing.assert_close(one, attend(Layer(is_causal=False), *last, **options)[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=lambda dtype: str(dtype)[6:])
+def test_a_mask_of_another_dtype(dtype: torch.dtype) -> None:
+    call = qkv()
+    wanted, _ = attend(Layer(), *call, padded(torch.float32))
+    torch.testing.assert_close(attend(Layer(), *call, padded(dtype))[0], wanted)
 
 
 def test_no_mask_that_may_mean_two_things() -> None:
@@ -448,7 +463,7 @@ def test_dropout_is_for_training() -> None:
         assert 0.3 < share < 0.7
 
 
-@pytest.mark.interpret
+@on_kernels
 def test_which_backend_serves(tier: str) -> None:
     """What the kernels do not compute is refused where torch is forbidden, and recorded where it is not."""
     with tritune.use_backend(backend_of(tier)), record() as decisions:
