@@ -32,7 +32,7 @@ def register_with_transformers() -> None:
     Calling it again changes nothing.
 
     Raises:
-        ImportError: if transformers is not installed, or is older than its interface for masks (4.53).
+        ImportError: if transformers is not installed, or too old to have an interface for masks.
 
     A model raises while it runs:
         ValueError: where it asks for sparse attention over chosen keys, or passes no mask and does not say whether that
@@ -48,8 +48,8 @@ def register_with_transformers() -> None:
         from transformers import AttentionInterface, AttentionMaskInterface
     except ImportError as error:
         raise ImportError(
-            "register_with_transformers needs Hugging Face transformers 4.53 or newer (pip install -U transformers), "
-            f"and its import failed: {error}"
+            "register_with_transformers needs Hugging Face transformers (pip install 'tritune[models]' has the version "
+            f"that the tests run on), and its import failed: {error}"
         ) from error
     AttentionInterface.register(NAME, attend)
     AttentionMaskInterface.register(NAME, make_mask)
