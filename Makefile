@@ -17,7 +17,7 @@ READY = .venv/ready
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/pytest -q
 PARALLEL = -n $(JOBS)
 
-.PHONY: help setup demo test test-torch test-interpret test-static test-wheel test-all quick compat \
+.PHONY: help setup demo test test-torch test-interpret test-static test-wheel test-models test-all quick compat \
 	lint format bench overhead static mutants gpu clean
 
 help:
@@ -26,6 +26,7 @@ help:
 	@echo 'make test-all  the same with every combination of dtypes, layouts, cases and targets, as CI runs it'
 	@echo 'make quick     lint and a fast part of the tests, for the inner loop'
 	@echo 'make compat    the oldest supported torch; the compat subset on the oldest and the newest supported Triton'
+	@echo 'make test-models  the tests that need Hugging Face transformers, in an environment that has it'
 	@echo 'make lint      ruff and mypy          make format    rewrite the sources as ruff likes them'
 	@echo 'make bench     CPU benchmarks         make static    compile-time profile of the shipped kernels'
 	@echo 'make overhead  what our calls cost above torch'"'"'s own on the CPU; for perf/results/cpu and README.md'
@@ -107,6 +108,18 @@ compat: .venv-triton36/ready .venv-triton39/ready
 	$(@D)/bin/pip install -q --no-deps 'triton>=3.9,<3.10'
 	touch $@
 
+# Elsewhere these tests are skipped.
+test-models: .venv-models/ready
+	OMP_NUM_THREADS=1 .venv-models/bin/pytest -q -m torch $(PARALLEL) tests/test_transformers.py tests/test_examples.py
+	OMP_NUM_THREADS=1 .venv-models/bin/pytest -q -m interpret $(PARALLEL) tests/test_transformers.py
+
+.venv-models/ready: pyproject.toml constraints.txt
+	@$(CHECK_PYTHON)
+	$(PYTHON) -m venv $(@D)
+	$(INSTALL_TORCH)
+	$(INSTALL) -e '.[test,models]'
+	touch $@
+
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -134,6 +147,6 @@ gpu:
 	PYTHONPATH=src$${PYTHONPATH:+:$$PYTHONPATH} $(PYTHON) -m tritune.perf.gpu --out $(OUT)
 
 clean:
-	rm -rf .venv .venv-triton36 .venv-triton39 build dist *.egg-info src/*.egg-info \
+	rm -rf .venv .venv-triton36 .venv-triton39 .venv-models build dist *.egg-info src/*.egg-info \
 		.pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

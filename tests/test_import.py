@@ -40,7 +40,7 @@ def test_import_costs_at_most_a_tenth_of_torch(tmp_path: Path) -> None:
 
 def test_import_loads_nothing_heavy() -> None:
     # Each of these costs more than tritune itself, or may be missing.
-    heavy = ["triton", "torch._dynamo", "torch._inductor", "matplotlib", "rich", "sklearn", "filelock"]
+    heavy = ["triton", "torch._dynamo", "torch._inductor", "matplotlib", "rich", "sklearn", "filelock", "transformers"]
     code = f"""
 import sys, torch
 before = set(sys.modules)
@@ -55,8 +55,24 @@ def test_the_facade_shows_what_ops_has() -> None:
     """Their two lists of names are literal, since type checkers read no others."""
     import tritune
 
-    own = {"__version__", "fold_bn", "nn", "replace", "restore"}
+    own = {"__version__", "fold_bn", "nn", "register_with_transformers", "replace", "restore"}
     assert {*tritune.__all__} - own == {*tritune.ops.__all__} - {"record"}
+
+
+def test_what_is_missing_for_transformers_is_named() -> None:
+    code = """
+import sys
+sys.modules["transformers"] = None
+import tritune
+
+try:
+    tritune.register_with_transformers()
+except ImportError as error:
+    print(error)
+"""
+    said = run_python(code).stdout
+    assert said.startswith("register_with_transformers needs Hugging Face transformers")
+    assert said.count("\n") == 1
 
 
 def test_works_without_triton() -> None:

@@ -12,6 +12,7 @@ if not (_here / "ops").is_dir() and (_here.parents[1] / "ops").is_dir():
 
 from . import nn
 from ._version import __version__
+from .huggingface import register_with_transformers
 from .nn import fold_bn
 from .ops import (
     Decision,
@@ -94,6 +95,7 @@ __all__ = [
     "max_unpool2d",
     "max_unpool3d",
     "nn",
+    "register_with_transformers",
     "replace",
     "restore",
     "rnn",
