@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -398,12 +398,6 @@ def is_traced_as_torch(count: int) -> bool:
 
 
 # --- the choice of backend -------------------------------------------------------------------------------------------
-
-
-def require_torch(op: str, tensors: Iterable[Tensor], reason: str | None) -> None:
-    """Notes that torch serves a call: one which no kernel covers, for a reason, which is an error under
-    ``use_backend("triton")``; or one for which the kernels are not asked, as on the CPU."""
-    choose(op, list(tensors), lambda _: Ruling(False, reason or ""), lambda _: (), lambda: reason)
 
 
 def _limits(problem_of: Callable[[], Any], where: torch.device) -> str | None:

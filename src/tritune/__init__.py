@@ -11,6 +11,7 @@ if not (_here / "ops").is_dir() and (_here.parents[1] / "ops").is_dir():
     __path__.append(str(_here.parents[1]))
 
 from . import nn
+from ._accelerate import accelerate
 from ._version import __version__
 from .nn import fold_bn
 from .ops import (
@@ -58,6 +59,7 @@ __all__ = [
     "Decision",
     "UnsupportedError",
     "__version__",
+    "accelerate",
     "adaptive_avg_pool1d",
     "adaptive_avg_pool2d",
     "adaptive_avg_pool3d",
