@@ -326,8 +326,12 @@ def sequence_layer(
     assert w_ih is not None
     assert w_hh is not None
     if batch_sizes is None and w_hr is None:
-        op = cell if cell in ("gru", "lstm") else "rnn"
-        return _recur(op, cell, input, w_ih, w_hh, b_ih, b_hh, h0, c0, batch_first=batch_first)
+        # The public functions, so that a mode of torch sees the call.
+        if cell == "lstm":
+            return lstm(input, w_ih, w_hh, b_ih, b_hh, h0, c0, batch_first=batch_first)
+        if cell == "gru":
+            return (*gru(input, w_ih, w_hh, b_ih, b_hh, h0, batch_first=batch_first), None)
+        return (*rnn(input, w_ih, w_hh, b_ih, b_hh, h0, nonlinearity=cell, batch_first=batch_first), None)
     input, w_ih, w_hh, b_ih, b_hh, w_hr, h0, c0 = autocast(input, w_ih, w_hh, b_ih, b_hh, w_hr, h0, c0)
     if batch_sizes is not None:
         return _packed_layer(cell, input, batch_sizes, batch, w_ih, w_hh, b_ih, b_hh, h0, c0, w_hr)

@@ -12,6 +12,7 @@ if not (_here / "ops").is_dir() and (_here.parents[1] / "ops").is_dir():
 
 from . import nn
 from ._accelerate import accelerate
+from ._record import record_shapes
 from ._version import __version__
 from .nn import fold_bn
 from .ops import (
@@ -95,6 +96,7 @@ __all__ = [
     "max_unpool2d",
     "max_unpool3d",
     "nn",
+    "record_shapes",
     "rnn",
     "scaled_dot_product_attention",
     "use_backend",

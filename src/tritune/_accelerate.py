@@ -92,7 +92,7 @@ class accelerate(TorchFunctionMode, ContextDecorator):  # a context manager, nam
         return "\n".join(sorted(lines)) or "nothing was sent"
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        entry = _SENT.get(func)
+        entry = SENT.get(func)
         if entry is None:
             return func(*args, **kwargs) if kwargs else func(*args)
         name, ours = entry
@@ -132,18 +132,26 @@ class accelerate(TorchFunctionMode, ContextDecorator):  # a context manager, nam
 
     @cached_property
     def _attention_forward(self) -> Function:
-        """torch's function behind MultiheadAttention, with the attention in it sent. This mode is off while a function
-        runs that it was given, so the name that the body calls is bound to another function. A mode further out is
-        not offered the whole, of which it would call torch's own body, but sees all calls within."""
-        whole, inner = F.multi_head_attention_forward, F.scaled_dot_product_attention
+        inner = F.scaled_dot_product_attention
+        return attention_forward(lambda *args, **kwargs: self._send(*SENT[inner], inner, (), args, kwargs))
 
-        def sent(*args: Any, **kwargs: Any) -> Any:
-            return self._send(*_SENT[inner], inner, (), args, kwargs)
 
-        names = {**whole.__globals__, inner.__name__: sent, "has_torch_function": lambda tensors: False}
-        forward = FunctionType(whole.__code__, names, whole.__name__, whole.__defaults__, whole.__closure__)
-        forward.__kwdefaults__ = whole.__kwdefaults__
-        return forward
+def attention_forward(attention: Function) -> Function:
+    """torch's function behind MultiheadAttention, with another one for its ``scaled_dot_product_attention``.
+
+    A mode is off while it runs a function that it was given, and would not see the attention in it. So the code of
+    torch's function gets that name bound anew. A mode further out is not offered the whole, of which it would call
+    torch's own, but sees all calls within.
+    """
+    whole = F.multi_head_attention_forward
+    names = {
+        **whole.__globals__,
+        "scaled_dot_product_attention": attention,
+        "has_torch_function": lambda tensors: False,
+    }
+    forward = FunctionType(whole.__code__, names, whole.__name__, whole.__defaults__, whole.__closure__)
+    forward.__kwdefaults__ = whole.__kwdefaults__
+    return forward
 
 
 _counting = threading.Lock()  # one object may decorate what several threads call
@@ -240,4 +248,4 @@ def _sent() -> dict[Any, tuple[str, Function | None]]:
     return table
 
 
-_SENT = _sent()
+SENT = _sent()
