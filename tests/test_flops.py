@@ -179,9 +179,9 @@ class TestProfiler:
             with tritune.ops.record() as decisions:
                 tritune.max_pool2d(x, 2)
         ((kernel, choice), *_) = decisions[0].kernels
-        assert len(ranges) == 2
-        assert ranges[0].startswith(f"tritune kernel {kernel} [{choice.config}] moves ") and ranges[0].endswith(" bytes")
-        assert ranges[1].startswith("tritune kernel pool_backward [")
+        forward, backward = ranges
+        assert forward.startswith(f"tritune kernel {kernel} [{choice.config}] moves ") and forward.endswith(" bytes")
+        assert backward.startswith("tritune kernel pool_backward [")
 
     def test_nothing_is_asked_without_a_profiler(self, monkeypatch):
         from tritune.kernels import _launch
