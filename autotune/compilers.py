@@ -11,6 +11,8 @@ standard output::
     {"target": "sm_90", "kernel": "conv", "layer": "vgg-c3-bf16-nhwc", "config": {...}, "index": 0}
                                                    {"event": "profile", "registers": 96, ...}
                                                    {"event": "error", "error": "..."}
+
+A layer that no family lists comes with the case and kind of kernel that it is of.
 """
 
 from __future__ import annotations
@@ -23,17 +25,19 @@ import json
 import os
 import sys
 import threading
+from collections.abc import Mapping
 from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from . import store
+from .bench import Target
 from .child import Child, child_environment, next_event, private_stdout, requests
 from .config import Config
 from .environment import in_words, without_paths
 from .static_profile import TRITON, Row, StaticProfile, profile
-from .workload import layers
+from .workload import Case, layers
 
 COMPILE_SECONDS = 600.0  # after which a compilation counts as hung
 MOST = 8  # processes; each takes about a gigabyte
@@ -46,10 +50,11 @@ class Compilers:
 
     Args:
         families: name of the module that registers the families whose layers are compiled.
+        unlisted: by kernel and layer, where the layers are from that the families do not list.
     """
 
-    def __init__(self, families: str) -> None:
-        self.families = families
+    def __init__(self, families: str, unlisted: Mapping[tuple[str, str], Target] | None = None) -> None:
+        self.families, self.unlisted = families, unlisted or {}
         self.count = min(MOST, max(2, (os.cpu_count() or 1) // 2))
         self.idle: list[Child] = []
         self.children: set[Child] = set()
@@ -82,7 +87,10 @@ class Compilers:
             if self.ended:
                 return {"event": "error", "error": "interrupted"}
             child = self.idle.pop() if self.idle else self._start()
-        work = {"target": row.target, "kernel": row.tunable.name, "layer": row.layer, "config": row.config}
+        kernel = row.tunable.name
+        work: dict[str, Any] = {"target": row.target, "kernel": kernel, "layer": row.layer, "config": row.config}
+        if one := self.unlisted.get((kernel, row.layer)):
+            work |= {"case": one.case.to_json(), "kind": one.kind}
         child.send(json.dumps({**work, "index": row.index}))
         try:
             answer = next_event(child, COMPILE_SECONDS)
@@ -146,7 +154,10 @@ def _problems(target: str) -> dict[tuple[str, str], tuple[Any, Any]]:
 
 
 def compile_one(request: dict[str, Any]) -> dict[str, Any]:
-    tunable, problem = _problems(request["target"])[request["kernel"], request["layer"]]
+    if "case" in request:
+        tunable, problem = Target(Case.from_json(request["case"]), request["kind"]).identity()
+    else:
+        tunable, problem = _problems(request["target"])[request["kernel"], request["layer"]]
     launch = tunable.launches(problem, Config(request["config"]))[request["index"]]
     try:
         return {"event": "profile", **asdict(profile(launch, request["target"]))}

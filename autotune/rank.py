@@ -11,7 +11,7 @@ import json
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from . import store
+from .bench import Target
 from .compilers import Compilers
 from .config import Config, Tunable
 from .device import named
@@ -33,11 +34,14 @@ CANDIDATES = 16  # of the model's order are compiled, then the layer gets no ent
 Best = tuple[Config | None, StaticProfile | None, list[str]]
 
 
-def rank(families: str, target: str, selected: Sequence[Layers]) -> Iterator[tuple[str, Tunable, Any, Best]]:
+def rank(
+    families: str, target: str, selected: Sequence[Layers], unlisted: Mapping[tuple[str, str], Target] | None = None
+) -> Iterator[tuple[str, Tunable, Any, Best]]:  # fmt: skip
     """``(layer, kernel, problem, (config, profile, passed over))``; no config if none of the first compiles clean.
 
     Args:
         families: name of the module that registers the families of these layers.
+        unlisted: as of :class:`Compilers`.
     """
 
     def best(compilers: Compilers, layer: str, tunable: Tunable, problem: Any) -> Best:
@@ -52,7 +56,7 @@ def rank(families: str, target: str, selected: Sequence[Layers]) -> Iterator[tup
             passed_over.append(f"{dict(config)}: {'; '.join(found)}")
         return None, None, passed_over
 
-    compilers = Compilers(families)
+    compilers = Compilers(families, unlisted)
     with ThreadPoolExecutor(compilers.count) as pool, compilers:  # the compilers end first: then no thread waits
         futures = [pool.submit(best, compilers, *one) for one in selected]
         try:
@@ -64,7 +68,7 @@ def rank(families: str, target: str, selected: Sequence[Layers]) -> Iterator[tup
 
 def run(
     families: str, target: str, layers: Sequence[Layers], pattern: str | None, out: Path | None, *, dry_run: bool,
-    as_json: bool,
+    as_json: bool, unlisted: Mapping[tuple[str, str], Target] | None = None,
 ) -> int:  # fmt: skip
     """The command, for those of the layers whose ``<kernel>/<layer>`` contains the pattern."""
     selected = [one for one in layers if (pattern or "") in f"{one[1].name}/{one[0]}"]
@@ -82,7 +86,7 @@ def run(
         with Progress(stream, len(selected)) as progress:
             progress.update(0, state="the compilers start")
             for done, (name, tunable, problem, (config, one, passed_over)) in enumerate(
-                rank(families, target, selected), 1
+                rank(families, target, selected, unlisted), 1
             ):
                 for reason in passed_over:
                     progress.line(f"{tunable.name}/{name}: passed over {reason}")

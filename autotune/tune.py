@@ -16,7 +16,7 @@ import inspect
 import json
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -24,7 +24,7 @@ from typing import Any, TextIO, get_args
 
 import torch
 
-from . import store
+from . import recorded, store
 from .bench import Target, entry_environment, origin_of
 from .child import Child, child_environment, next_event
 from .config import Config, Tunable
@@ -50,13 +50,14 @@ class Options:
     Attributes:
         families: name of a module that registers families when it is imported; it may bring a TIMER.
         rehearse: for the tests: on the CPU, with tiny layers in Triton's interpreter.
+        recorded: a file of calls, which are the layers.
     """
 
     families: str
     ops: Sequence[str] = ()
     shapes: Sequence[str] = ()
     dtypes: Sequence[str] = ()
-    direction: str = "fwd"
+    direction: str | None = None
     budget: float = BUDGET_SECONDS
     trial_limit: float = TRIAL_SECONDS
     force: bool = False
@@ -67,6 +68,7 @@ class Options:
     target: str | None = None
     pattern: str | None = None
     rehearse: bool = False
+    recorded: Path | None = None
 
 
 def operators() -> dict[str, str]:
@@ -87,18 +89,30 @@ def main(args: Options) -> int:
         return _usage(f"{unknown[0]!r} is not one of {', '.join(PRECISIONS)}")
     if args.out is not None:
         writable_folder(args.out)
+    if args.recorded and args.shapes:
+        return _usage("--from names the layers of a file: leave out --shapes")
     if args.static:
         from . import rank
 
         if not args.target:
             return _usage("--static needs a --target: which GPU shall the configs be for?")
         if args.shapes or args.dtypes:
-            return _usage("--static ranks what ships for a target: choose among that with -k")
-        wanted = {family_of_op(op) for op in args.ops} or set(FAMILIES)
-        layers = [one for name, family in FAMILIES.items() if name in wanted for one in family.layers(args.target)]
+            return _usage("--static ranks what ships for a target, or is in a file that --from names: choose among "
+                          "that with -k")  # fmt: skip
+        unlisted: dict[tuple[str, str], Target] = {}
+        if args.recorded:
+            try:
+                unlisted = _distinct(targets(replace(args, pattern=None)))
+            except ValueError as error:
+                return _usage(str(error))
+            layers = [(layer, *one.identity()) for (_, layer), one in unlisted.items()]
+        else:
+            wanted = {family_of_op(op) for op in args.ops} or set(FAMILIES)
+            layers = [one for name, family in FAMILIES.items() if name in wanted for one in family.layers(args.target)]
         return rank.run(
-            args.families, args.target, layers, args.pattern, args.out, dry_run=args.dry_run, as_json=args.json
-        )
+            args.families, args.target, layers, args.pattern, args.out, dry_run=args.dry_run, as_json=args.json,
+            unlisted=unlisted,
+        )  # fmt: skip
     if args.target:
         return _usage("--target goes with --static; without it this machine's GPU is measured")
     try:
@@ -106,8 +120,9 @@ def main(args: Options) -> int:
     except (TypeError, ValueError) as error:
         return _usage(str(error))
     if not chosen:
+        where = args.recorded or ", ".join(args.ops)
         return _usage(f"no kernel has {args.pattern!r} in its name <kernel>/<layer>" if args.pattern
-                      else f"there is nothing to tune of {', '.join(args.ops)} in this direction")  # fmt: skip
+                      else f"there is nothing to tune of {where} in this direction")  # fmt: skip
     if not args.rehearse and not torch.cuda.is_available():
         return _usage(
             "torch finds no GPU here, so nothing can be measured; "
@@ -126,6 +141,21 @@ def _usage(message: str) -> int:
 
 def targets(args: Options) -> list[Target]:
     """The kernels, the forward of every layer first. Raises TypeError or ValueError for layers that make no sense."""
+    found = []
+    for rank, one, direction in _recorded(args, args.recorded) if args.recorded else _named(args):
+        for label in args.dtypes or [one.precision]:
+            case = with_precision(one, label)
+            if args.rehearse:
+                case = tiny(case)
+            for index, kind in enumerate(FAMILIES[family_of_op(case.op)].kinds(case)):
+                if ("bwd" if index else "fwd") in direction.split(","):
+                    found.append((index > 0, rank, Target(case, kind)))
+    chosen = [target for _, _, target in sorted(found, key=lambda row: row[:2])]
+    return [target for target in chosen if (args.pattern or "") in f"{target.identity()[0].name}/{target.case.name}"]
+
+
+def _named(args: Options) -> Iterator[tuple[int, Case, str]]:
+    """The layers that ``--shapes`` names, or else those that ship: ``(rank, case, direction)``."""
     ops = args.ops or list(operators())
     known = {case.name for op in ops for case in FAMILIES[family_of_op(op)].CASES if case.op == op}
     explicit = [layer for layer in args.shapes if is_spelled_out(layer)]
@@ -133,20 +163,50 @@ def targets(args: Options) -> list[Target]:
         raise ValueError(f"{' and '.join(ops)} have no layer {unknown[0]!r}: known are {', '.join(sorted(known))}")
     if explicit and len(ops) != 1:
         raise ValueError(f"{explicit[0]}: shapes belong to one operator, name it")
-    found = []
     for op in ops:
         family = FAMILIES[family_of_op(op)]
         for place, one in enumerate(_cases(op, args.shapes)):
-            for label in args.dtypes or [one.precision]:
-                case = with_precision(one, label)
-                if args.rehearse:
-                    case = tiny(case)
-                for index, kind in enumerate(family.kinds(case)):
-                    if ("bwd" if index else "fwd") in args.direction.split(","):
-                        rank = place if args.shapes else family.TUNED.index(one.name)
-                        found.append((index > 0, rank, Target(case, kind)))
-    chosen = [target for _, _, target in sorted(found, key=lambda row: row[:2])]
-    return [target for target in chosen if (args.pattern or "") in f"{target.identity()[0].name}/{target.case.name}"]
+            yield place if args.shapes else family.TUNED.index(one.name), one, args.direction or "fwd"
+
+
+def _recorded(args: Options, path: Path) -> Iterator[tuple[int, Case, str]]:
+    """The calls in a file, most frequent first; those that no layer is like are named, and left out."""
+    calls = recorded.read(path)
+    left_out = 0
+    for rank, call in enumerate(calls):
+        try:
+            one = _case_of(call)
+        except ValueError as error:
+            left_out += 1
+            print(f"tritune tune: left out, {call.count} x {call.op}: {error}", file=sys.stderr)
+            continue
+        if not args.ops or one.op in args.ops:
+            yield rank, one, args.direction or ("fwd" if call.direction == "fwd" else "fwd,bwd")
+    if left_out == len(calls):
+        raise ValueError(f"{path} has no call that can be tuned")
+
+
+def _case_of(call: recorded.Recorded) -> Case:
+    """Raises ValueError, which says why no layer is like this call."""
+    spelled = [family.recorded(call) for family in FAMILIES.values() if hasattr(family, "recorded")]
+    found = [one for one in spelled if one is not None]
+    if not found:
+        raise ValueError("no family has layers of it")
+    if call.dtype != "fp32" and call.dtype not in PRECISIONS:
+        raise ValueError(f"dtype {call.dtype} has no kernel")
+    case = with_precision(_explicit(*found[0]), call.dtype)
+    return replace(case, layout=call.layout) if case.layout and call.layout else case
+
+
+def _distinct(chosen: Sequence[Target]) -> dict[tuple[str, str], Target]:
+    """By kernel and layer, one target of those with the same key in the store."""
+    found: dict[str, tuple[tuple[str, str], Target]] = {}
+    for target in chosen:
+        (tunable, problem), case = target.identity(), target.case
+        layer = "-".join(filter(None, (case.name, case.precision, case.layout, target.kind)))
+        key = f"{tunable.name} {json.dumps(tunable.features(problem))}"
+        found.setdefault(key, ((tunable.name, layer), target))
+    return dict(found.values())
 
 
 def _cases(op: str, layers: Sequence[str]) -> list[Case]:

@@ -20,6 +20,7 @@ from torch import Tensor
 from .config import TUNABLES, Tunable
 from .device import DeviceSpec
 from .layout import laid_out
+from .recorded import Recorded
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # How a layer's products are computed: dtype of the operands, and the name that kernels know the precision by.
@@ -199,6 +200,9 @@ class Family(Protocol):
         layers: what ships for a target: ``(name, kernel, problem)``.
         explicit: a training case of an operator from the shapes and options that ``tritune tune`` was given. Raises
             TypeError or ValueError.
+        recorded: the operator, and the text by which ``tritune tune`` is given such a layer, of a call that
+            ``tritune.record_shapes`` has written; ``None`` for another family's. Raises ValueError for a call that no
+            text says. A family may lack it, if its functions are not recorded.
         kinds: the kernels of a training case, forward first.
         kernel_tensors, kernel_of: one of those kernels by itself, and random tensors for it. Which kernel and problem
             it is must follow from the case's arguments alone, which may be meta tensors.
@@ -210,6 +214,7 @@ class Family(Protocol):
 
     def layers(self, target: str) -> Iterator[Layers]: ...
     def explicit(self, op: str, *shapes: Any, **options: Any) -> Case: ...
+    def recorded(self, call: Recorded) -> tuple[str, str] | None: ...
     def kinds(self, one: Case) -> tuple[str, ...]: ...
     def kernel_tensors(self, one: Case, kind: str, device: str, seed: int) -> dict[str, Tensor]: ...
     def kernel_of(self, one: Case, kind: str, tensors: dict[str, Tensor]) -> Kernel: ...

@@ -8,6 +8,7 @@ validators. Files that begin with an underscore are shared by the families.
 
 from ._dispatch import Decision, UnsupportedError, record, use_backend
 from ._explain import explain
+from ._flops import register_when_imported
 from ._script import scripted_as_torchs
 from .attention import attention, attention_pool, scaled_dot_product_attention
 from .conv import conv1d, conv2d, conv3d, conv_transpose1d, conv_transpose2d, conv_transpose3d
@@ -80,3 +81,5 @@ __all__ = [
 
 for _name in set(__all__) - {"Decision", "UnsupportedError", "explain", "record", "use_backend"}:
     scripted_as_torchs(globals()[_name])
+
+register_when_imported()

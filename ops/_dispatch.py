@@ -6,7 +6,7 @@ import importlib.util
 import inspect
 import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ContextDecorator, contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -37,6 +37,10 @@ class UnsupportedError(NotImplementedError):
     :func:`explain` for one that cannot be looked at without running it (the message names the line or the type)."""
 
 
+class Declined(Exception):  # no error: torch computes the call
+    """Raised inside :func:`unless_declined` by a call that our function would leave to torch; the message says why."""
+
+
 DEFAULT_BACKEND = word("TRITUNE_BACKEND") or "auto"
 # Triton reads the variable when its kernels are defined, so it must be set before they are imported.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -53,6 +57,7 @@ class _State(threading.local):
     def __init__(self) -> None:
         # In every thread attributes of the instance: torch.compile does not see one that comes to hide a class's.
         self.set(DEFAULT_BACKEND, None)
+        self.declines = False
 
     def set(self, backend: str, recorder: list[Decision] | None) -> None:
         self.backend, self.recorder = backend, recorder
@@ -91,11 +96,7 @@ class use_backend(ContextDecorator):  # a context manager, named like torch.no_g
         self.previous: dict[int, list[str]] = {}  # by thread, since several may use one object
 
     def __call__(self, func: Any) -> Any:
-        if inspect.isgeneratorfunction(func) or inspect.iscoroutinefunction(func) or inspect.isasyncgenfunction(func):
-            raise TypeError(
-                f"use_backend cannot decorate {func.__qualname__}, whose body does not run while it is called: "
-                "use a with block in it"
-            )
+        check_decorated("use_backend", func)
         return super().__call__(func)
 
     def _recreate_cm(self) -> use_backend:
@@ -116,6 +117,15 @@ class use_backend(ContextDecorator):  # a context manager, named like torch.no_g
 @constant  # Dynamo cannot trace the question, and undoes within a graph what it has noted there
 def _thread() -> int:
     return threading.get_ident()
+
+
+def check_decorated(block: str, func: Any) -> None:
+    """Raises TypeError for what a block cannot decorate."""
+    if inspect.isgeneratorfunction(func) or inspect.iscoroutinefunction(func) or inspect.isasyncgenfunction(func):
+        raise TypeError(
+            f"{block} cannot decorate {func.__qualname__}, whose body does not run while it is called: "
+            "use a with block in it"
+        )
 
 
 def current_backend() -> str:
@@ -407,7 +417,28 @@ def choose(
         found = kernels(detect(tensors[0].device)) if chosen == "triton" or is_weighed else ()
         used, instead = (found, ()) if chosen == "triton" else ((), found)
         _state.recorder.append(Decision(op, chosen, because, used, rejected, origin, instead))
+    if chosen == "torch" and _state.declines:
+        raise Declined(rejected or because)
     return chosen
+
+
+def require_torch(op: str, tensors: Iterable[Tensor], reason: str | None) -> None:
+    """Records the decision that torch serves a call. ``reason`` says why no kernel covers it, which is an error under
+    ``use_backend("triton")``; it is None where the kernels could cover it but do not run, as on the CPU."""
+    choose(op, list(tensors), lambda _: Ruling(False, reason or ""), lambda _: (), lambda: reason)
+
+
+def unless_declined(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Calls a public function for somebody who has the call in torch's own words, too.
+
+    Raises:
+        Declined: instead of computing by torch's operators.
+    """
+    before, _state.declines = _state.declines, True
+    try:
+        return function(*args, **kwargs)
+    finally:
+        _state.declines = before
 
 
 def measured(choices: Sequence[tuple[str, Choice]]) -> Ruling | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -329,8 +329,12 @@ def sequence_layer(
     assert w_ih is not None
     assert w_hh is not None
     if batch_sizes is None and w_hr is None:
-        op = cell if cell in ("gru", "lstm") else "rnn"
-        return _run_layer(op, cell, input, w_ih, w_hh, b_ih, b_hh, h0, c0, batch_first=batch_first)
+        # The public functions, so that a mode of torch sees the call.
+        if cell == "lstm":
+            return lstm(input, w_ih, w_hh, b_ih, b_hh, h0, c0, batch_first=batch_first)
+        if cell == "gru":
+            return (*gru(input, w_ih, w_hh, b_ih, b_hh, h0, batch_first=batch_first), None)
+        return (*rnn(input, w_ih, w_hh, b_ih, b_hh, h0, nonlinearity=cell, batch_first=batch_first), None)
     input, w_ih, w_hh, b_ih, b_hh, w_hr, h0, c0 = autocast(input, w_ih, w_hh, b_ih, b_hh, w_hr, h0, c0)
     if batch_sizes is not None:
         return _packed_layer(cell, input, batch_sizes, batch, w_ih, w_hh, b_ih, b_hh, h0, c0, w_hr)
@@ -405,12 +409,6 @@ def is_traced_as_torch(count: int) -> bool:
 
 
 # --- the choice of backend -------------------------------------------------------------------------------------------
-
-
-def require_torch(op: str, tensors: Iterable[Tensor], reason: str | None) -> None:
-    """Records the decision that torch serves a call. ``reason`` says why no kernel covers it, which is an error under
-    ``use_backend("triton")``; it is None where the kernels could cover it but do not run, as on the CPU."""
-    choose(op, list(tensors), lambda _: Ruling(False, reason or ""), lambda _: (), lambda: reason)
 
 
 def _limits(problem_of: Callable[[], Any], where: torch.device) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -11,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..autotune.device import DeviceSpec
+from ..autotune.recorded import Recorded, spelled
 from ..autotune.workload import (
     ALL_LAYERS,
     DTYPES,
@@ -143,8 +145,8 @@ def case(
         kwargs["masked"] = True
     if layer.score == "cosine":
         kwargs |= {"score": "cosine", "scale": 10.0}
-    if dtype == "tf32":
-        dtype, kwargs["precision"] = "fp32", "tf32"
+    if dtype not in DTYPES:
+        dtype, kwargs["precision"] = "fp32", dtype
     return Case(name, "attention", shapes, kwargs, dtype, "", direction, rank)
 
 
@@ -229,6 +231,28 @@ def explicit(
         raise ValueError(f"score is dot or cosine, bias some of bhmn; not {score!r} and {bias!r}")
     layer = Layer(b, h, m, n, d, kv_heads, bool(causal), bool(masked), bias, score)
     return case("explicit", layer=layer, direction="fwd+bwd")
+
+
+def recorded(call: Recorded) -> tuple[str, str] | None:
+    if call.op not in ("attention", "attention_pool", "scaled_dot_product_attention"):
+        return None
+    call.allow("scale", "is_causal", "enable_gqa", "score", "return_lse", "eps", "causal_alignment", dropout_p=0.0)
+    query, key, value = (call.shapes[name] for name in ("query", "key", "value"))
+    if value[-1] != key[-1]:
+        raise ValueError("the value has other features than the key")
+    if call.kwargs.get("causal_alignment") == "bottom_right" and query[-2] != key[-2]:
+        raise ValueError("no layer is causal from the bottom right")
+    query, key = ((1,) * (4 - len(shape)) + shape for shape in (query, key))
+    batch = math.prod(torch.broadcast_shapes(query[:-3], key[:-3]))
+    options = {"score": call.kwargs.get("score"), "causal": 1 if call.kwargs.get("is_causal") else None}
+    for name in ("attn_mask", "bias"):
+        if name in call.shapes:
+            if call.dtypes.get(name) == "bool":
+                options["masked"] = 1
+            else:
+                sizes = ((1,) * 4 + call.shapes[name])[-4:]
+                options["bias"] = "".join(letter for letter, size in zip("bhmn", sizes, strict=True) if size > 1)
+    return "attention", spelled([(batch, *query[-3:]), (batch, *key[-3:])], options)
 
 
 def kinds(one: Case) -> tuple[str, ...]:

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..autotune.device import DeviceSpec
+from ..autotune.recorded import Recorded, spelled
 from ..autotune.workload import (
     ALL_LAYERS,
     DTYPES,
@@ -197,8 +198,8 @@ def case(
     name: str, epilogue: str = "", *, layer: Layer | None = None, dtype: str = "bf16", layout: str = "nhwc",
     direction: str = "fwd", rank: int = 1,
 ) -> Case:  # fmt: skip
-    """``epilogue`` lists the steps after the convolution: bias, residual, an activation. dtype ``"tf32"`` is fp32
-    multiplied in tf32."""
+    """``epilogue`` lists the steps after the convolution: bias, residual, an activation. A dtype such as ``"tf32"`` is
+    fp32 multiplied in tf32."""
     layer = LAYERS[name] if layer is None else layer
     steps = epilogue.split()
     shapes: dict[str, Shape] = {"input": layer.input, "weight": layer.weight}
@@ -210,8 +211,8 @@ def case(
     for step in steps:
         if step not in ("bias", "residual"):
             kwargs["activation"] = step
-    if dtype == "tf32":
-        dtype, kwargs["precision"] = "fp32", "tf32"
+    if dtype not in DTYPES:
+        dtype, kwargs["precision"] = "fp32", dtype
     return Case(name, layer.op, shapes, kwargs, dtype, layout, direction, rank)
 
 
@@ -332,6 +333,31 @@ def explicit(
     if layer.weight != weight or min(layer.output) < 1:
         raise ValueError(f"weight {weight} with {groups} groups does not fit input {input}")
     return case("explicit", layer=layer, direction="fwd+bwd")
+
+
+def recorded(call: Recorded) -> tuple[str, str] | None:
+    if call.op not in OPERATORS:
+        return None
+    return call.op, spelled(*arguments_of(call, *EPILOGUE))
+
+
+EPILOGUE = ("activation", "padding", "stride", "dilation", "groups")
+
+
+def arguments_of(call: Recorded, *allowed: str) -> tuple[list[Shape], dict[str, Any]]:
+    """The shapes and options of :func:`explicit`."""
+    call.allow(*allowed, output_padding=0)
+    input, weight = call.shapes["input"], call.shapes["weight"]
+    options = {name: call.number(name) for name in ("stride", "dilation", "groups")}
+    padding = call.kwargs.get("padding")
+    if padding == "same":
+        reaches = {(options["dilation"] or 1) * (size - 1) for size in weight[2:]}
+        if len(reaches) > 1 or min(reaches) % 2:
+            raise ValueError("padding='same' is not one number")
+        options["padding"] = reaches.pop() // 2
+    elif padding != "valid":
+        options["padding"] = call.number("padding")
+    return [input if len(input) == len(weight) else (1, *input), weight], options
 
 
 def kinds(one: Case) -> tuple[str, ...]:

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..autotune.device import DeviceSpec
+from ..autotune.recorded import Recorded, spelled
 from ..autotune.workload import (
     ALL_LAYERS,
     PRECISIONS,
@@ -161,6 +162,14 @@ def explicit(
 ) -> Case:  # fmt: skip
     one = conv.explicit("conv2d", input, weight, stride=stride, padding=padding, dilation=dilation, groups=groups)
     return case("explicit", "", layer=Layer(conv.layer_of(one), kernel, pool_stride or kernel, pool_padding))
+
+
+def recorded(call: Recorded) -> tuple[str, str] | None:
+    if call.op not in OPERATORS:
+        return None
+    pooling = {f"pool_{name}": call.number(f"pool_{name}") for name in ("kernel_size", "stride", "padding")}
+    shapes, options = conv.arguments_of(call, *conv.EPILOGUE, *pooling)
+    return call.op, spelled(shapes, {**options, "kernel": pooling.pop("pool_kernel_size"), **pooling})
 
 
 def kinds(one: Case) -> tuple[str, ...]:

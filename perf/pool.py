@@ -13,6 +13,7 @@ from torch import Tensor
 from .. import ops
 from ..autotune.device import DeviceSpec
 from ..autotune.layout import empty
+from ..autotune.recorded import Recorded, spelled
 from ..autotune.resolve import resolve
 from ..autotune.workload import ALL_LAYERS, DTYPES, PRECISIONS, Case, Kernel, Layers, Operator, Shape, random_tensors
 from ..ops.pool_operators import kernel_window, offset_dtype
@@ -262,6 +263,17 @@ def explicit(
     if layer.rank not in (1, 2, 3):
         raise ValueError(f"input {input} has no one to three dimensions of space")
     return Case("explicit", op, {"input": input}, layer.kwargs(), direction="fwd+bwd")
+
+
+def recorded(call: Recorded) -> tuple[str, str] | None:
+    if call.op not in OPERATORS:
+        return None
+    named_as = {"kernel_size": "kernel", "stride": "stride", "padding": "padding", "output_size": "size"}
+    call.allow(*named_as, dilation=1, norm_type=2.0, keepdim=False)
+    shape = call.shapes["input"]
+    if call.op.endswith("d"):
+        shape = (1,) * (int(call.op[-2]) + 2 - len(shape)) + shape
+    return call.op, spelled([shape], {word: call.number(name) for name, word in named_as.items()})
 
 
 def kinds(one: Case) -> tuple[str, ...]:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..autotune.device import DeviceSpec
+from ..autotune.recorded import Recorded, spelled
 from ..autotune.workload import (
     ALL_LAYERS,
     DTYPES,
@@ -106,8 +107,8 @@ def case(name: str, *, layer: Layer | None = None, dtype: str = "bf16", directio
         "b_hh": rows,
     }  # fmt: skip
     kwargs: dict[str, Any] = {"cell": layer.cell}
-    if dtype == "tf32":
-        dtype, kwargs["precision"] = "fp32", "tf32"
+    if dtype not in DTYPES:
+        dtype, kwargs["precision"] = "fp32", dtype
     return Case(name, "rnn", shapes, kwargs, dtype, "", direction, rank)
 
 
@@ -172,6 +173,23 @@ def explicit(op: str, input: Shape, *, hidden: int, cell: str = "tanh", directio
         raise ValueError("a layer has one direction or two")
     t, b, i = input
     return case("explicit", layer=Layer(cell, t, b, i, hidden, directions), direction="fwd+bwd")
+
+
+def recorded(call: Recorded) -> tuple[str, str] | None:
+    if call.op not in ("rnn", "gru", "lstm", "elman_step"):
+        return None
+    call.allow("nonlinearity", "batch_first", "reverse")
+    if call.op == "elman_step":
+        (*batch, i), hidden, directions = call.shapes["x"], call.shapes["W_hh"][-1], 1
+        steps, size = 1, (*batch, 1)[0]
+    else:
+        input, weight = call.shapes["input"], call.shapes["w_hh"]
+        steps, size, i = input if len(input) == 3 else (input[0], 1, input[1])
+        if len(input) == 3 and call.kwargs.get("batch_first"):
+            steps, size = size, steps
+        hidden, directions = weight[-1], weight[0] if len(weight) == 3 else 1
+    cell = call.op if call.op in ("gru", "lstm") else call.kwargs.get("nonlinearity", "tanh")
+    return "rnn", spelled([(steps, size, i)], {"hidden": hidden, "cell": cell, "directions": directions})
 
 
 def kinds(one: Case) -> tuple[str, ...]:

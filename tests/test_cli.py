@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import pytest
+import torch
 
 import tritune
 from tritune import cli, doctor, explain_command
@@ -203,6 +204,10 @@ class TestEveryCommand:
         """The arguments with which a command takes seconds."""
         if words == ("explain", "model"):
             return ["torch.nn:Identity", "1x2"]
+        if words == ("explain", "file"):
+            with tritune.record_shapes(tmp_path / "shapes.jsonl"):
+                tritune.max_pool2d(torch.randn(1, 2, 4, 4), 2)
+            return [str(tmp_path / "shapes.jsonl")]
         if words[0] == "explain":
             op = explain_command.OPS[words[1]]
             return [*op.example.split(), *(["--hidden", "64"] if "--hidden" in op.options else [])]
@@ -268,7 +273,7 @@ class TestPaths:
 
     NEEDED = {"configs show": ["conv"], "configs diff": ["{left}", "{left}"], "configs merge": ["{left}", "{left}"],
               "tune": ["--static", "--target", "sm_90"], "bench static": [], "bench run": ["--rehearse"], "demo": [],
-              "configs list": []}  # fmt: skip
+              "configs list": [], "explain file": []}  # fmt: skip
 
     def bad(self, name, wants, tmp_path):
         """Paths of which each is wrong for a folder or a file to write, or to read."""
@@ -291,7 +296,7 @@ class TestPaths:
         left = tmp_path / "left"
         entry = store.Entry({"C": 8}, store.Config(BLOCK=1), "model", extra={"env": {"triton": "3.7.1"}})
         store.write(left / "sm_90" / "conv.json", "conv", [entry])
-        wants = "file" if name in ("--baseline", "--merge") else "folder"
+        wants = "file" if name in ("--baseline", "--from", "--merge") or words == ("explain", "file") else "folder"
         for what, path in self.bad(name, wants, tmp_path).items():
             arguments = [word.format(left=left) for word in self.NEEDED[" ".join(words)]]
             if name.startswith("-"):

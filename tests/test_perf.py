@@ -525,7 +525,8 @@ class TestCalls:
         values = {name: getattr(tritune, name) for name in tritune.__all__}
         functions = {name for name, value in values.items() if callable(value) and not inspect.isclass(value)}
         modules = {f"nn.{name}" for name, value in vars(tritune.nn).items() if inspect.isclass(value)}
-        assert {call.public_name for call in CALLS} == functions - {"explain", "replace", "restore"} | modules
+        others = {"explain", "record_shapes", "register_with_transformers", "replace", "restore"}
+        assert {call.public_name for call in CALLS} == functions - others | modules
         assert len({call.name for call in CALLS}) == len(CALLS)
 
     @pytest.mark.parametrize("call", CALLS, ids=lambda call: call.name)

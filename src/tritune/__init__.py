@@ -11,6 +11,8 @@ if not (_here / "ops").is_dir() and (_here.parents[1] / "ops").is_dir():
     __path__.append(str(_here.parents[1]))
 
 from . import nn
+from ._accelerate import accelerate
+from ._record import record_shapes
 from ._version import __version__
 from .huggingface import register_with_transformers
 from .nn import fold_bn
@@ -60,6 +62,7 @@ __all__ = [
     "Decision",
     "UnsupportedError",
     "__version__",
+    "accelerate",
     "adaptive_avg_pool1d",
     "adaptive_avg_pool2d",
     "adaptive_avg_pool3d",
@@ -95,6 +98,7 @@ __all__ = [
     "max_unpool2d",
     "max_unpool3d",
     "nn",
+    "record_shapes",
     "register_with_transformers",
     "replace",
     "restore",

@@ -173,7 +173,14 @@ def tune(
     dtype: Annotated[
         str, typer.Option(metavar="NAME[,NAME]", help="bf16, fp16, ieee, tf32 or tf32x3; default: the layer's.")
     ] = "",
-    direction: Annotated[str, typer.Option(help="Which kernels.", **_one_of(("fwd", "bwd", "fwd,bwd")))] = "fwd",
+    recorded: Annotated[
+        Path | None,
+        typer.Option("--from", metavar="FILE", help="The layers are the calls that tritune.record_shapes has written."),
+    ] = None,
+    direction: Annotated[
+        str | None,
+        typer.Option(help="Which kernels; default: fwd, or as it was recorded.", **_one_of(("fwd", "bwd", "fwd,bwd"))),
+    ] = None,
     budget: Annotated[float, _time("For everything, such as 120s or 5m; default: 120s.")] = 120.0,
     trial_limit: Annotated[float, _time("After this a config counts as hung; default: 30s.")] = 30.0,
     force: Annotated[bool, typer.Option("--force", help="Measure again what is in the store already.")] = False,
@@ -201,12 +208,16 @@ def tune(
     return command.main(
         command.Options(
             families, ops, shapes, dtypes, direction, budget, trial_limit, force, out, dry_run, as_json, static, target,
-            pattern, rehearse,
+            pattern, rehearse, recorded,
         )
     )  # fmt: skip
 
 
 # --- tritune explain -------------------------------------------------------------------------------------------------
+
+
+Device = Annotated[str | None, typer.Option(metavar="NAME", help="Such as h200, sm_90 or cpu; default: this machine.")]
+Backend = Annotated[str, typer.Option(help="As of use_backend.", **_one_of(("auto", "triton", "torch")))]
 
 
 def _explain(name: str, op: explain_command.Op) -> None:
@@ -216,16 +227,12 @@ def _explain(name: str, op: explain_command.Op) -> None:
         typer.Argument(metavar="SHAPE", help=f"{op.shapes}: {op.example}; with commas, and options as NAME=VALUE, too"),
     ]
     dtype = Annotated[str, typer.Option(help="Of the tensors.", **_one_of(explain_command.DTYPES))]
-    device = Annotated[
-        str | None, typer.Option(metavar="NAME", help="Such as h200, sm_90 or cpu; default: this machine.")
-    ]
-    backend = Annotated[str, typer.Option(help="As of use_backend.", **_one_of(("auto", "triton", "torch")))]
     parameters = [
         _parameter("words", words),
         *(_parameter(flag[2:].replace("-", "_"), *_option(flag, one)) for flag, one in op.options.items()),
         _parameter("dtype", dtype, "bf16"),
-        _parameter("device", device, None),
-        _parameter("backend", backend, "auto"),
+        _parameter("device", Device, None),
+        _parameter("backend", Backend, "auto"),
         _parameter("as_json", Json, False),
     ]
 
@@ -260,10 +267,20 @@ def _model(
     place: Annotated[str, typer.Argument(metavar="PACKAGE.MODULE:NAME", help="A module, or what makes one.")],
     shapes: Annotated[list[Any], typer.Argument(parser=_shape, metavar="SHAPE", help="Of the inputs: 1x3x224x224")],
     dtype: Annotated[str, typer.Option(help="Of model and inputs.", **_one_of(explain_command.DTYPES))] = "fp32",
-    backend: Annotated[str, typer.Option(help="As of use_backend.", **_one_of(("auto", "triton", "torch")))] = "auto",
+    backend: Backend = "auto",
     as_json: Json = False,
 ) -> int:
     return explain_command.explain_model(place, shapes, dtype, backend, as_json)
+
+
+@explain.command("file", help="What each call of a file that tritune.record_shapes has written would run.")
+def _file(
+    path: Annotated[Path, typer.Argument(metavar="FILE")],
+    device: Device = None,
+    backend: Backend = "auto",
+    as_json: Json = False,
+) -> int:
+    return explain_command.explain_file(path, device, backend, as_json)
 
 
 app.add_typer(explain, name="explain")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib
+import inspect
 import io
 import json
 import os
@@ -23,7 +24,9 @@ from torch import Tensor
 from . import ops
 from .autotune.device import named
 from .autotune.layout import empty
+from .autotune.recorded import Recorded, read
 from .autotune.shapes import Option, Shape, parse
+from .autotune.workload import PRECISIONS
 from .ops import (
     Decision,
     attention,
@@ -221,27 +224,63 @@ class Request(NamedTuple):
 
 def main(request: Request) -> int:
     op = OPS[request.op]
-    before = os.environ.get("TRITUNE_DEVICE")
     try:
-        if request.device not in (None, "cpu"):
-            os.environ["TRITUNE_DEVICE"] = named(request.device).slug
-        # Some functions are another one with more arguments: what was asked about is named.
-        decision = replace(_decide(op, request), op=request.op)
+        with _device_named(request.device):
+            # Some functions are another one with more arguments: what was asked about is named.
+            decision = replace(_decide(op, request), op=request.op)
     except NotImplementedError as error:
         return _fail(str(error), 1)
     except (RuntimeError, TypeError, ValueError) as error:
         return _fail(str(error), 2)
-    finally:
-        os.environ.pop("TRITUNE_DEVICE", None)
-        if before is not None:
-            os.environ["TRITUNE_DEVICE"] = before
     if request.json:
         print(json.dumps(_document(decision), indent=1))
     else:
         print(decision)
-        if request.device is None and _is_on_cpu(request):
+        if request.device is None and _is_on_cpu(request.device):
             print("  on a GPU: --device h200 says what would run there")
     return 0
+
+
+def explain_file(path: Path, device: str | None, backend: str, as_json: bool) -> int:
+    """The decisions of recorded calls on a device, each with the number of calls. Status 1: one of them raises."""
+    rows, failed = [], False
+    try:
+        calls = read(path)
+        with _device_named(device):
+            for call in calls:
+                try:
+                    rows.append((call, replace(_decide_recorded(call, device, backend), op=call.op)))
+                except NotImplementedError as error:
+                    failed = True
+                    _fail(f"{call.op}: {error}", 1)
+    except (RuntimeError, TypeError, ValueError) as error:
+        return _fail(str(error), 2)
+    if as_json:
+        print(json.dumps([{**_document(decision), "call": asdict(call)} for call, decision in rows], indent=1))
+    for call, decision in () if as_json else rows:
+        shapes = " ".join("x".join(map(str, shape)) for shape in call.shapes.values())
+        print(f"{call.count} x {shapes} {call.dtype} {decision.summary()}")
+    return int(failed)
+
+
+def _decide_recorded(call: Recorded, device: str | None, backend: str) -> Decision:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    function = getattr(ops, call.op, None) if call.op in OPS else None
+    if function is None:
+        raise ValueError(f"{call.op!r} is no function that can be explained: known are {', '.join(OPS)}")
+    dtype = DTYPES[call.dtype] if call.dtype in DTYPES else getattr(torch, call.dtype, torch.float32)
+    where = "cpu" if _is_on_cpu(device) else "cuda"
+    keywords = dict(call.kwargs)
+    if call.dtype in PRECISIONS and dtype is torch.float32 and "precision" in inspect.signature(function).parameters:
+        keywords["precision"] = call.dtype
+    with FakeTensorMode(), torch.no_grad(), use_backend(backend):  # of CUDA tensors that are not there, no graph can be
+        tensors = {}
+        for name, shape in call.shapes.items():
+            kind = getattr(torch, call.dtypes[name]) if name in call.dtypes else dtype
+            like = torch.empty(0, dtype=kind, device=where)
+            tensors[name] = empty(like, shape, call.layout == "nhwc" and len(shape) > 2)
+        return _first_decision(function, (), {**tensors, **keywords})
 
 
 def explain_model(place: str, shapes: Sequence[Shape], dtype: str, backend: str, as_json: bool) -> int:
@@ -304,8 +343,22 @@ def _document(decision: Decision) -> dict[str, Any]:
     return {**asdict(decision), "kernels": kernels, "instead": instead}
 
 
-def _is_on_cpu(request: Request) -> bool:
-    return request.device == "cpu" or (request.device is None and not torch.cuda.is_available())
+def _is_on_cpu(device: str | None) -> bool:
+    return device == "cpu" or (device is None and not torch.cuda.is_available())
+
+
+@contextmanager
+def _device_named(device: str | None) -> Iterator[None]:
+    """The GPU of this name is the one that configs are looked up for."""
+    before = os.environ.get("TRITUNE_DEVICE")
+    try:
+        if device not in (None, "cpu"):
+            os.environ["TRITUNE_DEVICE"] = named(device).slug
+        yield
+    finally:
+        os.environ.pop("TRITUNE_DEVICE", None)
+        if before is not None:
+            os.environ["TRITUNE_DEVICE"] = before
 
 
 def _decide(op: Op, request: Request) -> Decision:
@@ -313,21 +366,24 @@ def _decide(op: Op, request: Request) -> Decision:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     shapes, options = parse(request.words, op.shapes, named_options(op), request.given)
-    device = "cpu" if _is_on_cpu(request) else "cuda"
+    device = "cpu" if _is_on_cpu(request.device) else "cuda"
     is_image = options.get("layout") == "nhwc"
     with FakeTensorMode(), torch.no_grad(), use_backend(request.backend):
         like = torch.empty(0, dtype=DTYPES[request.dtype], device=device)
         tensors = [empty(like, shape, is_image and len(shape) > 2) for shape in shapes]
-        arguments, keywords = op.arguments(tensors, options)
-        with record() as decisions:
-            try:
-                op.function(*arguments, **keywords)
-            except (RuntimeError, AssertionError):
-                # A CPU build of torch refuses much of what is done with GPU tensors, even with fake ones; the choice
-                # has been made by then.
-                if not decisions:
-                    raise
-        return decisions[0]
+        return _first_decision(op.function, *op.arguments(tensors, options))
+
+
+def _first_decision(function: Callable[..., Any], arguments: Sequence[Any], keywords: dict[str, Any]) -> Decision:
+    with record() as decisions:
+        try:
+            function(*arguments, **keywords)
+        except (RuntimeError, AssertionError):
+            # A CPU build of torch refuses much of what is done with GPU tensors, even with fake ones; the choice
+            # has been made by then.
+            if not decisions:
+                raise
+    return decisions[0]
 
 
 def _fail(message: str, status: int) -> int:

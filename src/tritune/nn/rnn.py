@@ -11,8 +11,8 @@ from torch.nn.functional import dropout
 from torch.nn.utils.rnn import PackedSequence
 
 from ..ops import elman_step, rnn
-from ..ops._dispatch import in_transform, is_exporting, is_watched, torch_computes, torch_serves
-from ..ops.rnn import elman_head, is_traced_as_torch, require_torch, sequence_layer
+from ..ops._dispatch import in_transform, is_exporting, is_watched, require_torch, torch_computes, torch_serves
+from ..ops.rnn import elman_head, is_traced_as_torch, sequence_layer
 from ..ops.rnn_checks import check_dtypes, check_input_dims, check_nonlinearity, check_state_dims
 from ..ops.rnn_torch import TORCH_LAYERS
 from ._of_torch import OfTorch, Quantizable
