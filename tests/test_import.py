@@ -56,7 +56,8 @@ def test_the_facade_shows_what_ops_has() -> None:
     import tritune
 
     own = {
-        "__version__", "accelerate", "fold_bn", "nn", "record_shapes", "register_with_transformers", "replace", "restore",
+        "__version__", "accelerate", "fold_bn", "nn", "record_shapes", "register_with_transformers", "replace",
+        "restore",
     }  # fmt: skip
     assert {*tritune.__all__} - own == {*tritune.ops.__all__} - {"record"}
 
