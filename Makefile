@@ -26,7 +26,7 @@ help:
 	@echo 'make test-all  the same with every combination of dtypes, layouts, cases and targets, as CI runs it'
 	@echo 'make quick     lint and a fast part of the tests, for the inner loop'
 	@echo 'make compat    the oldest supported torch; the compat subset on the oldest and the newest supported Triton'
-	@echo 'make test-models  the tests that need Hugging Face transformers, in an environment that has it'
+	@echo 'make test-models  the tests that need Hugging Face transformers or Keras, in an environment that has them'
 	@echo 'make lint      ruff and mypy          make format    rewrite the sources as ruff likes them'
 	@echo 'make bench     CPU benchmarks         make static    compile-time profile of the shipped kernels'
 	@echo 'make overhead  what our calls cost above torch'"'"'s own on the CPU; for perf/results/cpu and README.md'
@@ -117,7 +117,7 @@ test-models: .venv-models/ready
 	@$(CHECK_PYTHON)
 	$(PYTHON) -m venv $(@D)
 	$(INSTALL_TORCH)
-	$(INSTALL) -e '.[test,models]'
+	$(INSTALL) -e '.[test,models]' keras
 	touch $@
 
 lint: $(READY)
