@@ -275,7 +275,7 @@ class TestBranches:
         ones = [
             case("conv", (3, 8, *image), (12, 8, *(3,) * rank), "bias", "residual", op=f"conv{rank}d", padding=1,
                  activation="silu"),
-            case("groups", (2, 16, *image), (16, 8, *(1,) * rank), "scale", op=f"conv{rank}d", groups=2,
+            case("groups", (2, 24, *image), (24, 12, *(1,) * rank), "scale", op=f"conv{rank}d", groups=2,
                  activation="relu"),
             case("transpose", (2, 8, *image), (8, 12, *(2,) * rank), "bias", op=f"conv_transpose{rank}d", stride=2),
         ]  # fmt: skip
