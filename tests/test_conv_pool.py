@@ -263,8 +263,7 @@ class TestOperator:
 class TestCompile:
     pytestmark = [pytest.mark.torch, pytest.mark.interpret, pytest.mark.gpu]
 
-    @pytest.mark.parametrize("needs_grad", [False, True])
-    @pytest.mark.parametrize("dynamic", [False, True])
+    @pytest.mark.parametrize("dynamic, needs_grad", in_turn([False, True], [False, True]))
     def test_one_graph(self, dynamic, needs_grad, device, tier):
         seen: set[str] = set()
 

@@ -51,7 +51,8 @@ def test_torch_backend(op, index, dtype):
 @pytest.mark.interpret
 @pytest.mark.gpu
 @pytest.mark.parametrize("op, index, dtype", [
-    pytest.param(op, index, dtype, marks=[pytest.mark.full] if (index + half) % 2 else [])
+    # The tables of test_conv have the same kinds of calls: `make test` runs every third sample, in one dtype.
+    pytest.param(op, index, dtype, marks=[] if index % 3 == 0 and (index + half) % 2 == 0 else [pytest.mark.full])
     for op, index in COUNTS for half, dtype in enumerate((torch.float32, torch.float16))
 ])  # fmt: skip
 def test_kernels(op, index, dtype, device):
