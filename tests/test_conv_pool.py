@@ -17,6 +17,7 @@ from harness import (
     backend_of,
     check,
     few_dots,
+    in_turn,
     poisoned,
     product,
 )
