@@ -75,7 +75,7 @@ test-static: $(READY)
 	$(PYTEST) -m 'static $(SUBSET)' $(PARALLEL)
 
 test-wheel: $(READY)
-	$(PYTEST) -m torch tests/test_packaging.py
+	$(PYTEST) -m 'torch $(SUBSET)' tests/test_packaging.py
 
 quick: lint
 	$(PYTEST) -x -m 'torch and not slow and not full' $(PARALLEL)
