@@ -139,7 +139,9 @@ def test_command_of_the_wheel(wheel_python: Path, outside: Path) -> None:
         # The sources are those of the checkout, so only what could be left behind counts: modules, configs, baselines,
         # and the commands that read them.
         ("torch", "not slow and not full", ["perf", "store"]),
-        pytest.param("torch", "not slow and not full", ["cli", "configs", "demo", "explain", "modules"], marks=pytest.mark.full),
+        pytest.param(
+            "torch", "not slow and not full", ["cli", "configs", "demo", "explain", "modules"], marks=pytest.mark.full
+        ),
         pytest.param("interpret", "compat and not slow and not full", None, marks=pytest.mark.full),
     ],
 )  # fmt: skip
