@@ -144,7 +144,7 @@ def _auto_rule(
     if known:
         return known
     one = problem.conv
-    again = problem.pixels(choice.config) / one.pixels
+    again = problem.computed_pixels(choice.config) / one.pixels
     products_us = one.flops / (device.tflops(one.precision) * 1e6)
     bytes_us = 1e-3 / device.dram_gbs
     between = one.pixels * one.K * one.geometry.groups * one.itemsize
