@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from .. import nn, ops
@@ -85,6 +86,8 @@ def differentiable(result: Any) -> list[Tensor]:
     """The outputs that have a gradient."""
     if isinstance(result, Tensor):
         return [result] if result.requires_grad else []
+    if result is None:
+        return []
     return [out for one in result for out in differentiable(one)]
 
 
@@ -121,6 +124,8 @@ def module(
 
     def peers() -> tuple[Callable[..., Any], Callable[..., Any]]:
         ours = getattr(nn, name)(*args, **options)
+        if isinstance(ours, LazyModuleMixin):
+            ours(torch.zeros(small[0]))
         if formula is not None:
             return ours, Written(ours, formula)
         theirs = getattr(torch.nn, name)(*args, **options)
@@ -148,6 +153,7 @@ def _convolutions() -> Iterator[Call]:
         for kind in ("Conv", "ConvTranspose"):
             theirs = getattr(F, f"{'conv' if kind == 'Conv' else 'conv_transpose'}{rank}d")
             yield module(f"{kind}{rank}d", small, large, 8, 8, 3, padding=1)
+            yield module(f"Lazy{kind}{rank}d", small, large, 8, 3, padding=1)
             yield module(f"{kind}Activation{rank}d", small, large, 8, 8, 3, padding=1, activation="relu",
                          formula=partial(_activated, theirs))  # fmt: skip
     small, large, weights = [CONV_SMALL[2]], [CONV_LARGE[2]], [(8, 8, 3, 3), (8,)]
@@ -292,6 +298,10 @@ def _attentions() -> Iterator[Call]:
     yield function("attention_pool", pooled_small, pooled_large, score="cosine", scale=5.0, special="cosine",
                    theirs=lambda q, k, v: sdpa(_for_each(k, _unit(q)), _unit(k), v, scale=5.0))  # fmt: skip
     width = HEADS * FEATURES
+    small, large = [(1, 8, width)] * 3, [(4, 320, width)] * 3
+    for special, args in (("", ()), ("no weights", (None, False))):
+        heads = module("MultiheadAttention", small, large, width, HEADS, batch_first=True, special=special)
+        yield heads._replace(args=args)
     yield module("AttentionPool", [(1, 8, width)], [(32, 512, width)], width, HEADS, formula=_attention_pool)
 
 
