@@ -46,6 +46,9 @@ def rows():
         yield f"AdaptiveAvgPool{rank}d", ((3,), {}), (x,)
         yield f"AdaptiveMaxPool{rank}d", ((3,), {}), (x,)
         yield f"MaxUnpool{rank}d", ((2,), {}), (x, x)
+        if rank > 1:
+            samples = torch.full((2, 4, rank), 0.3)
+            yield f"FractionalMaxPool{rank}d", ((2, 3), {"_random_samples": samples}), (x,)
     for name in RECURRENT:
         yield name, ((4, 5), {}), ((3, 2, 4),)
     yield "ElmanRNN", ((4, 5, 6), {}), ((3, 2, 4),)
@@ -580,6 +583,8 @@ class TestValues:
           )
           for rank in (1, 2, 3) for options in table),
         ("AvgPool2d", (3,), {"divisor_override": 5}),
+        *((f"FractionalMaxPool{rank}d", (2, 3), {"_random_samples": torch.full((2, 4, rank), 0.7), **options})
+          for rank in (2, 3) for options in ({}, {"return_indices": True})),
         ("AdaptiveMaxPool3d", ((None, 2, 3),), {}),
     )  # fmt: skip
 
