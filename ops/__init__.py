@@ -3,7 +3,7 @@
 Of each family ``<family>.py`` holds the public functions and the way from their arguments to a call, with the choice of
 backend; ``<family>_operators.py`` the registered operators with their implementations, fakes and autograd Functions;
 ``<family>_torch.py`` what torch's operators compute instead, the fallback and yardstick; ``<family>_checks.py`` the
-validators. Files that begin with an underscore are shared by the families.
+validators. ``pool_fractional.py`` has no kernels, and so none of these. Files that begin with an underscore are shared by the families.
 """
 
 from ._dispatch import Decision, UnsupportedError, record, use_backend
@@ -22,8 +22,6 @@ from .pool import (
     avg_pool1d,
     avg_pool2d,
     avg_pool3d,
-    fractional_max_pool2d,
-    fractional_max_pool3d,
     global_avg_pool,
     global_max_pool,
     lp_pool1d,
@@ -36,6 +34,7 @@ from .pool import (
     max_unpool2d,
     max_unpool3d,
 )
+from .pool_fractional import fractional_max_pool2d, fractional_max_pool3d
 from .rnn import elman_step, gru, lstm, rnn
 
 __all__ = [

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import _mha_shape_check
+from torch.nn.functional import _mha_shape_check  # type: ignore[attr-defined]
 
 from ._checks import PRECISIONS, _check_tensor, _cpp_name, _scalar_name
 

@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from .. import nn, ops
@@ -124,7 +123,7 @@ def module(
 
     def peers() -> tuple[Callable[..., Any], Callable[..., Any]]:
         ours = getattr(nn, name)(*args, **options)
-        if isinstance(ours, LazyModuleMixin):
+        if name.startswith("Lazy"):
             ours(torch.zeros(small[0]))
         if formula is not None:
             return ours, Written(ours, formula)
@@ -285,7 +284,8 @@ POOL_QUERY = (HEADS, 1, FEATURES)
 
 
 def _attentions() -> Iterator[Call]:
-    small, large = [Q_SMALL] * 3, [Q_LARGE] * 3
+    small: Shapes = [Q_SMALL] * 3
+    large: Shapes = [Q_LARGE] * 3
     sdpa = F.scaled_dot_product_attention
     yield function("scaled_dot_product_attention", small, large)
     yield function("scaled_dot_product_attention", small, large, None, 0.0, True, special="causal")
@@ -305,9 +305,16 @@ def _attentions() -> Iterator[Call]:
     yield function("attention_pool", pooled_small, pooled_large, score="cosine", scale=5.0, special="cosine",
                    theirs=lambda q, k, v: sdpa(_for_each(k, _unit(q)), _unit(k), v, scale=5.0))  # fmt: skip
     width = HEADS * FEATURES
-    small, large = [(1, 8, width)] * 3, [(4, 320, width)] * 3
     for special, args in (("", ()), ("no weights", (None, False))):
-        heads = module("MultiheadAttention", small, large, width, HEADS, batch_first=True, special=special)
+        heads = module(
+            "MultiheadAttention",
+            [(1, 8, width)] * 3,
+            [(4, 320, width)] * 3,
+            width,
+            HEADS,
+            batch_first=True,
+            special=special,
+        )
         yield heads._replace(args=args)
     yield module("AttentionPool", [(1, 8, width)], [(32, 512, width)], width, HEADS, formula=_attention_pool)
 

@@ -242,7 +242,7 @@ class MultiheadAttention(Quantizable, torch.nn.MultiheadAttention):
         """As in torch: of a bool mask True hides a key, and ``is_causal`` is a hint that says what ``attn_mask`` is."""
         call = (query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal)
         if isinstance(query, Proxy) and (leaf := self._leaf(*call)) is not None:
-            return leaf  # type: ignore[return-value]
+            return leaf
         tensors = (query, key, value)
         if all(isinstance(one, Tensor) for one in tensors):
             reason = self._uncovered(tensors, need_weights)
@@ -283,9 +283,10 @@ class MultiheadAttention(Quantizable, torch.nn.MultiheadAttention):
     def _by_function(
         self, tensors: Sequence[Tensor], key_padding_mask: Tensor | None, attn_mask: Tensor | None, is_causal: bool
     ) -> Tensor:  # fmt: skip
-        check_multi_head(self, *tensors, key_padding_mask, attn_mask, is_causal)
-        is_batched = tensors[0].dim() == 3
-        q, k, v = self._projected(*tensors)
+        query, key, value = tensors
+        check_multi_head(self, query, key, value, key_padding_mask, attn_mask, is_causal)
+        is_batched = query.dim() == 3
+        q, k, v = self._projected(query, key, value)
         if not is_batched:
             q, k, v = (t.unsqueeze(1) for t in (q, k, v))
         elif self.batch_first:
@@ -295,7 +296,7 @@ class MultiheadAttention(Quantizable, torch.nn.MultiheadAttention):
         else:
             is_causal = False  # it is a hint, and says no more than attn_mask
         mask = _joint_mask(key_padding_mask, attn_mask, q.shape[1], q.dtype)
-        if self.bias_k is not None:
+        if self.bias_k is not None and self.bias_v is not None:
             k, v = (torch.cat([t, one.expand(1, t.shape[1], -1)]) for t, one in ((k, self.bias_k), (v, self.bias_v)))
         q, k, v = (t.unflatten(2, (self.num_heads, -1)).permute(1, 2, 0, 3) for t in (q, k, v))
         if self.add_zero_attn:

@@ -300,7 +300,7 @@ class _Lazy(LazyModuleMixin):
 class LazyConv1d(_Lazy, torch.nn.LazyConv1d, Conv1d):  # type: ignore[misc]
     """:class:`torch.nn.LazyConv1d` on :func:`tritune.conv1d`; see :class:`LazyConv2d`."""
 
-    cls_to_become = Conv1d  # type: ignore[assignment]
+    cls_to_become = Conv1d
 
 
 class LazyConv2d(_Lazy, torch.nn.LazyConv2d, Conv2d):  # type: ignore[misc]
@@ -317,31 +317,31 @@ class LazyConv2d(_Lazy, torch.nn.LazyConv2d, Conv2d):  # type: ignore[misc]
         (torch.Size([1, 8, 26, 26]), True)
     """
 
-    cls_to_become = Conv2d  # type: ignore[assignment]
+    cls_to_become = Conv2d
 
 
 class LazyConv3d(_Lazy, torch.nn.LazyConv3d, Conv3d):  # type: ignore[misc]
     """:class:`torch.nn.LazyConv3d` on :func:`tritune.conv3d`; see :class:`LazyConv2d`."""
 
-    cls_to_become = Conv3d  # type: ignore[assignment]
+    cls_to_become = Conv3d
 
 
 class LazyConvTranspose1d(_Lazy, torch.nn.LazyConvTranspose1d, ConvTranspose1d):  # type: ignore[misc]
     """:class:`torch.nn.LazyConvTranspose1d` on :func:`tritune.conv_transpose1d`; see :class:`LazyConv2d`."""
 
-    cls_to_become = ConvTranspose1d  # type: ignore[assignment]
+    cls_to_become = ConvTranspose1d
 
 
 class LazyConvTranspose2d(_Lazy, torch.nn.LazyConvTranspose2d, ConvTranspose2d):  # type: ignore[misc]
     """:class:`torch.nn.LazyConvTranspose2d` on :func:`tritune.conv_transpose2d`; see :class:`LazyConv2d`."""
 
-    cls_to_become = ConvTranspose2d  # type: ignore[assignment]
+    cls_to_become = ConvTranspose2d
 
 
 class LazyConvTranspose3d(_Lazy, torch.nn.LazyConvTranspose3d, ConvTranspose3d):  # type: ignore[misc]
     """:class:`torch.nn.LazyConvTranspose3d` on :func:`tritune.conv_transpose3d`; see :class:`LazyConv2d`."""
 
-    cls_to_become = ConvTranspose3d  # type: ignore[assignment]
+    cls_to_become = ConvTranspose3d
 
 
 class ConvActivation1d(_Conv, _WithActivation):
