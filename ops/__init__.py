@@ -3,7 +3,8 @@
 Of each family ``<family>.py`` holds the public functions and the way from their arguments to a call, with the choice of
 backend; ``<family>_operators.py`` the registered operators with their implementations, fakes and autograd Functions;
 ``<family>_torch.py`` what torch's operators compute instead, the fallback and yardstick; ``<family>_checks.py`` the
-validators. ``pool_fractional.py`` has no kernels, and so none of these. Files that begin with an underscore are shared by the families.
+validators. ``pool_fractional.py`` has no kernels, and so none of these. Files that begin with an underscore are shared
+by the families.
 """
 
 from ._dispatch import Decision, UnsupportedError, record, use_backend

@@ -207,11 +207,10 @@ def _pools() -> Iterator[Call]:
             yield module(f"{kind}{rank}d", small, large, *args, inputs=inputs)
         if rank > 1:
             # As many channels in both, since the module keeps its samples.
-            small, large = [POOL_SMALL[rank]], [(1, 4, *(16 * size for size in POOL_SMALL[rank][2:]))]
-            samples = torch.full((1, 4, rank), 0.3)
-            one = f"fractional_max_pool{rank}d"
-            yield function(one, small, large, 2, 2, None, False, samples)
-            yield module(f"FractionalMaxPool{rank}d", small, large, 2, 2, _random_samples=samples)
+            small, large = [POOL_SMALL[rank]], [(1, 4, *((512, 512) if rank == 2 else (64, 64, 64)))]
+            one, ratio, samples = f"fractional_max_pool{rank}d", (0.5,) * rank, torch.full((1, 4, rank), 0.3)
+            yield function(one, small, large, 2, None, ratio, False, samples)
+            yield module(f"FractionalMaxPool{rank}d", small, large, 2, output_ratio=ratio, _random_samples=samples)
     small, large = [POOL_SMALL[2]], [(1, 48, *PLANE[2])]
     yield function("max_pool2d", small, large, 2, None, 0, 1, False, True, special="indices")
     large = [(1, 512, *PLANE[2])]
