@@ -3,7 +3,8 @@
 Of each family ``<family>.py`` holds the public functions and the way from their arguments to a call, with the choice of
 backend; ``<family>_operators.py`` the registered operators with their implementations, fakes and autograd Functions;
 ``<family>_torch.py`` what torch's operators compute instead, the fallback and yardstick; ``<family>_checks.py`` the
-validators. Files that begin with an underscore are shared by the families.
+validators. ``pool_fractional.py`` has no kernels, and so none of these. Files that begin with an underscore are shared
+by the families.
 """
 
 from ._dispatch import Decision, UnsupportedError, record, use_backend
@@ -35,6 +36,7 @@ from .pool import (
     max_unpool2d,
     max_unpool3d,
 )
+from .pool_fractional import fractional_max_pool2d, fractional_max_pool3d
 from .rnn import elman_step, gru, lstm, rnn
 
 __all__ = [
@@ -60,6 +62,8 @@ __all__ = [
     "conv_transpose3d",
     "elman_step",
     "explain",
+    "fractional_max_pool2d",
+    "fractional_max_pool3d",
     "global_avg_pool",
     "global_max_pool",
     "gru",

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from math import prod
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import _mha_shape_check  # type: ignore[attr-defined]
 
 from ._checks import PRECISIONS, _check_tensor, _cpp_name, _scalar_name
 
@@ -199,3 +201,61 @@ def _check_mask(name: str, mask: Tensor, shape: tuple[int, ...]) -> None:
                 f"The size of tensor a ({shape[offset + dim]}) must match the size of tensor b ({size}) "
                 f"at non-singleton dimension {offset + dim}: {name} must be broadcastable to {list(shape)}"
             )
+
+
+def check_multi_head(
+    layer: Any, query: Tensor, key: Tensor, value: Tensor, key_padding_mask: Any, attn_mask: Any, is_causal: bool
+) -> None:  # fmt: skip
+    """The arguments of a call of the module ``layer``, as torch's module checks them where it has no fused operator."""
+    for name, mask in (("key_padding_mask", key_padding_mask), ("attn_mask", attn_mask)):
+        if mask is not None and not (torch.is_floating_point(mask) or mask.dtype is torch.bool):
+            raise AssertionError(f"only bool and floating types of {name} are supported, got {mask.dtype}")
+    if key_padding_mask is not None and attn_mask is not None and key_padding_mask.dtype is not attn_mask.dtype:
+        warnings.warn(
+            "Support for mismatched key_padding_mask and attn_mask is deprecated. Use same type for both instead.",
+            stacklevel=4,
+        )
+    is_batched = _mha_shape_check(query, key, value, key_padding_mask, attn_mask, layer.num_heads)
+    if is_causal and attn_mask is None:
+        raise RuntimeError(
+            "Need attn_mask if specifying the is_causal hint. You may use the Transformer module method "
+            "`generate_square_subsequent_mask` to create this mask."
+        )
+    features, heads, embed_dim = query.shape[-1], layer.num_heads, layer.embed_dim
+    if features != embed_dim:
+        raise AssertionError(f"was expecting embedding dimension of {embed_dim}, but got {features}")
+    if features % heads:
+        raise AssertionError(f"embed_dim {features} not divisible by num_heads {heads}")
+    lengths_first = [t.transpose(0, 1) if is_batched and layer.batch_first else t for t in (query, key, value)]
+    q, k, v = (t if is_batched else t.unsqueeze(1) for t in lengths_first)
+    if layer._qkv_same_embed_dim:
+        if k.shape != v.shape:
+            raise AssertionError(f"key shape {k.shape} does not match value shape {v.shape}")
+    elif k.shape[:2] != v.shape[:2]:
+        raise AssertionError(f"key's sequence and batch dims {k.shape[:2]} do not match value's {v.shape[:2]}")
+    else:
+        for name, tensor in (("query", q), ("key", k), ("value", v)):
+            weight, needed = getattr(layer, f"{name[0]}_proj_weight"), (features, tensor.shape[-1])
+            if weight.shape != needed:
+                raise AssertionError(f"expecting {name} weights shape of {needed}, but got {weight.shape}")
+    (steps, batch), keys = q.shape[:2], k.shape[0]
+    if attn_mask is not None and not (is_causal and key_padding_mask is None):
+        sizes = (steps, keys) if attn_mask.dim() == 2 else (batch * heads, steps, keys)
+        if attn_mask.shape != sizes:
+            raise RuntimeError(
+                f"The shape of the {attn_mask.dim()}D attn_mask is {attn_mask.shape}, but should be {sizes}."
+            )
+    if (layer.bias_k is None) != (layer.bias_v is None):
+        missing, given = ("v", "k") if layer.bias_v is None else ("k", "v")
+        raise AssertionError(f"bias_{given} is set but bias_{missing} is None")
+    if k.shape[1] != batch:
+        sizes_of_view = f"[{keys}, {batch * heads}, {features // heads}]"
+        raise RuntimeError(
+            f"shape '{sizes_of_view}' is invalid for input of size {keys * k.shape[1] * features}: "
+            f"key has a batch of {k.shape[1]}, and query one of {batch}"
+        )
+    if key_padding_mask is not None:
+        padded = key_padding_mask.shape if is_batched else (1, *key_padding_mask.shape)
+        for dim, (size, expected) in enumerate(zip(padded, (batch, keys), strict=True)):
+            if size != expected:
+                raise AssertionError(f"Expected key_padded_mask.shape[{dim}] to be {expected}, but got {size}")

@@ -45,6 +45,7 @@ TORCH_FUNCTIONS: dict[str, Callable[..., Any]] = {
     },
     **{f"max_pool{rank}d": _max_pool(rank) for rank in (1, 2, 3)},
     "adaptive_max_pool1d": _adaptive_max_pool1d,
+    **{f"fractional_max_pool{rank}d": getattr(F, f"fractional_max_pool{rank}d") for rank in (2, 3)},
 }
 
 # Before, torch's lp_pool raises to an infinite power.

@@ -85,6 +85,8 @@ def differentiable(result: Any) -> list[Tensor]:
     """The outputs that have a gradient."""
     if isinstance(result, Tensor):
         return [result] if result.requires_grad else []
+    if result is None:
+        return []
     return [out for one in result for out in differentiable(one)]
 
 
@@ -121,6 +123,8 @@ def module(
 
     def peers() -> tuple[Callable[..., Any], Callable[..., Any]]:
         ours = getattr(nn, name)(*args, **options)
+        if name.startswith("Lazy"):
+            ours(torch.zeros(small[0]))
         if formula is not None:
             return ours, Written(ours, formula)
         theirs = getattr(torch.nn, name)(*args, **options)
@@ -148,6 +152,7 @@ def _convolutions() -> Iterator[Call]:
         for kind in ("Conv", "ConvTranspose"):
             theirs = getattr(F, f"{'conv' if kind == 'Conv' else 'conv_transpose'}{rank}d")
             yield module(f"{kind}{rank}d", small, large, 8, 8, 3, padding=1)
+            yield module(f"Lazy{kind}{rank}d", small, large, 8, 3, padding=1)
             yield module(f"{kind}Activation{rank}d", small, large, 8, 8, 3, padding=1, activation="relu",
                          formula=partial(_activated, theirs))  # fmt: skip
     small, large, weights = [CONV_SMALL[2]], [CONV_LARGE[2]], [(8, 8, 3, 3), (8,)]
@@ -200,6 +205,12 @@ def _pools() -> Iterator[Call]:
             inputs = indices if one == "max_unpool" else None
             yield function(f"{one}{rank}d", small, large, *args, inputs=inputs)
             yield module(f"{kind}{rank}d", small, large, *args, inputs=inputs)
+        if rank > 1:
+            # As many channels in both, since the module keeps its samples.
+            small, large = [POOL_SMALL[rank]], [(1, 4, *((512, 512) if rank == 2 else (64, 64, 64)))]
+            one, ratio, samples = f"fractional_max_pool{rank}d", (0.5,) * rank, torch.full((1, 4, rank), 0.3)
+            yield function(one, small, large, 2, None, ratio, False, samples)
+            yield module(f"FractionalMaxPool{rank}d", small, large, 2, output_ratio=ratio, _random_samples=samples)
     small, large = [POOL_SMALL[2]], [(1, 48, *PLANE[2])]
     yield function("max_pool2d", small, large, 2, None, 0, 1, False, True, special="indices")
     large = [(1, 512, *PLANE[2])]
@@ -272,7 +283,8 @@ POOL_QUERY = (HEADS, 1, FEATURES)
 
 
 def _attentions() -> Iterator[Call]:
-    small, large = [Q_SMALL] * 3, [Q_LARGE] * 3
+    small: Shapes = [Q_SMALL] * 3
+    large: Shapes = [Q_LARGE] * 3
     sdpa = F.scaled_dot_product_attention
     yield function("scaled_dot_product_attention", small, large)
     yield function("scaled_dot_product_attention", small, large, None, 0.0, True, special="causal")
@@ -292,6 +304,17 @@ def _attentions() -> Iterator[Call]:
     yield function("attention_pool", pooled_small, pooled_large, score="cosine", scale=5.0, special="cosine",
                    theirs=lambda q, k, v: sdpa(_for_each(k, _unit(q)), _unit(k), v, scale=5.0))  # fmt: skip
     width = HEADS * FEATURES
+    for special, args in (("", ()), ("no weights", (None, False))):
+        heads = module(
+            "MultiheadAttention",
+            [(1, 8, width)] * 3,
+            [(4, 320, width)] * 3,
+            width,
+            HEADS,
+            batch_first=True,
+            special=special,
+        )
+        yield heads._replace(args=args)
     yield module("AttentionPool", [(1, 8, width)], [(32, 512, width)], width, HEADS, formula=_attention_pool)
 
 

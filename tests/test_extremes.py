@@ -100,6 +100,22 @@ def unpool(rank: int) -> Call:
     return Call(by(getattr(tritune, name)), by(getattr(F, name)), shapes, stacked="batch", sizes=sizes)
 
 
+def fractional(rank: int) -> Call:
+    samples = torch.full((1, 1, rank), 0.3)
+
+    def by(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def run(input: Tensor) -> Tensor:
+            return function(input, 2, 2, _random_samples=samples.to(input).expand(*input.shape[:2], rank))
+
+        return run
+
+    name = f"fractional_max_pool{rank}d"
+    sizes = {"input": "n." + "." * rank}
+    return Call(
+        by(getattr(tritune, name)), by(getattr(F, name)), {"input": (1, 1, *(4,) * rank)}, stacked="batch", sizes=sizes
+    )  # fmt: skip
+
+
 def recurrent(cell: str) -> Call:
     one = test_rnn.case("", cell, 2, 2, 3, 4)
     ours = lambda **arguments: test_rnn.ours(cell, **arguments)  # noqa: E731
@@ -179,6 +195,7 @@ CALLS: dict[str, Call] = {
     "global_max_pool": pool("global_max_pool", None),
     "global_avg_pool": pool("global_avg_pool", None),
     **{f"max_unpool{rank}d": unpool(rank) for rank in (1, 2, 3)},
+    **{f"fractional_max_pool{rank}d": fractional(rank) for rank in (2, 3)},
     "rnn tanh": recurrent("tanh"),
     "rnn relu": recurrent("relu"),
     "gru": recurrent("gru"),
@@ -192,6 +209,9 @@ CALLS: dict[str, Call] = {
     "attention_pool": attention(tritune.attention_pool, test_attention.reference),
     "scaled_dot_product_attention": attention(*SDPA),
 }
+
+
+WITHOUT_KERNELS = ("fractional_max_pool2d", "fractional_max_pool3d")
 
 
 def extremes(dtype: torch.dtype) -> dict[str, float]:
@@ -370,6 +390,8 @@ def problems(call: Call, dtype: torch.dtype, device: str, backend: str) -> Itera
     for number, name in enumerate(CALLS) for dtype in DTYPES
 ])  # fmt: skip
 def test_numbers(name, dtype, device, tier):
+    if tier != "torch" and name in WITHOUT_KERNELS:
+        pytest.skip("no kernel covers it")
     if tier == "interpret" and (dtype is torch.bfloat16 or (dtype is torch.float16 and "conv" in name)):
         pytest.skip("minutes of the interpreter; float32 runs the same kernels there")
     with without_onednn():
@@ -390,6 +412,8 @@ def resized(call: Call) -> Iterator[tuple[str, dict[str, Tensor]]]:
 
 @pytest.mark.parametrize("name", CALLS)
 def test_sizes(name, device, tier):
+    if tier != "torch" and name in WITHOUT_KERNELS:
+        pytest.skip("no kernel covers it")
     call = CALLS[name]
     for label, tensors in resized(call):
         try:

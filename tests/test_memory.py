@@ -202,6 +202,8 @@ def test_every_operand_of_every_public_function_is_laid_out_far():
         if getattr(value, "__module__", "").startswith("tritune.ops.") and value.__module__ != "tritune.ops._dispatch"
     }
     for name, function in public.items():
+        if name.startswith("fractional_max_pool"):
+            continue  # no kernel reads its operands
         tensors = {one.name for one in inspect.signature(function).parameters.values() if "Tensor" in one.annotation}
         covered = {operand for case in CASES.values() if case.function == name for operand in case.shapes}
         assert tensors == covered, name

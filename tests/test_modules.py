@@ -46,9 +46,13 @@ def rows():
         yield f"AdaptiveAvgPool{rank}d", ((3,), {}), (x,)
         yield f"AdaptiveMaxPool{rank}d", ((3,), {}), (x,)
         yield f"MaxUnpool{rank}d", ((2,), {}), (x, x)
+        if rank > 1:
+            samples = torch.full((2, 4, rank), 0.3)
+            yield f"FractionalMaxPool{rank}d", ((2, 3), {"_random_samples": samples}), (x,)
     for name in RECURRENT:
         yield name, ((4, 5), {}), ((3, 2, 4),)
     yield "ElmanRNN", ((4, 5, 6), {}), ((3, 2, 4),)
+    yield "MultiheadAttention", ((4, 2), {"batch_first": True}), ((2, 5, 4),) * 3
     yield "Attention", ((), {"score": "cosine", "scale": "learnable"}), ((2, 3, 5, 4),) * 3
     yield "AttentionPool", ((4, 2), {"num_queries": 3}), ((2, 5, 4),)
 
@@ -56,7 +60,11 @@ def rows():
 TABLE = {name: (arguments, shapes) for name, arguments, shapes in rows()}
 OF_TORCH = [name for name in TABLE if hasattr(torch.nn, name)]
 OUR_OWN = [name for name in TABLE if not hasattr(torch.nn, name)]
+# torch's tracer cannot follow its own modules of these names.
+UNTRACEABLE = (*RECURRENT, "MultiheadAttention")
 CONVOLUTIONS = [f"Conv{kind}{rank}d" for kind in ("", "Transpose") for rank in (1, 2, 3)]
+# They are what torch's tools meet only before their first input, so the rest of the table is not for them.
+LAZY = [f"Lazy{name}" for name in CONVOLUTIONS]
 
 
 def activated(name):
@@ -71,6 +79,8 @@ def build(name, namespace=tritune.nn):
 
 def inputs(name):
     tensors = [torch.randn(shape) for shape in TABLE[name][1]]
+    if name == "MultiheadAttention":  # of itself, as torch's fused operator wants it
+        return tensors[:1] * 3
     if "Unpool" in name:
         rank = int(name[-2])
         tensors[1] = torch.arange(7**rank).expand(2, 4, -1).reshape(X[rank])
@@ -90,7 +100,7 @@ def through_a_file(module):
 
 def test_every_module_is_in_the_table():
     kinds = {name for name, kind in vars(tritune.nn).items() if inspect.isclass(kind)}
-    assert kinds == set(TABLE)
+    assert kinds == {*TABLE, *LAZY}
     assert all(issubclass(getattr(tritune.nn, name), torch.nn.Module) for name in kinds)
     assert len(OF_TORCH) > 20
 
@@ -98,12 +108,12 @@ def test_every_module_is_in_the_table():
 # --- what they are ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", TABLE)
+@pytest.mark.parametrize("name", [*TABLE, *LAZY])
 def test_the_signature_can_be_read_and_begins_as_torchs(name):
     ours = inspect.signature(getattr(tritune.nn, name)).parameters
     kinds = {one.kind for one in ours.values()}
     assert not kinds & {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD}
-    if name in OF_TORCH:
+    if hasattr(torch.nn, name):
         constructor = getattr(torch.nn, name).__init__
         overloads = typing.get_overloads(constructor)  # of the recurrent modules: in truth they take *args, **kwargs
         _, *theirs = inspect.signature(overloads[0] if overloads else constructor).parameters.values()
@@ -194,6 +204,8 @@ def test_the_methods_that_torchs_forward_calls_are_called(name, on):
             for one, method in methods.items():
                 setattr(module, one, functools.partial(method, module))
         module(*inputs(name))
+        with torch.no_grad():  # torch's fused operators are for inference
+            module.eval()(*inputs(name))
         called.append(calls)
     assert called[0] == called[1] != []
 
@@ -298,8 +310,8 @@ class Layer(torch.nn.Module):
         super().__init__()
         self.layer, self.count = layer, count
 
-    def forward(self, first, second):
-        return self.layer(*(first, second)[: self.count])
+    def forward(self, first, second, third):
+        return self.layer(*(first, second, third)[: self.count])
 
 
 class IntoEverything(torch.fx.Tracer):
@@ -317,9 +329,9 @@ def test_it_is_a_leaf_where_torchs_is(name):
     ours, theirs = build(name), build(name, torch.nn)
     assert nodes(ours, count, torch.fx.Tracer) == nodes(theirs, count, torch.fx.Tracer)
     assert "call_module" in [op for op, *_ in nodes(ours, count, torch.fx.Tracer)]
-    model, tensors = Layer(ours, count), (*inputs(name), None)[:2]
+    model, tensors = Layer(ours, count), (*inputs(name), None, None)[:3]
     torch.testing.assert_close(torch.fx.symbolic_trace(model)(*tensors), model(*tensors))
-    if name not in RECURRENT:  # a tracer cannot follow torch's own
+    if name not in UNTRACEABLE:
         assert "call_module" not in [op for op, *_ in nodes(ours, count, IntoEverything)]
 
         class Own(getattr(tritune.nn, name)):
@@ -334,12 +346,12 @@ def test_what_torch_has_no_module_of_is_traced_into(name):
     assert "layer" not in [target for _, target, _ in nodes(build(name), 1, torch.fx.Tracer)]
 
 
-@pytest.mark.parametrize("name", TABLE)
+@pytest.mark.parametrize("name", [*TABLE, *LAZY])
 def test_it_is_an_instance_of_torchs_exactly_if_it_computes_the_same(name):
     kinds = {kind for kind in getattr(tritune.nn, name).__mro__ if kind.__module__.startswith("torch.")}
     if name in RECURRENT:  # Dynamo refuses to trace instances of torch's own three
         assert kinds == {torch.nn.RNNBase, torch.nn.Module}
-    elif name in OF_TORCH:
+    elif hasattr(torch.nn, name):
         assert getattr(torch.nn, name) in kinds
     else:
         assert kinds == {torch.nn.Module}
@@ -387,7 +399,7 @@ def test_attributes_that_are_set_afterwards_count_as_in_torch(name, watched):
     ours, theirs = build(name), build(name, torch.nn)
     theirs.load_state_dict(ours.state_dict())
     tensors = inputs(name)
-    rank = 1 if name in RECURRENT else int(name[-2])
+    rank = 1 if name in UNTRACEABLE else int(name[-2])
     attributes = {one for one in vars(theirs) if one[0] != "_"} - set(vars(torch.nn.Module()))
     compared = 0
     for attribute in attributes:
@@ -398,6 +410,7 @@ def test_attributes_that_are_set_afterwards_count_as_in_torch(name, watched):
             for module in (theirs, ours):
                 changed = copy.deepcopy(module)
                 setattr(changed, attribute, value)
+                torch.manual_seed(0)
                 with tritune.ops.record() if watched else nullcontext():
                     outcomes.append(outcome(changed, call(*tensors)))
             expected, got = outcomes
@@ -462,6 +475,89 @@ def test_skip_init_and_the_same_numbers_from_a_seed(name):
         torch.testing.assert_close(*states, rtol=0, atol=0)
 
 
+# --- modules whose first input tells of their channels ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", LAZY)
+class TestLazy:
+    def pair(self, name, **options):
+        return (getattr(nn, name)(6, 3, stride=2, **options) for nn in (torch.nn, tritune.nn))
+
+    def test_it_becomes_our_convolution(self, name):
+        """With the numbers that torch's would have, and its hooks and the printed form."""
+        x, made = torch.randn(X[int(name[-2])]), []
+        for module in self.pair(name):
+            text = repr(module)
+            torch.manual_seed(3)
+            y = module.double()(x.double())
+            made.append((text, repr(module), y, module.state_dict()))
+            assert not module._forward_pre_hooks and not module._load_state_dict_pre_hooks
+        assert made[0][:2] == made[1][:2]
+        torch.testing.assert_close(made[0][2:], made[1][2:], rtol=0, atol=0)
+        assert type(module) is getattr(tritune.nn, name.removeprefix("Lazy"))
+        (decision,) = tritune.explain(module, x.double())
+        assert decision.op.startswith("conv")
+
+    def test_copies_are_lazy_and_become_ours(self, name):
+        x = torch.randn(X[int(name[-2])])
+        module = build_lazy(name)
+        for copied in (copy.deepcopy(module), through_pickle(module), through_a_file(module)):
+            assert type(copied) is type(module) and repr(copied) == repr(module)
+            copied(x)
+            assert type(copied) is getattr(tritune.nn, name.removeprefix("Lazy"))
+        assert module.has_uninitialized_params()
+
+    @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
+    @pytest.mark.parametrize("assign", [False, True], ids=["copied", "assigned"])
+    def test_states_load_both_ways(self, name, assign, bias):
+        x = torch.randn(X[int(name[-2])])
+        for one, other in (self.pair(name, bias=bias), reversed([*self.pair(name, bias=bias)])):
+            other.load_state_dict(one.state_dict())
+            assert other.has_uninitialized_params()
+            wanted = one(x)
+            other.load_state_dict(one.state_dict(), assign=assign)
+            torch.testing.assert_close(other(x), wanted)
+
+    def test_a_torch_module_becomes_ours(self, name):
+        theirs, _ = self.pair(name)
+        theirs.__class__ = getattr(tritune.nn, name)
+        theirs(torch.randn(X[int(name[-2])]))
+        assert type(theirs) is getattr(tritune.nn, name.removeprefix("Lazy"))
+
+    def test_its_errors_are_torchs(self, name):
+        wrong = torch.randn(2), torch.randn(1, 2, 3, 4, 5, 6), None
+        for made in (call(x) for x in wrong):
+            theirs, ours = (outcome(module, made) for module in self.pair(name))
+            assert type(ours) is type(theirs) and str(ours) == str(theirs)
+        (theirs, ours), x = self.pair(name, groups=3), torch.randn(X[int(name[-2])])
+        for module in (theirs, ours):
+            with pytest.raises(ValueError, match="in_channels must be divisible by groups"):
+                module(x)
+        for model in (torch.nn.Sequential(build_lazy(name)), build_lazy(name)):
+            with pytest.raises(RuntimeError, match="has uninitialized parameters"):
+                torch.jit.script(model)
+
+    def test_it_is_a_leaf_where_torchs_is(self, name):
+        theirs, ours = (nodes(module, 1, torch.fx.Tracer) for module in self.pair(name))
+        assert ours == theirs and "call_module" in [op for op, *_ in ours]
+        model, x = torch.nn.Sequential(build_lazy(name)), torch.randn(X[int(name[-2])])
+        traced = torch.fx.symbolic_trace(model)
+        torch.testing.assert_close(traced(x), model(x))
+        assert type(model[0]) is getattr(tritune.nn, name.removeprefix("Lazy"))
+
+    def test_it_may_have_a_precision_but_no_activation(self, name):
+        module = build_lazy(name)
+        module.precision = "tf32x3"
+        module(torch.randn(X[int(name[-2])]))
+        assert module.precision == "tf32x3"
+        with pytest.raises(TypeError, match="activation"):
+            getattr(tritune.nn, name)(6, 3, activation="relu")
+
+
+def build_lazy(name):
+    return getattr(tritune.nn, name)(6, 3, padding=1)
+
+
 # --- what convolutions and pools compute -----------------------------------------------------------------------------
 
 
@@ -487,6 +583,8 @@ class TestValues:
           )
           for rank in (1, 2, 3) for options in table),
         ("AvgPool2d", (3,), {"divisor_override": 5}),
+        *((f"FractionalMaxPool{rank}d", (2, 3), {"_random_samples": torch.full((2, 4, rank), 0.7), **options})
+          for rank in (2, 3) for options in ({}, {"return_indices": True})),
         ("AdaptiveMaxPool3d", ((None, 2, 3),), {}),
     )  # fmt: skip
 
@@ -880,6 +978,13 @@ class Calls(torch.nn.Module):
         return self.layer(input)
 
 
+class CallsOfItself(Calls):
+    """Attention of a sequence to itself."""
+
+    def forward(self, input: torch.Tensor):
+        return self.layer(input, input, input)
+
+
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
 @pytest.mark.parametrize("name", TABLE)
 def test_scripting_works_or_says_what_to_use(name):
@@ -893,11 +998,11 @@ def test_scripting_works_or_says_what_to_use(name):
                 torch.testing.assert_close(other(*x), layer(*x))
         return
     torch.jit.script(layer)
-    model = Calls(layer)
+    model, x = (CallsOfItself if name == "MultiheadAttention" else Calls)(layer), x[:1]
     wanted, file = model(*x), io.BytesIO()
     torch.jit.save(torch.jit.script(model), file)
     file.seek(0)
-    for computes in (torch.jit.load(file), model, layer):
+    for computes in (torch.jit.load(file), model):
         torch.testing.assert_close(computes(*x), wanted)
     assert type(layer) is getattr(tritune.nn, name)
     assert all(a is b for a, b in zip(model.parameters(), layer.parameters(), strict=True))
@@ -916,7 +1021,7 @@ def test_scripting_keeps_what_a_subclass_computes():
         torch.jit.script(Named(2))
 
 
-@pytest.mark.parametrize("name", [*CONVOLUTIONS, *RECURRENT])
+@pytest.mark.parametrize("name", [*CONVOLUTIONS, *UNTRACEABLE])
 def test_quantisation_that_passes_a_module_over_says_so(name):
     module = build(name)
     sentence = rf"passes over tritune's {name}: set `module.__class__ = torch.nn.{name}` before"

@@ -51,6 +51,16 @@ def calls(rank: int) -> Iterator[tuple[str, Call]]:
     yield "dilated", Call(f"max_pool{rank}d", rank, lambda x: (x, 3, 1, 1), {"dilation": 2})
     yield "indices", Call(f"max_pool{rank}d", rank, lambda x: (x, 2), {"return_indices": True})
     yield "", Call(f"lp_pool{rank}d", rank, lambda x: (x, 2, 2))
+    if rank > 1:
+        samples = torch.full((1, 1, rank), 0.3)
+        yield (
+            "",
+            Call(
+                f"fractional_max_pool{rank}d",
+                rank,
+                lambda x: (x, 2, 2, None, False, samples.expand(x.shape[0], x.shape[1], rank)),
+            ),
+        )
     for kind in ("max_pool", "avg_pool"):
         yield "", Call(f"{kind}{rank}d", rank, lambda x: (x, 2))
         yield "by the size", Call(f"{kind}{rank}d", rank, lambda x: (x, x.shape[2] // 4))
@@ -221,6 +231,10 @@ def scripted_calls() -> Iterator[tuple[str, str, int]]:
         for name, size in ((f"max_pool{rank}d", "2"), (f"adaptive_max_pool{rank}d", f"{pair}")):
             yield name, f"x, {size}", rank
             yield name, f"x, {size}, return_indices=True", rank
+        if rank > 1:
+            samples = f"_random_samples=0.3 * torch.ones(2, 3, {rank})"
+            yield f"fractional_max_pool{rank}d", f"x, 2, {pair}, {samples}", rank
+            yield f"fractional_max_pool{rank}d", f"x, 2, {pair}, return_indices=True, {samples}", rank
     yield "scaled_dot_product_attention", "x, x, x, is_causal=True", 2
 
 

@@ -139,6 +139,7 @@ _NORM: Options = {
 }
 _UNPOOL: Options = {name: option for name, option in _AVERAGE.items() if name != "--ceil-mode"}
 _ADAPTIVE: Options = {"--size": Option(int, 7, "Of the result"), **_LAYOUT}
+_AT_RANDOM: Options = {"--kernel": Option(int, 2), **_ADAPTIVE}
 _CONV_POOL: Options = {
     **_CONV, "--kernel": Option(int, 2, "Of the pooling"), "--pool-stride": Option(int),
     "--pool-padding": Option(int, 0),
@@ -185,6 +186,12 @@ OPS = {
             ("max_unpool", _UNPOOL, _unpool),
         )
         for rank, example in enumerate(("32x128x16000", "32x64x112x112", "4x64x16x56x56"), 1)
+    },
+    **{
+        f"fractional_max_pool{rank}d": Op(
+            getattr(ops, f"fractional_max_pool{rank}d"), "input", example, _AT_RANDOM, _pool
+        )
+        for rank, example in ((2, "32x64x112x112"), (3, "4x64x16x56x56"))
     },
     "global_avg_pool": Op(ops.global_avg_pool, "input", "32x2048x7x7", _LAYOUT, _pool),
     "global_max_pool": Op(ops.global_max_pool, "input", "32x2048x7x7", _LAYOUT, _pool),

@@ -1,6 +1,6 @@
 """Modules: ``torch.nn``'s names, constructor arguments and ``state_dict``, running on this library's operators."""
 
-from .attention import Attention, AttentionPool
+from .attention import Attention, AttentionPool, MultiheadAttention
 from .conv import (
     Conv1d,
     Conv2d,
@@ -14,6 +14,12 @@ from .conv import (
     ConvTransposeActivation1d,
     ConvTransposeActivation2d,
     ConvTransposeActivation3d,
+    LazyConv1d,
+    LazyConv2d,
+    LazyConv3d,
+    LazyConvTranspose1d,
+    LazyConvTranspose2d,
+    LazyConvTranspose3d,
     fold_bn,
 )
 from .pool import (
@@ -26,6 +32,8 @@ from .pool import (
     AvgPool1d,
     AvgPool2d,
     AvgPool3d,
+    FractionalMaxPool2d,
+    FractionalMaxPool3d,
     LPPool1d,
     LPPool2d,
     LPPool3d,
@@ -66,14 +74,23 @@ __all__ = [
     "ConvTransposeActivation2d",
     "ConvTransposeActivation3d",
     "ElmanRNN",
+    "FractionalMaxPool2d",
+    "FractionalMaxPool3d",
     "LPPool1d",
     "LPPool2d",
     "LPPool3d",
+    "LazyConv1d",
+    "LazyConv2d",
+    "LazyConv3d",
+    "LazyConvTranspose1d",
+    "LazyConvTranspose2d",
+    "LazyConvTranspose3d",
     "MaxPool1d",
     "MaxPool2d",
     "MaxPool3d",
     "MaxUnpool1d",
     "MaxUnpool2d",
     "MaxUnpool3d",
+    "MultiheadAttention",
     "fold_bn",
 ]

@@ -14,6 +14,7 @@ from torch.fx import Proxy
 from torch.nn.functional import pad
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.nn.modules.lazy import LazyModuleMixin
 
 from ..ops import conv1d, conv2d, conv3d, conv_transpose1d, conv_transpose2d, conv_transpose3d
 from ..ops._checks import ACTIVATIONS, PRECISIONS
@@ -286,6 +287,61 @@ class ConvTranspose3d(_ConvTranspose, torch.nn.ConvTranspose3d):
 
     _run = staticmethod(conv_transpose3d)
     _rank = 3
+
+
+class _Lazy(LazyModuleMixin):
+    """What the lazy modules add to torch's: torch.fx takes them for leaves, too, so no input tells of the channels."""
+
+    def _infer_parameters(self, module: Any, args: Any, kwargs: Any = None) -> None:
+        if not any(isinstance(one, Proxy) for one in args):
+            super()._infer_parameters(module, args, kwargs)  # type: ignore[misc]
+
+
+class LazyConv1d(_Lazy, torch.nn.LazyConv1d, Conv1d):  # type: ignore[misc]
+    """:class:`torch.nn.LazyConv1d` on :func:`tritune.conv1d`; see :class:`LazyConv2d`."""
+
+    cls_to_become = Conv1d
+
+
+class LazyConv2d(_Lazy, torch.nn.LazyConv2d, Conv2d):  # type: ignore[misc]
+    """:class:`torch.nn.LazyConv2d`: takes ``in_channels`` from its first input and is a :class:`Conv2d` from then on.
+
+    Its arguments are torch's. ``precision`` may be set as an attribute; one with an activation cannot be lazy.
+
+    Shape: as :class:`Conv2d`.
+
+    Example::
+
+        >>> layer = tritune.nn.LazyConv2d(8, 3)
+        >>> layer(torch.randn(1, 5, 28, 28)).shape, type(layer) is tritune.nn.Conv2d
+        (torch.Size([1, 8, 26, 26]), True)
+    """
+
+    cls_to_become = Conv2d
+
+
+class LazyConv3d(_Lazy, torch.nn.LazyConv3d, Conv3d):  # type: ignore[misc]
+    """:class:`torch.nn.LazyConv3d` on :func:`tritune.conv3d`; see :class:`LazyConv2d`."""
+
+    cls_to_become = Conv3d
+
+
+class LazyConvTranspose1d(_Lazy, torch.nn.LazyConvTranspose1d, ConvTranspose1d):  # type: ignore[misc]
+    """:class:`torch.nn.LazyConvTranspose1d` on :func:`tritune.conv_transpose1d`; see :class:`LazyConv2d`."""
+
+    cls_to_become = ConvTranspose1d
+
+
+class LazyConvTranspose2d(_Lazy, torch.nn.LazyConvTranspose2d, ConvTranspose2d):  # type: ignore[misc]
+    """:class:`torch.nn.LazyConvTranspose2d` on :func:`tritune.conv_transpose2d`; see :class:`LazyConv2d`."""
+
+    cls_to_become = ConvTranspose2d
+
+
+class LazyConvTranspose3d(_Lazy, torch.nn.LazyConvTranspose3d, ConvTranspose3d):  # type: ignore[misc]
+    """:class:`torch.nn.LazyConvTranspose3d` on :func:`tritune.conv_transpose3d`; see :class:`LazyConv2d`."""
+
+    cls_to_become = ConvTranspose3d
 
 
 class ConvActivation1d(_Conv, _WithActivation):

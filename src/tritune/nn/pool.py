@@ -17,6 +17,8 @@ from ..ops import (
     avg_pool1d,
     avg_pool2d,
     avg_pool3d,
+    fractional_max_pool2d,
+    fractional_max_pool3d,
     lp_pool1d,
     lp_pool2d,
     lp_pool3d,
@@ -92,6 +94,24 @@ class _MaxUnpool(OfTorch, torch.nn.modules.pooling._MaxUnpoolNd):
         if isinstance(input, Proxy) and (leaf := self._leaf(input, indices, output_size)) is not None:
             return leaf
         return self._run(input, indices, self.kernel_size, self.stride, self.padding, output_size)
+
+
+class _FractionalMaxPool(OfTorch):
+    _run: Callable[..., Any]
+    # torch's constructor sets these.
+    kernel_size: Any
+    output_size: Any
+    output_ratio: Any
+    return_indices: bool
+    _random_samples: Any
+
+    def forward(self, input: Tensor) -> Any:
+        """The maxima; with ``return_indices`` also where they lie."""
+        if isinstance(input, Proxy) and (leaf := self._leaf(input)) is not None:
+            return leaf
+        return self._run(
+            input, self.kernel_size, self.output_size, self.output_ratio, self.return_indices, self._random_samples
+        )
 
 
 class MaxPool1d(_MaxPool, torch.nn.MaxPool1d):
@@ -259,3 +279,22 @@ class MaxUnpool3d(_MaxUnpool, torch.nn.MaxUnpool3d):
     """
 
     _run = staticmethod(max_unpool3d)
+
+
+class FractionalMaxPool2d(_FractionalMaxPool, torch.nn.FractionalMaxPool2d):
+    """:class:`torch.nn.FractionalMaxPool2d` on :func:`tritune.fractional_max_pool2d`.
+
+    Shape: ``[N, C, H, W]`` or ``[C, H, W]`` to ``[N, C, P, Q]`` or ``[C, P, Q]``; with ``return_indices`` a pair.
+    """
+
+    _run = staticmethod(fractional_max_pool2d)
+
+
+class FractionalMaxPool3d(_FractionalMaxPool, torch.nn.FractionalMaxPool3d):
+    """:class:`torch.nn.FractionalMaxPool3d` on :func:`tritune.fractional_max_pool3d`.
+
+    Shape: ``[N, C, D, H, W]`` or ``[C, D, H, W]`` to ``[N, C, Z, P, Q]`` or ``[C, Z, P, Q]``; with ``return_indices``
+    a pair.
+    """
+
+    _run = staticmethod(fractional_max_pool3d)
