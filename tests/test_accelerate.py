@@ -153,6 +153,7 @@ class TestCalls:
     def test_every_function_of_ours_that_torch_has_is_sent(self):
         names = {name for name in tritune.ops.__all__ if hasattr(F, name) or hasattr(torch, name)}
         names -= {"rnn"}  # of torch it is rnn_tanh and rnn_relu
+        names -= {"fractional_max_pool2d", "fractional_max_pool3d"}  # no kernel computes them
         assert names <= {function for function, _, _ in CALLS.values()} and len(names) >= 24
 
     @pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")

@@ -94,7 +94,8 @@ class TestWhatIsRecorded:
         with tritune.record_shapes(file):
             run()
         found = counts(file)
-        assert found or "layers" in call.name or "packed" in call.name, call.name
+        # Multi-head attention computes its weights by default, without a function of ours.
+        assert found or any(word in call.name for word in ("layers", "packed", "Multihead")), call.name
         assert set(found) <= set(tritune.ops.__all__)
         if not call.public_name.startswith("nn.") and call.public_name != "fold_bn":
             assert found == {call.public_name: 1}

@@ -33,8 +33,13 @@ from .ops._checks import ACTIVATIONS
 
 Selector = type[Module] | str | Callable[[str, Module], object]
 
+# A lazy module becomes another class at its first call, after which it is replaced.
 _OURS: dict[type, type[Module]] = {
-    theirs: kind for kind in vars(nn).values() if isinstance(kind, type) and (theirs := counterpart(kind)) is not None
+    theirs: kind
+    for kind in vars(nn).values()
+    if isinstance(kind, type)
+    and not issubclass(kind, LazyModuleMixin)
+    and (theirs := counterpart(kind)) is not None
 }
 _WITH_ACTIVATION: dict[type, type[Module]] = {
     _OURS[kind._plain]: kind for kind in vars(nn).values() if hasattr(kind, "_plain")
@@ -110,7 +115,8 @@ def replace(
     model: Module, *, only: Selector | Iterable[Selector] | None = None, dry_run: bool = False, fold: bool = False,
     fuse: bool = False,
 ) -> tuple[Any, Report]:  # fmt: skip
-    """Makes the torch modules of a model tritune's, in place: every convolution, pooling and recurrence.
+    """Makes the torch modules of a model tritune's, in place: every convolution, pooling, recurrence and multi-head
+    attention.
 
     Each module whose class is exactly one of ``torch.nn`` that :mod:`tritune.nn` has under the same name gets our class
     and stays the same object. So Parameters, buffers, ``state_dict``, hooks, parametrizations, mode, attributes and
