@@ -37,7 +37,7 @@ Selector = type[Module] | str | Callable[[str, Module], object]
 _OURS: dict[type, type[Module]] = {
     theirs: kind
     for kind in vars(nn).values()
-    if isinstance(kind, type) and not issubclass(kind, LazyModuleMixin) and (theirs := counterpart(kind)) is not None
+    if isinstance(kind, type) and (theirs := counterpart(kind)) is not None and not issubclass(theirs, LazyModuleMixin)
 }
 _WITH_ACTIVATION: dict[type, type[Module]] = {
     _OURS[kind._plain]: kind for kind in vars(nn).values() if hasattr(kind, "_plain")
