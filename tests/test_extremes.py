@@ -311,7 +311,9 @@ class Answers:
             error, unit = (t.double() - exact)[both] / largest, exact[both] / largest
             if not both.any():
                 return Errors(0.0, 0.0)
-            norm = max(float(unit.square().sum().sqrt()), 1.0)
+            norm = float(unit.square().sum().sqrt())
+            if norm < 1:  # all are 0, for each of which the smallest number stands
+                norm = math.sqrt(unit.numel())
             return Errors(float(error.abs().max()), float(error.square().sum().sqrt()) / norm)
 
         got, allowed = errors(ours), Errors(0.0, 0.0)
@@ -341,11 +343,19 @@ def stacked_along(call: Call, name: str) -> int:
 
 def cancelled(call: Call, name: str, tensors: dict[str, Tensor]) -> float:
     """A bound of the sums that may cancel in a gradient of attention: dP and delta, of products with each element of a
-    value, times what they are multiplied by."""
+    value, times what they are multiplied by. With cosine scores that is, for a query or key, a row of length 1, the
+    scale, and the inverse of the own length."""
     if name not in call.cancels:
         return 0.0
-    others = [t[t.isfinite()].double().abs() for other, t in tensors.items() if other not in name]
-    return tensors["value"].shape[-1] * math.prod(float(t.max()) for t in others if t.numel())
+    is_cosine = call.kwargs.get("score") == "cosine" and name != "grad bias"
+    rows = ("query", "key") if is_cosine else ()
+    others = [t[t.isfinite()].double().abs() for other, t in tensors.items() if other not in name and other not in rows]
+    bound = tensors["value"].shape[-1] * math.prod(float(t.max()) for t in others if t.numel())
+    if is_cosine:
+        lengths = tensors[name.removeprefix("grad ")].double().norm(dim=-1)
+        lengths = lengths[lengths.isfinite() & (lengths > 0)]
+        bound *= call.kwargs["scale"] / float(lengths.min()) if lengths.numel() else 1.0
+    return bound
 
 
 def problems(call: Call, dtype: torch.dtype, device: str, backend: str) -> Iterator[str]:
