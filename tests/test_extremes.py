@@ -373,8 +373,9 @@ def problems(call: Call, dtype: torch.dtype, device: str, backend: str) -> Itera
         torchs = results(call.reference, tensors, call.kwargs)
         return {name: Errors.of(torchs[name], exact[name]) for name in exact}
 
-    # The interpreter takes a minute for all rows of a three-dimensional convolution, whose kernels are those of two.
-    is_slow = backend == "triton" and (bool(call.definition) or (device == "cpu" and "3d" in call.function.__name__))
+    # The interpreter takes half a minute for all rows of these, whose kernels are those of conv1d and conv2d.
+    is_alike = device == "cpu" and any(word in call.function.__name__ for word in ("conv3d", "conv_transpose"))
+    is_slow = backend == "triton" and (bool(call.definition) or is_alike)
     table = dict(planted(draw(), is_brief=not call.stacked or is_slow))
     for labels in [list(table)] if call.stacked else [[label] for label in table]:
         tensors = {

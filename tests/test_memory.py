@@ -25,6 +25,7 @@ import test_traffic as shapes  # noqa: E402
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 import triton.language as tl  # noqa: E402
+from harness import in_turn  # noqa: E402
 from memory import CHECKER, KERNELS, MemoryFault  # noqa: E402
 from torch import Tensor  # noqa: E402
 from triton.runtime.interpreter import InterpretedFunction  # noqa: E402
@@ -183,8 +184,7 @@ def results(case: Case, tensors: dict[str, Tensor], change: Callable[[Tensor], T
         return [*outputs, *torch.autograd.grad(outputs, wanted, seeds)]
 
 
-@pytest.mark.parametrize("near", [None, 1, -1])
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name, near", in_turn(CASES, [None, 1, -1]))
 def test_elements_far_apart(name, near):
     """Offsets within a tile that wrap at 2**31 read elsewhere, or nothing that is mapped."""
     tensors, right = expected(name)

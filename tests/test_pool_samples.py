@@ -24,6 +24,7 @@ LEAST = {"max_pool1d": 864, "max_pool2d": 1440, "max_pool3d": 576, "max_unpool1d
          "max_unpool3d": 97}  # fmt: skip
 MEANS = tuple(op for op in OPS if "avg" in op)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+PARTS = 5  # of the samples, of which `make test` runs one on the kernels; the tables of test_pool have the same kinds
 
 
 @functools.cache
@@ -83,13 +84,15 @@ def test_torch_backend(op, dtype):
 
 @pytest.mark.interpret
 @pytest.mark.gpu
+@pytest.mark.parametrize("part", [0, *(pytest.param(part, marks=pytest.mark.full) for part in range(1, PARTS))])
 @pytest.mark.parametrize("op", OPS)
-def test_kernels(op, device):
+def test_kernels(op, part, device):
     """``use_backend("triton")`` never falls back: what no kernel covers raises. The dtypes take turns, and in three
     calls of four there is nothing to differentiate, so that the winners are not kept."""
-    chosen = distinct(op)[:: 8 if device == "cuda" else 1]  # each compiles for its window there
+    found = list(enumerate(distinct(op)))[:: 8 if device == "cuda" else 1]  # each compiles for its window there
+    chosen = found[part::PARTS]
     refused = 0
-    for number, sample in enumerate(chosen):
+    for number, sample in chosen:
         dtype = DTYPES[number % 3]
         try:
             if op in MEANS:
