@@ -60,7 +60,8 @@ def causal_lm(family: str, **options: Any) -> Any:
 
 
 def bert() -> Any:
-    return transformers.BertModel(transformers.BertConfig(**SIZES, initializer_range=0.25))
+    config = transformers.BertConfig(**SIZES, initializer_range=0.25)
+    return transformers.BertModel(config, add_pooling_layer=False)
 
 
 def t5() -> Any:
@@ -72,7 +73,8 @@ def t5() -> Any:
 
 def vit() -> Any:
     sizes = {name: size for name, size in SIZES.items() if name != "vocab_size"}
-    return transformers.ViTModel(transformers.ViTConfig(**sizes, image_size=8, patch_size=4, initializer_range=0.25))
+    config = transformers.ViTConfig(**sizes, image_size=8, patch_size=4, initializer_range=0.25)
+    return transformers.ViTModel(config, add_pooling_layer=False)
 
 
 def whisper() -> Any:
