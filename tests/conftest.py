@@ -21,7 +21,9 @@ tier_key = pytest.StashKey[str]()
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
-        "--update-architectures", action="store_true", help="write docs/architectures.md from what tests/test_models.py finds"
+        "--update-architectures",
+        action="store_true",
+        help="tests/test_models.py writes its findings into docs/architectures.md",
     )
 
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 import torch
-from harness import TORCH_SAMPLES, assert_close, few_dots
+from harness import TORCH_SAMPLES, assert_close
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import type_before_parametrizations
 from torch.overrides import TorchFunctionMode
@@ -165,7 +165,7 @@ def inputs_of(name: str, seed: int = 0) -> dict[str, Tensor]:
     return {"x" if name in OF_TIMM else "pixel_values": torch.randn(BATCH, 3, IMAGE, IMAGE, generator=generator)}
 
 
-LARGE = ("mobilenet_v2", "encodec", "timm_resnet", "timm_efficientnet")
+LARGE = ("mobilenet_v2", "timm_resnet", "timm_efficientnet")
 
 # --- ways to our functions -------------------------------------------------------------------------------------------
 
@@ -392,7 +392,7 @@ def test_training_has_the_same_bits(name: str) -> None:
         assert has_same_bits(train(way), wanted), way
 
 
-# Fifty convolutions and more take the interpreter minutes.
+# The others take the interpreter minutes.
 INTERPRETED = [name for name in ARCHITECTURES if name not in LARGE]
 
 
