@@ -113,7 +113,8 @@ compat: .venv-triton36/ready .venv-triton39/ready
 test-models: .venv-models/ready
 	OMP_NUM_THREADS=1 .venv-models/bin/pytest -q -m torch $(PARALLEL) \
 		tests/test_transformers.py tests/test_models.py tests/test_examples.py
-	OMP_NUM_THREADS=1 .venv-models/bin/pytest -q -m interpret $(PARALLEL) tests/test_transformers.py tests/test_models.py
+	OMP_NUM_THREADS=1 .venv-models/bin/pytest -q -m 'interpret $(SUBSET)' $(PARALLEL) \
+		tests/test_transformers.py tests/test_models.py
 
 bench-models: .venv-models/ready
 	.venv-models/bin/python -P -m tritune.perf.models

@@ -165,7 +165,13 @@ def inputs_of(name: str, seed: int = 0) -> dict[str, Tensor]:
     return {"x" if name in OF_TIMM else "pixel_values": torch.randn(BATCH, 3, IMAGE, IMAGE, generator=generator)}
 
 
+# In the interpreter a minute and more for each way; the rest as a whole takes three.
 LARGE = ("mobilenet_v2", "timm_resnet", "timm_efficientnet")
+INTERPRETED = [
+    pytest.param(name, marks=[pytest.mark.full] if name == "timm_convnext" else [])
+    for name in ARCHITECTURES if name not in LARGE
+]  # fmt: skip
+
 
 # --- ways to our functions -------------------------------------------------------------------------------------------
 
@@ -390,10 +396,6 @@ def test_training_has_the_same_bits(name: str) -> None:
     assert all(value.isfinite().all() for value in wanted.values())
     for way in ("replace", "accelerate"):
         assert has_same_bits(train(way), wanted), way
-
-
-# The others take the interpreter minutes.
-INTERPRETED = [name for name in ARCHITECTURES if name not in LARGE]
 
 
 @on_kernels
