@@ -18,7 +18,7 @@ PYTEST = OMP_NUM_THREADS=1 $(BIN)/pytest -q
 PARALLEL = -n $(JOBS)
 
 .PHONY: help setup demo test test-torch test-interpret test-static test-wheel test-models test-all quick compat \
-	lint format bench overhead static mutants gpu clean
+	lint format bench bench-models overhead static mutants gpu clean
 
 help:
 	@echo 'make demo      train three models on handwritten digits with tritune and torch; results in build/demo/'
@@ -26,7 +26,8 @@ help:
 	@echo 'make test-all  the same with every combination of dtypes, layouts, cases and targets, as CI runs it'
 	@echo 'make quick     lint and a fast part of the tests, for the inner loop'
 	@echo 'make compat    the oldest supported torch; the compat subset on the oldest and the newest supported Triton'
-	@echo 'make test-models  the tests that need Hugging Face transformers or Keras, in an environment that has them'
+	@echo 'make test-models  the tests that need transformers, timm or Keras, in an environment that has them'
+	@echo 'make bench-models  the time of a ResNet and a GPT-2 on the CPU, ours over the original'
 	@echo 'make lint      ruff and mypy          make format    rewrite the sources as ruff likes them'
 	@echo 'make bench     CPU benchmarks         make static    compile-time profile of the shipped kernels'
 	@echo 'make overhead  what our calls cost above torch'"'"'s own on the CPU; for perf/results/cpu and README.md'
@@ -45,7 +46,7 @@ CHECK_PYTHON = \
 	{ $(PYTHON) -c 'import ensurepip, venv' 2>/dev/null \
 		|| { echo '$(PYTHON) has no venv module; on Debian and Ubuntu: apt install python3-venv' >&2; exit 1; }; }
 CONSTRAINTS = constraints.txt
-INSTALL_TORCH = index='$(TORCH_INDEX)' && $(@D)/bin/pip install -q -c $(CONSTRAINTS) torch setuptools \
+INSTALL_TORCH = index='$(TORCH_INDEX)' && $(@D)/bin/pip install -q -c $(CONSTRAINTS) torch $(BESIDE_TORCH) setuptools \
 	$${index:+--extra-index-url "$$index"}
 INSTALL = $(@D)/bin/pip install -q -c $(CONSTRAINTS) --no-build-isolation
 
@@ -110,14 +111,24 @@ compat: .venv-triton36/ready .venv-triton39/ready
 
 # Elsewhere these tests are skipped.
 test-models: .venv-models/ready
-	OMP_NUM_THREADS=1 .venv-models/bin/pytest -q -m torch $(PARALLEL) tests/test_transformers.py tests/test_examples.py
-	OMP_NUM_THREADS=1 .venv-models/bin/pytest -q -m interpret $(PARALLEL) tests/test_transformers.py
+	OMP_NUM_THREADS=1 .venv-models/bin/pytest -q -m torch $(PARALLEL) \
+		tests/test_transformers.py tests/test_models.py tests/test_examples.py
+	OMP_NUM_THREADS=1 .venv-models/bin/pytest -q -m 'interpret $(SUBSET)' $(PARALLEL) \
+		tests/test_transformers.py tests/test_models.py
 
+bench-models: .venv-models/ready
+	.venv-models/bin/python -P -m tritune.perf.models
+
+# timm needs torchvision, of which each build fits one build of torch: both come from the same index.
+.venv-models/ready: BESIDE_TORCH = torchvision
 .venv-models/ready: pyproject.toml constraints.txt
 	@$(CHECK_PYTHON)
 	$(PYTHON) -m venv $(@D)
 	$(INSTALL_TORCH)
 	$(INSTALL) -e '.[test,models]' keras
+	$(@D)/bin/python -c 'import timm' 2>/dev/null || { \
+		echo "timm's models are left out: the index's torchvision does not fit its torch" >&2; \
+		$(@D)/bin/pip uninstall -q -y timm torchvision; }
 	touch $@
 
 lint: $(READY)

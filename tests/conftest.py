@@ -19,6 +19,14 @@ SEED = 20260101
 tier_key = pytest.StashKey[str]()
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--update-architectures",
+        action="store_true",
+        help="tests/test_models.py writes its findings into docs/architectures.md",
+    )
+
+
 def pytest_configure(config: pytest.Config) -> None:
     tier = choose_tier(config)
     config.stash[tier_key] = tier

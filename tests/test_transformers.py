@@ -60,7 +60,8 @@ def causal_lm(family: str, **options: Any) -> Any:
 
 
 def bert() -> Any:
-    return transformers.BertModel(transformers.BertConfig(**SIZES, initializer_range=0.25))
+    config = transformers.BertConfig(**SIZES, initializer_range=0.25)
+    return transformers.BertModel(config, add_pooling_layer=False)
 
 
 def t5() -> Any:
@@ -72,7 +73,8 @@ def t5() -> Any:
 
 def vit() -> Any:
     sizes = {name: size for name, size in SIZES.items() if name != "vocab_size"}
-    return transformers.ViTModel(transformers.ViTConfig(**sizes, image_size=8, patch_size=4, initializer_range=0.25))
+    config = transformers.ViTConfig(**sizes, image_size=8, patch_size=4, initializer_range=0.25)
+    return transformers.ViTModel(config, add_pooling_layer=False)
 
 
 def whisper() -> Any:
@@ -173,12 +175,17 @@ class InFloat64(TorchFunctionMode):
 
 
 def results(model: Any, inputs: dict[str, Tensor], implementation: str) -> dict[str, Tensor]:
-    """Output, and the gradients of all parameters for a random gradient of it. Those of one layer are one tensor: the
-    gradient of a bias of keys alone is 0 but for rounding."""
+    """The :func:`outcome` of a copy of the model with this attention."""
     model = copy.deepcopy(model)
     model.set_attn_implementation(implementation)
-    out = model(**inputs)
-    y = out.logits if hasattr(out, "logits") else out.last_hidden_state
+    return outcome(model, inputs)
+
+
+def outcome(model: Any, inputs: dict[str, Tensor], call: Callable[..., Any] | None = None) -> dict[str, Tensor]:
+    """Output, and the gradients of all parameters for a random gradient of it. Those of one layer are one tensor: the
+    gradient of a bias of keys alone is 0 but for rounding. ``call`` is the model, compiled."""
+    out = (model if call is None else call)(**inputs)
+    y = out if isinstance(out, Tensor) else out[0]  # logits, or the last hidden state
     y.backward(torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(y.dtype))
     layers = defaultdict(list)
     for name, parameter in model.named_parameters():
@@ -190,7 +197,7 @@ def results(model: Any, inputs: dict[str, Tensor], implementation: str) -> dict[
 def exact(model: Any, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
     wide = {name: t.double() if t.is_floating_point() else t for name, t in inputs.items()}
     with InFloat64():
-        return results(copy.deepcopy(model).double(), wide, "eager")
+        return outcome(copy.deepcopy(model).double(), wide)
 
 
 @pytest.mark.parametrize("name, padding", CASES)
