@@ -133,8 +133,8 @@ def assert_close(
 
     ``others`` are torch's errors for other values of the inputs. They are asked for where the first would reject our
     largest error: that of a few fp32 numbers is a matter of luck, and of torch's own it rejects one in thirty. The root
-    mean square of FEW numbers or more is no such matter, and is held to the first. NaN and infinities must stand in the
-    same places.
+    mean square of FEW numbers or more is no such matter, and is held to the first, except with ``together``, for what
+    passes its errors on from number to number, as a whole model does. NaN and infinities must stand in the same places.
     """
     assert ours.shape == reference.shape, f"{name}: shape {tuple(ours.shape)}, expected {tuple(reference.shape)}"
     assert ours.dtype == torchs.dtype, f"{name}: dtype {ours.dtype}, torch gives {torchs.dtype}"
@@ -156,7 +156,7 @@ def assert_close(
     )
 
 
-def assert_as_exact(ours: Any, reference: Callable[..., Any], *args: Any) -> None:
+def assert_as_exact(ours: Any, reference: Callable[..., Any], *args: Any, together: bool = False) -> None:
     """:func:`assert_close` of our results with those of ``reference(*args)`` in float64, and in the arguments' dtypes.
 
     Results are tensors or sequences of them, in the same order. Tuples of tensors and modules may be arguments, and a
@@ -190,7 +190,7 @@ def assert_as_exact(ours: Any, reference: Callable[..., Any], *args: Any) -> Non
     results = zip(tree_leaves(ours), *both(call), strict=True)
     for index, (result, exact, theirs) in enumerate(results):
         others = (sample(number)[index] for number in range(TORCH_SAMPLES - 1))
-        assert_close(f"result {index}", result, exact, theirs, others)
+        assert_close(f"result {index}", result, exact, theirs, others, together=together)
 
 
 class Allocations(TorchDispatchMode):

@@ -160,7 +160,7 @@ def test_every_function_is_traced():
 def size_after(name: str, shape: torch.Size) -> tuple[int, ...]:
     """Another size that a module of the table takes."""
     grows = {"Attention": (0, 2), "AttentionPool": (0, 1)}.get(name, range(2, len(shape)))
-    if name in (*test_modules.RECURRENT, "ElmanRNN"):
+    if name in (*test_modules.RECURRENT, "ElmanRNN", "MultiheadAttention"):
         grows = (0, 1)
     return tuple(size + 4 if dim in grows else size for dim, size in enumerate(shape))
 
