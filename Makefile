@@ -17,7 +17,7 @@ READY = .venv/ready
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/pytest -q
 PARALLEL = -n $(JOBS)
 
-.PHONY: help setup demo test test-torch test-interpret test-static test-wheel test-models test-all quick compat \
+.PHONY: help setup demo test test-torch test-interpret test-static test-wheel test-models test-all quick compat compat-all \
 	lint format bench bench-models overhead static mutants gpu clean
 
 help:
@@ -28,6 +28,7 @@ help:
 	@echo 'make compat    the oldest supported torch; the compat subset on the oldest and the newest supported Triton'
 	@echo 'make test-models  the tests that need transformers, timm or Keras, in an environment that has them'
 	@echo 'make bench-models  the time of a ResNet and a GPT-2 on the CPU, ours over the original'
+	@echo 'make compat-all  the same with every shipped config on those two: before a change of kernels or configs'
 	@echo 'make lint      ruff and mypy          make format    rewrite the sources as ruff likes them'
 	@echo 'make bench     CPU benchmarks         make static    compile-time profile of the shipped kernels'
 	@echo 'make overhead  what our calls cost above torch'"'"'s own on the CPU; for perf/results/cpu and README.md'
@@ -85,8 +86,13 @@ quick: lint
 compat: .venv-triton36/ready .venv-triton39/ready
 	OMP_NUM_THREADS=1 .venv-triton36/bin/pytest -q -m 'torch and not slow and not full' $(PARALLEL)
 	for version in 36 39; do for tier in interpret static; do \
-		OMP_NUM_THREADS=1 .venv-triton$$version/bin/pytest -q -m "$$tier and compat $(SUBSET)" $(PARALLEL) || exit 1; \
+		OMP_NUM_THREADS=1 .venv-triton$$version/bin/pytest -q -m "$$tier and compat and not full" $(PARALLEL) || exit 1; \
 	done; done
+
+compat-all: compat
+	for version in 36 39; do \
+		OMP_NUM_THREADS=1 .venv-triton$$version/bin/pytest -q -m static -k test_shipped_configs $(PARALLEL) || exit 1; \
+	done
 
 # The oldest torch belongs to the oldest Triton, whose interpreter fails on numpy >= 2.4 (loop bounds known only at run
 # time). Without TORCH_INDEX it is a GPU build, of some gigabytes.

@@ -137,16 +137,14 @@ def test_command_of_the_wheel(wheel_python: Path, outside: Path) -> None:
     "named, subset, files",
     [
         # The sources are those of the checkout, so only what could be left behind counts: modules, configs, baselines,
-        # and the commands that read them.
+        # and the commands and kernels that read them.
         ("torch", "not slow and not full", ["perf", "store"]),
-        pytest.param(
-            "torch", "not slow and not full", ["cli", "configs", "demo", "explain", "modules"], marks=pytest.mark.full
-        ),
-        pytest.param("interpret", "compat and not slow and not full", None, marks=pytest.mark.full),
+        pytest.param("torch", "not slow and not full", ["cli", "explain", "replace"], marks=pytest.mark.full),
+        pytest.param("interpret", "compat and not slow and not full", ["conv", "pool", "rnn"], marks=pytest.mark.full),
     ],
 )  # fmt: skip
 def test_suite_passes_against_the_wheel(
-    named: str, subset: str, files: list[str] | None, wheel_python: Path, outside: Path
+    named: str, subset: str, files: list[str], wheel_python: Path, outside: Path
 ) -> None:
     origin = outside / "tests/test_origin.py"
     origin.write_text(f"""
@@ -163,7 +161,7 @@ def test_origin():
     proof = outside / "test_origin_passed"
     proof.unlink(missing_ok=True)
     chosen = f"{named} and {subset} and not checkout"
-    paths = ["tests"] if files is None else [origin, *(f"tests/test_{name}.py" for name in files)]
+    paths = [origin, *(f"tests/test_{name}.py" for name in files)]
     run(wheel_python, "-m", "pytest", *paths, "-m", chosen, "-x", "-n", "2", "-q", cwd=outside)
     assert proof.exists()
 
