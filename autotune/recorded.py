@@ -45,9 +45,7 @@ class Recorded:
 
     def number(self, name: str, default: int | None = None) -> int | None:
         """An argument that is a number, or the same number in each dimension. Raises ValueError for any other."""
-        value = self.kwargs.get(name, default)
-        if isinstance(value, list) and value and all(one == value[0] for one in value):
-            value = value[0]
+        value = one_number(self.kwargs.get(name, default))
         if value is None or isinstance(value, int):
             return value
         raise ValueError(f"{name}={value} is not one number")
@@ -57,6 +55,11 @@ class Recorded:
         for name, value in self.kwargs.items():
             if name not in names and (name not in values or value != values[name]):
                 raise ValueError(f"no layer is spelled with {name}={value}")
+
+
+def one_number(value: Any) -> Any:
+    """The number that a list has in each place; anything else as it is."""
+    return value[0] if isinstance(value, list) and value and value == value[:1] * len(value) else value
 
 
 def write(path: Path, calls: Iterable[Recorded]) -> None:

@@ -182,6 +182,11 @@ def stream_us(elements: float, flops: float, itemsize: int, rate_tflops: float, 
     return max(elements * itemsize / (device.dram_gbs * 1e3), flops / (rate_tflops * 1e6))
 
 
+def dtype_and_options(precision: str) -> tuple[str, dict[str, Any]]:
+    """The dtype of a case's tensors, and the option that says how fp32 is multiplied: ``"tf32"`` is fp32 with one."""
+    return (precision, {}) if precision in DTYPES else ("fp32", {"precision": precision})
+
+
 def precisions_for(target: str) -> list[str]:
     """tf32x3 is NVIDIA's; the others compile for every target."""
     return [one for one in PRECISIONS if one != "tf32x3" or target.startswith("sm_")]

@@ -22,6 +22,7 @@ from ..autotune.workload import (
     Layers,
     Operator,
     Shape,
+    dtype_and_options,
     random_tensors,
     stream_us,
 )
@@ -145,8 +146,8 @@ def case(
         kwargs["masked"] = True
     if layer.score == "cosine":
         kwargs |= {"score": "cosine", "scale": 10.0}
-    if dtype not in DTYPES:
-        dtype, kwargs["precision"] = "fp32", dtype
+    dtype, options = dtype_and_options(dtype)
+    kwargs |= options
     return Case(name, "attention", shapes, kwargs, dtype, "", direction, rank)
 
 

@@ -23,6 +23,7 @@ from ..autotune.workload import (
     Layers,
     Operator,
     Shape,
+    dtype_and_options,
     precisions_for,
     random_tensors,
     stream_us,
@@ -211,8 +212,8 @@ def case(
     for step in steps:
         if step not in ("bias", "residual"):
             kwargs["activation"] = step
-    if dtype not in DTYPES:
-        dtype, kwargs["precision"] = "fp32", dtype
+    dtype, options = dtype_and_options(dtype)
+    kwargs |= options
     return Case(name, layer.op, shapes, kwargs, dtype, layout, direction, rank)
 
 

@@ -20,6 +20,7 @@ from ..autotune.workload import (
     Layers,
     Operator,
     Shape,
+    dtype_and_options,
     random_tensors,
     stream_us,
 )
@@ -107,8 +108,8 @@ def case(name: str, *, layer: Layer | None = None, dtype: str = "bf16", directio
         "b_hh": rows,
     }  # fmt: skip
     kwargs: dict[str, Any] = {"cell": layer.cell}
-    if dtype not in DTYPES:
-        dtype, kwargs["precision"] = "fp32", dtype
+    dtype, options = dtype_and_options(dtype)
+    kwargs |= options
     return Case(name, "rnn", shapes, kwargs, dtype, "", direction, rank)
 
 

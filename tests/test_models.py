@@ -17,17 +17,15 @@ from typing import Any
 
 import pytest
 import torch
-from harness import TORCH_SAMPLES, assert_close
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import type_before_parametrizations
 from torch.overrides import TorchFunctionMode
 
 import tritune
-from tritune.autotune.check import Errors
 from tritune.ops import record
 
 transformers = pytest.importorskip("transformers")
-from test_transformers import BATCH, MODELS, exact, outcome  # noqa: E402  (it needs transformers, too)
+from test_transformers import BATCH, MODELS, assert_models_close, exact, outcome  # noqa: E402  (it needs transformers, too)
 from test_transformers import inputs_of as inputs_of_attention  # noqa: E402
 
 DOCUMENT = Path(__file__).resolve().parents[1] / "docs/architectures.md"
@@ -300,20 +298,11 @@ def has_same_bits(ours: dict[str, Tensor], wanted: dict[str, Tensor]) -> bool:
 def assert_verdict(name: str, way: str, ours: dict[str, Tensor]) -> None:
     """Every part against float64, beside the error of the original in float32."""
 
-    @functools.cache
     def sample(seed: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         model, inputs = original(name, way, seed), inputs_of(name, seed)
         return exact(model, inputs), outcome(model, inputs)
 
-    def others(part: str) -> Iterator[Errors]:
-        for seed in range(1, TORCH_SAMPLES):
-            wanted, torchs = sample(seed)
-            yield Errors.of(torchs[part], wanted[part])
-
-    wanted, torchs = sample(0)
-    assert ours.keys() == wanted.keys()
-    for part in wanted:
-        assert_close(f"{name}: {part}", ours[part], wanted[part], torchs[part], others(part), together=True)
+    assert_models_close(name, ours, sample)
 
 
 @pytest.fixture(autouse=True)

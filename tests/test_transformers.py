@@ -200,26 +200,35 @@ def exact(model: Any, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         return outcome(copy.deepcopy(model).double(), wide)
 
 
+def assert_models_close(
+    name: str, ours: dict[str, Tensor], sample: Callable[[int], tuple[dict[str, Tensor], dict[str, Tensor]]]
+) -> None:
+    """Each part by the one verdict. ``sample(seed)`` gives the parts in float64 and those of the definition; seed 0 is
+    that of ours."""
+    sample = functools.cache(sample)
+
+    def others(part: str) -> Iterator[Errors]:
+        for seed in range(1, TORCH_SAMPLES):
+            wanted, theirs = sample(seed)
+            yield Errors.of(theirs[part], wanted[part])
+
+    wanted, theirs = sample(0)
+    assert ours.keys() == wanted.keys()
+    for part in wanted:
+        assert_close(f"{name}: {part}", ours[part], wanted[part], theirs[part], others(part), together=True)
+
+
 @pytest.mark.parametrize("name, padding", CASES)
 def test_equals_eager(name: str, padding: str, tier: str) -> None:
     model, inputs = make(name), inputs_of(name, padding)
     with tritune.use_backend(backend_of(tier)), few_dots():
         ours = results(model, inputs, "tritune")
 
-    @functools.cache
     def eager(seed: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         one, given = make(name, seed), inputs_of(name, padding, seed)
         return exact(one, given), results(one, given, "eager")
 
-    def others(part: str) -> Iterator[Errors]:
-        for seed in range(1, TORCH_SAMPLES):
-            wanted, eagers = eager(seed)
-            yield Errors.of(eagers[part], wanted[part])
-
-    wanted, eagers = eager(0)
-    assert ours.keys() == wanted.keys()
-    for part in wanted:
-        assert_close(f"{name}: {part}", ours[part], wanted[part], eagers[part], others(part), together=True)
+    assert_models_close(name, ours, eager)
 
 
 def test_each_model_feels_what_it_is_here_for() -> None:

@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 from . import ops
 from ._accelerate import SENT, Function, attention_forward
 from .autotune import recorded
-from .autotune.recorded import Recorded
+from .autotune.recorded import Recorded, one_number
 from .ops._dispatch import (
     TORCH_ERRORS,
     Declined,
@@ -142,7 +142,7 @@ def _recorded(function: Function, args: Any, kwargs: Any) -> Recorded | None:
         return None
     defaults = {name: one.default for name, one in inspect.signature(function).parameters.items()}
     given = {name: _plain(value) for name, value in arguments.items() if name not in tensors}
-    others = {name: _one_number(value) if name in _PER_DIMENSION else value for name, value in given.items()}
+    others = {name: one_number(value) if name in _PER_DIMENSION else value for name, value in given.items()}
     others = {name: value for name, value in others.items() if value != defaults[name]}
     first = next(iter(tensors.values()))
     dtype, is_cast = _how_it_computes(op, first, others.pop("precision", None))
@@ -157,10 +157,6 @@ def _recorded(function: Function, args: Any, kwargs: Any) -> Recorded | None:
 # Arguments of which one number stands for the same number in each dimension.
 _PER_DIMENSION = ("kernel_size", "stride", "padding", "dilation", "output_padding", "pool_kernel_size", "pool_stride",
                   "pool_padding")  # fmt: skip
-
-
-def _one_number(value: Any) -> Any:
-    return value[0] if isinstance(value, list) and value and value == value[:1] * len(value) else value
 
 
 def _plain(value: Any) -> Any:
